@@ -1,0 +1,220 @@
+"""Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313): label, loss, metrics and exact optimum.
+
+The paper's §3 on tensors, without a model or a trainer. `python synthetic.py` draws Figure 4 with it, and
+`python synthetic.py theorems` holds its closed forms against a numerical minimiser.
+
+paper symbol                  | identifier                 | shape | range or unit         | authors' code
+y_w, y_l                      | chosen, rejected           |       | more, less HELPFUL    | chosen, rejected
+log pi(y_w|x), log pi(y_l|x)  | policy_chosen, _rejected   | N     | nats, token sum       | policy_*_logps
+the same under pi_ref         | ref_chosen, _rejected      | N     | nats, token sum       | reference_*_logps
+h                             | h; margin_nats             | N     | nats                  | logits
+I_safe(y_w), I_safe(y_l)      | chosen_safe, rejected_safe | N     | 1 safe, 0 unsafe      | safe_factor_*
+B_3(B_1 I - I' + B_2) - alpha | g                          | N     | nats x tau            | safe_factor
+g / tau                       | target_nats                | N     | nats; the h of loss 0
+B_1                           | b1                         |       | > 1; paper 3          | b1
+B_2                           | left out                   |       | paper 0               | left out
+B_3                           | 1 / (b1 - 1)               |       | paper 1/2             | b3
+alpha                         | alpha                      |       | finite; paper 1/2     | alpha
+tau                           | tau                        |       | > 0; paper 0.01, 1    | beta
+pi_ref(y)                     | reference_A                | A     | > 0, sums to 1
+p(y, y')                      | preference_AA              | A, A  | P(y beats y')
+p(y) = E_y'~pi_ref p(y, y')   | helpful_A                  | A     | 0 to 1
+I_safe(y), E_safe = E I_safe  | safe_A, safe_share         | A     | 0 or 1, 0 to 1
+"""
+# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# H query heads, G key/value heads, K head size, A actions.
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Figure 3, in this order everywhere. "chosen_safe" means that only the chosen answer is safe.
+QUADRANTS = ("both_safe", "chosen_safe", "rejected_safe", "both_unsafe")
+
+
+def _check_tau(tau: float) -> None:
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau must be finite and > 0, got {tau}; pass 0.01 for a language model, 1 for §3.4")
+
+
+def _check_label_settings(alpha: float, b1: float) -> None:
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}; pass 0.5, the paper's value")
+    if not (math.isfinite(b1) and b1 > 1):
+        raise ValueError(f"b1 must be finite and > 1, got {b1}; pass 3, the paper's value")
+
+
+def _check_shapes(**tensors: Tensor) -> None:
+    """[N] against [N, 1] would broadcast to [N, N] pairs and train on them in silence."""
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"one shape is needed, got {shapes}; pass one value per pair in each")
+
+
+def _as_indicator(labels: Tensor, name: str) -> Tensor:
+    wrong = ~((labels == 0) | (labels == 1))  # NaN is neither
+    if wrong.any():
+        raise ValueError(f"{name} must hold only 1 (safe) and 0 (unsafe), got {labels[wrong][0].item()}; "
+                         "label these rows or drop them")
+    return labels if labels.is_floating_point() else labels.to(torch.get_default_dtype())
+
+
+# -------------------------------------------------------------------------------------------- the objective
+
+
+def label(chosen_safe: Tensor, rejected_safe: Tensor, alpha: float = 0.5, b1: float = 3.0) -> Tensor:
+    """g = (b1 I_safe(y_w) - I_safe(y_l)) / (b1 - 1) - alpha, a float tensor of the labels' shape.
+
+    At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2 (Figure 3).
+    Labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool and int give torch's default dtype.
+    ValueError: any other label (NaN included), two shapes, b1 <= 1, a setting that is not finite.
+    """
+    _check_label_settings(alpha, b1)
+    _check_shapes(chosen_safe=chosen_safe, rejected_safe=rejected_safe)
+    s_w = _as_indicator(chosen_safe, "chosen_safe")
+    s_l = _as_indicator(rejected_safe, "rejected_safe")
+    return (b1 * s_w - s_l) / (b1 - 1) - alpha  # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1)
+
+
+def margin(policy_chosen: Tensor, policy_rejected: Tensor,
+           ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+    """h = log [ pi(y_w|x) pi_ref(y_l|x) / (pi(y_l|x) pi_ref(y_w|x)) ], nats, one per pair.
+
+    Log-probabilities are SUMMED over the tokens of a response; means per token would be another objective.
+    ValueError: two shapes.
+    """
+    _check_shapes(policy_chosen=policy_chosen, policy_rejected=policy_rejected,
+                  ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # close values first
+
+
+def bfpo_loss(h: Tensor, g: Tensor, tau: float) -> Tensor:
+    """(h - g / tau)^2, one per pair, not reduced. Step 0 has h = 0 and so loses exactly (g / tau)^2.
+
+    ValueError: tau <= 0 or not finite, two shapes.
+    """
+    _check_tau(tau)
+    _check_shapes(h=h, g=g)
+    return (h - g / tau) ** 2  # the supervised form, §3; Algorithm 1
+
+
+def ipo_loss(h: Tensor, tau: float) -> Tensor:
+    """(h - 1 / (2 tau))^2, one per pair: BFPO where both answers are safe and alpha = 1/2, bit for bit.
+
+    ValueError: tau <= 0 or not finite.
+    """
+    return bfpo_loss(h, torch.full_like(h, 0.5), tau)  # IPO, arXiv:2310.12036; Lemmas B.2 and B.3
+
+
+def dpo_loss(h: Tensor, tau: float) -> Tensor:
+    """-log sigmoid(tau h), one per pair; log 2 at h = 0. ValueError: tau <= 0 or not finite."""
+    _check_tau(tau)
+    return -torch.nn.functional.logsigmoid(tau * h)  # DPO, arXiv:2305.18290; Lemma B.2
+
+
+# ----------------------------------------------------------------------------------- the metrics of a batch
+
+
+def quadrant_sums(h: Tensor, g: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, tau: float) -> Tensor:
+    """Sums over each safety quadrant's pairs, float64 [4, 4]; additive over packs, ranks and batches.
+
+    Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the target's
+    side: h and g have one sign. Two of the four quadrants ask for h < 0, so a share of h > 0, as the authors'
+    accuracy is, would count their failures. h = 0 is on no side. All inputs are 1-D over pairs.
+    ValueError: tau <= 0 or not finite, labels other than 0 and 1, two shapes.
+    """
+    _check_tau(tau)
+    _check_shapes(h=h, g=g, chosen_safe=chosen_safe, rejected_safe=rejected_safe)
+    s_w = _as_indicator(chosen_safe, "chosen_safe").bool()
+    s_l = _as_indicator(rejected_safe, "rejected_safe").bool()
+    masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])
+    h, g = h.detach().double(), g.detach().double()
+    on_target_side = (h.sign() * g.sign() > 0).double()
+    columns_NC = torch.stack([torch.ones_like(h), h, g / tau, on_target_side], dim=-1)
+    return torch.where(masks_QN[..., None], columns_NC, 0.0).sum(1)  # mask * x spreads a NaN
+
+
+def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
+    """quadrant -> {"pairs" (int), "margin_nats", "target_nats", "target_side_share" (0 to 1)}.
+
+    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out.
+    """
+    means: dict[str, dict[str, float]] = {}
+    for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):
+        if pairs:
+            means[quadrant] = {"pairs": int(pairs), "margin_nats": h / pairs, "target_nats": target / pairs,
+                               "target_side_share": on_target_side / pairs}
+    return means
+
+
+# ----------------------------------------------------------------- the exact optimum on a finite action set
+# Pairs (y, y') come from pi_ref x pi_ref and y is chosen with probability p(y, y'). A zero derivative of
+# E (h - g / tau)^2 means  tau log(pi*/pi_ref)(y) = E_y'[ p(y, y') g(y, y') - p(y', y) g(y', y) ] + constant.
+# With that right side as the reward, pi* maximises E_pi[reward] - tau KL(pi || pi_ref): supervised learning
+# solves the RLHF problem. The paper's wording was not at hand; `python synthetic.py theorems` checks both.
+
+
+def _action_set(preference_AA: Tensor, safe_A: Tensor,
+                reference_A: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in float64, checked to 1e-6 so that fp32 input passes; no reference means the uniform one."""
+    preference_AA, safe_A = preference_AA.double(), _as_indicator(safe_A, "safe_A").double()
+    uniform_A = torch.ones_like(safe_A) / max(safe_A.numel(), 1)
+    reference_A = uniform_A if reference_A is None else reference_A.double()
+    shapes = [list(tensor.shape) for tensor in (preference_AA, safe_A, reference_A)]
+    if not safe_A.numel() or shapes != [2 * shapes[1], shapes[1], shapes[1]]:
+        raise ValueError("preference_AA, safe_A, reference_A must be [A, A], [A], [A] with A > 0, got "
+                         f"{shapes[0]}, {shapes[1]}, {shapes[2]}; give each action one entry")
+    least, mirror_error = preference_AA.min().item(), (preference_AA + preference_AA.T - 1).abs().max().item()
+    if not (least >= 0 and mirror_error <= 1e-6):
+        raise ValueError("preference_AA must be >= 0 with p(y, y') + p(y', y) = 1, got a minimum of "
+                         f"{least:.3g} and an error of {mirror_error:.3g}; use 1/2 on the diagonal")
+    least, total = reference_A.min().item(), reference_A.sum().item()
+    if not (least > 0 and abs(total - 1) <= 1e-6):
+        raise ValueError(f"reference_A must be > 0 and sum to 1, got a minimum of {least:.3g} and a sum of "
+                         f"{total:.6g}; leave out actions that pi_ref never takes and divide by the sum")
+    return preference_AA, safe_A, reference_A
+
+
+def population_reward(preference_AA: Tensor, safe_A: Tensor, alpha: float = 0.5, b1: float = 3.0,
+                      reference_A: Tensor | None = None) -> Tensor:
+    """tau log(pi*/pi_ref) of the exact minimiser up to a constant, float64 [A]: form 1, for every action set.
+
+        [ s (1 + (b1 - 1) p(y)) + (b1 - 1) E_y'[ s(y') p(y, y') ] ] / (b1 - 1) - 2 alpha p(y),   s = I_safe(y)
+
+    preference_AA [A, A] >= 0 with p + p^T = 1; safe_A [A] of 1 and 0; reference_A [A] > 0 with sum 1, or None
+    for the uniform one. ValueError: one of these broken, b1 <= 1, a setting that is not finite.
+    """
+    _check_label_settings(alpha, b1)
+    preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
+    helpful_A = preference_AA @ reference_A
+    beats_safe_A = preference_AA @ (reference_A * safe_A)
+    return (safe_A * (1 + (b1 - 1) * helpful_A) + (b1 - 1) * beats_safe_A) / (b1 - 1) - 2 * alpha * helpful_A
+
+
+def joint_reward(preference_AA: Tensor, safe_A: Tensor, alpha: float = 0.5, b1: float = 3.0,
+                 reference_A: Tensor | None = None) -> Tensor:
+    """(I_safe(y) + E_safe - 2 alpha) (p(y) + 1 / (b1 - 1)), float64 [A]: form 2, the paper's joint reward.
+
+    b1 = 3 and alpha = 0 give (r_safe + E_safe)(r_help + 1/2). It is population_reward plus a constant where
+    E_y'[ s(y') p(y, y') ] is E_safe p(y) plus a constant, as when safety and helpfulness are independent
+    under pi_ref, and not otherwise. Arguments and errors as in population_reward.
+    """
+    _check_label_settings(alpha, b1)
+    preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
+    helpful_A, safe_share = preference_AA @ reference_A, reference_A @ safe_A
+    return (safe_A + safe_share - 2 * alpha) * (helpful_A + 1 / (b1 - 1))  # Theorem 3.2; alpha: Prop. 3.3
+
+
+def optimum(preference_AA: Tensor, safe_A: Tensor, tau: float, alpha: float = 0.5, b1: float = 3.0,
+            reference_A: Tensor | None = None) -> Tensor:
+    """pi* = pi_ref exp(population_reward / tau) / Z, float64 [A]: the population loss's exact minimiser.
+
+    Arguments and errors as in population_reward, and ValueError for tau <= 0 or not finite.
+    """
+    _check_tau(tau)
+    reward_A = population_reward(preference_AA, safe_A, alpha, b1, reference_A)
+    log_reference_A = torch.zeros_like(reward_A) if reference_A is None else reference_A.double().log()
+    return torch.softmax(log_reference_A + reward_A / tau, dim=0)
