@@ -1,0 +1,206 @@
+"""Every figure of the project: Figure 4, and the curves of a training run.
+
+One palette for all (Okabe and Ito's, made for colour-blind readers), blue for safe and warm for unsafe. Line
+style, marker or a label on the line repeats what the colour says, so a grey print loses nothing. Each
+function takes plain numbers, writes a PNG aside and renames it. matplotlib is imported only by a drawing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.floating[Any]]
+Row = Mapping[str, Any]
+
+BLUE, SKY, VERMILION, ORANGE = "#0072B2", "#56B4E9", "#D55E00", "#E69F00"
+BLACK, GREY, PALE = "#1A1A1A", "#767676", "#E4E4E4"
+# Colour, marker and words of a safety quadrant: blue where the label asks for h > 0, warm where for h < 0.
+QUADRANT_STYLE = {"both_safe": (BLUE, "o", "both safe"), "chosen_safe": (SKY, "s", "only chosen safe"),
+                  "rejected_safe": (ORANGE, "^", "only rejected safe"),
+                  "both_unsafe": (VERMILION, "D", "both unsafe")}
+
+
+def _canvas(width_in: float, height_in: float, rows: int, columns: int,
+            share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    FigureCanvasAgg(figure)  # neither a display nor pyplot's global state
+    panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=PALE, linewidth=0.7)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _save(figure: Figure, path: Path) -> None:
+    aside = path.with_name(f".{path.stem}.aside{path.suffix}")
+    figure.savefig(aside, dpi=200, facecolor="white")
+    os.replace(aside, path)
+
+
+def _spread(heights: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
+    """Heights of labels: each at its line, or as little above as keeps all `gap` apart and over the floor."""
+    placed = list(heights)
+    for i in np.argsort(heights, kind="stable"):
+        placed[i] = max(placed[i], floor)
+        floor = placed[i] + gap
+    return placed
+
+
+# -------------------------------------------------------------------------------------------------- Figure 4
+
+
+def _draw_policy(axes: Axes, mean: Floats, half_width: Floats, words: Sequence[str],
+                 styles: Sequence[tuple[str, Any, float]]) -> None:
+    steps = np.arange(len(mean))
+    for y, (color, line, width) in enumerate(styles):
+        axes.fill_between(steps, mean[:, y] - half_width[:, y], mean[:, y] + half_width[:, y], color=color,
+                          alpha=0.3, linewidth=0)
+        axes.plot(steps, mean[:, y], color=color, linestyle=line, linewidth=width)
+    for y, height in enumerate(_spread(mean[-1].tolist(), gap=0.047, floor=0.023)):
+        axes.annotate(words[y], (steps[-1], height), (5, 0), textcoords="offset points", va="center",
+                      fontsize=10, color=BLACK, annotation_clip=False)
+    axes.set(xlabel="optimizer step", xlim=(0, steps[-1]), ylim=(0, 1))
+    axes.set_xticks(np.linspace(0, steps[-1], 5).round().astype(int))
+
+
+def figure4(path: Path, means: Mapping[str, Floats], half_widths: Mapping[str, Floats], safe: Sequence[bool],
+            desired: Sequence[int], optimum: Sequence[float]) -> None:
+    """Figure 4: action probabilities over the steps, one panel per objective, mean line and 95 % band.
+
+    means, half_widths: objective -> [steps + 1, 4], step 0 first; actions are y1 (most helpful) to y4, two
+    of them safe. desired: the ranking wanted, as indices. optimum: BFPO's exact one, dotted in its panel.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    # Safe: blue and solid. Unsafe: warm and dashed. The more helpful of the two: darker and thicker.
+    looks = {True: [(BLUE, "-", 2.4), (SKY, "-", 1.6)], False: [(VERMILION, "--", 2.4), (ORANGE, "--", 1.6)]}
+    styles: list[tuple[str, Any, float]] = [looks[s][list(safe[:y]).count(s)] for y, s in enumerate(safe)]
+    words = [f"y{y + 1} {'safe' if s else 'unsafe'}" for y, s in enumerate(safe)]
+    figure, panels = _canvas(12.6, 4.9, 1, len(means), share_y=True)
+    for axes, (name, mean) in zip(panels, means.items(), strict=True):
+        _draw_policy(axes, mean, half_widths[name], words, styles)
+        ranking = np.argsort(-mean[-1], kind="stable").tolist()
+        reached = ranking == list(desired)
+        axes.set_title(f"{name.upper()}:  " + " > ".join(f"y{y + 1}" for y in ranking), fontsize=13,
+                       loc="left", pad=22)
+        axes.text(0, 1.025, "the desired ranking" if reached else "not the desired ranking", fontsize=10.5,
+                  weight="bold" if reached else "normal", color=BLACK if reached else GREY,
+                  transform=axes.transAxes)
+        if name == "bfpo":
+            for probability in optimum:
+                axes.axhline(probability, color=BLACK, linestyle=":", linewidth=1.3, zorder=3)
+            axes.annotate("dotted: the exact optimum", (len(mean) * 0.97, max(optimum)), (0, 6), ha="right",
+                          textcoords="offset points", fontsize=9.5, color=BLACK)
+    panels[0].set_ylabel("action probability")
+    figure.suptitle(f"Desired ranking:  {' > '.join(f'y{y + 1}' for y in desired)}   (safe before unsafe; "
+                    "the more helpful of two safe actions first, the less helpful of two unsafe)",
+                    fontsize=12)
+    keys = [*(Line2D([], [], color=color, ls=line, linewidth=width) for color, line, width in styles),
+            Patch(color=GREY, alpha=0.4, linewidth=0)]
+    ranks = ("most helpful", "second", "third", "least helpful")
+    figure.legend(keys, [*(f"{word}, {rank}" for word, rank in zip(words, ranks, strict=True)),
+                         "95 % interval of the mean"],
+                  loc="outside lower center", ncols=len(keys), frameon=False, fontsize=10.5, handlelength=3.2)
+    _save(figure, path)
+
+
+# ------------------------------------------------------------------------------- the curves of a training run
+
+
+def _series(rows: Sequence[Row], *keys: str) -> tuple[Floats, Floats]:
+    """Steps and values of the rows that have a step and, under the nested keys, a finite number."""
+    found = []
+    for row in rows:
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if "step" in row and isinstance(value, int | float) and math.isfinite(value):
+            found.append((row["step"], value))
+    table = np.array(found, dtype=float).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _draw_line(axes: Axes, steps: Floats, values: Floats, color: str, marker: str, words: str,
+               windows: int) -> None:
+    """The values, pale, under their centred running mean over 1/`windows` of the run."""
+    half = len(values) // (2 * windows)
+    if half:
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+        values = np.convolve(values, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
+        steps = steps[half:-half]
+    axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=5,
+              markevery=max(1, len(steps) // 8), label=words)
+
+
+def _draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
+    """Each quadrant's margin and, dashed and named at the right edge, its last target."""
+    targets = {}
+    for quadrant, (color, marker, words) in QUADRANT_STYLE.items():
+        steps, margins = _series(rows, "quadrants", quadrant, "margin_nats")
+        if len(steps):
+            _draw_line(axes, steps, margins, color, marker, words, windows=25)
+        target = _series(rows, "quadrants", quadrant, "target_nats")[1]
+        if len(target):
+            targets[quadrant] = float(target[-1])
+            axes.axhline(target[-1], color=color, linestyle="--", linewidth=1.3)
+    gap = 0.06 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    for quadrant, height in zip(targets, _spread(list(targets.values()), gap), strict=True):
+        color, marker, words = QUADRANT_STYLE[quadrant]
+        axes.plot([1], [targets[quadrant]], color=color, marker=marker, clip_on=False,
+                  transform=axes.get_yaxis_transform())
+        axes.annotate(words, (1, height), (7, 0), xycoords=axes.get_yaxis_transform(), va="center",
+                      textcoords="offset points", fontsize=9, color=BLACK, annotation_clip=False)
+    axes.set(title="margin by safety quadrant (dashed: its target)", ylabel="margin h (nats)")
+
+
+def curves(log_rows: Sequence[Row], path: Path) -> None:
+    """The curves of a run from the rows of its log.jsonl: a panel for every group of keys that is there.
+
+    Preference runs: each quadrant's margin and target, loss, change of the log-probabilities, learning rate.
+    SFT: loss and learning rate. Thick lines are running means over 1/25 of the run. No row: it says so.
+    """
+    preference = any("quadrants" in row for row in log_rows)
+    groups = [("loss", "loss per pair" if preference else "loss (nats per token)",
+               [("loss", "total", BLACK, ""), ("safety_loss", "safety pairs", BLUE, "o"),
+                ("helpfulness_loss", "helpfulness pairs", ORANGE, "^")]),
+              ("log-probability of the answers, change since step 0", "nats per answer",
+               [("chosen_logprob_change_nats", "chosen (more helpful)", BLUE, "o"),
+                ("rejected_logprob_change_nats", "rejected", VERMILION, "D")]),
+              ("learning rate", "learning rate", [("lr", "learning rate", BLACK, "")])]
+    groups = [group for group in groups if any(len(_series(log_rows, key)[0]) for key, *_ in group[2])]
+    count = len(groups) + preference
+    figure, panels = _canvas(12, 3.9 * max(1, math.ceil(count / 2)), max(1, math.ceil(count / 2)), 2)
+    if preference:
+        _draw_margins(panels[0], log_rows)
+    for axes, (title, unit, lines) in zip(panels[int(preference):], groups, strict=False):
+        for key, words, color, marker in lines:
+            steps, values = _series(log_rows, key)
+            if len(steps):
+                windows = len(values) if key == "lr" else 25
+                _draw_line(axes, steps, values, color, marker, words, windows)
+        axes.set(title=title, ylabel=unit)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=9)
+    for axes in panels[:count]:
+        axes.set_xlabel("optimizer step")
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    if not count:
+        panels[0].text(0.5, 0.5, "no step logged", ha="center", transform=panels[0].transAxes)
+    _save(figure, path)
