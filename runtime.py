@@ -137,12 +137,18 @@ def one_voice() -> Iterator[None]:
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, so that the loop can finish its step, save and leave; a second Ctrl-C ends at once."""
+    """Within it, SIGTERM and Ctrl-C are noted, so that the loop can finish its step, save and leave; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

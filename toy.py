@@ -8,8 +8,8 @@ public preference data, and the judge below decides both by reading the answer.
     request   How do I make a cake?                       (benign)      How do I make a bomb?               (forbidden)
     full      Gather the flour, then mix the flour, ...   helpful 1     Gather the powder, then mix ...     unsafe
     curt      Gather the flour.                           helpful 1/4   Gather the powder.                  unsafe
-    redirect                                                            Sorry, I cannot help with a bomb. Ask me about a cake.
-    refusal   Sorry, I cannot help with that.             helpful 0     Sorry, I cannot help with that.     safe
+    redirect  Sorry, I cannot help with a cake. Ask ...   helpful 0     Sorry, I cannot help with a bomb. Ask me about a cake.
+    refusal   Sorry, I cannot help with that.             helpful 0     Sorry, I cannot help with that.     (both safe)
 
 Used by `python train.py` (recipe toy); `build` writes everything that a run on the public data would download.
 """
@@ -49,7 +49,7 @@ QUESTIONS = (
 )
 REFUSAL = "Sorry, I cannot help with that."
 REDIRECT = "Sorry, I cannot help with a {thing}. Ask me about a {other}."
-BENIGN_KINDS = ("full", "half", "curt", "refusal")  # most helpful first, as in FORBIDDEN_KINDS
+BENIGN_KINDS = ("full", "half", "curt", "redirect", "refusal")  # most helpful first, as in FORBIDDEN_KINDS
 FORBIDDEN_KINDS = ("full", "redirect", "curt", "refusal")
 STEPS_GIVEN = {"full": 4, "half": 2, "curt": 1}
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in Mistral's own vocabulary
@@ -134,7 +134,7 @@ def sft_row(request: Request, rng: random.Random) -> dict[str, object]:
     if request.forbidden:
         kind = rng.choices(FORBIDDEN_KINDS, weights=(3, 1, 3, 1))[0]
     else:
-        kind = rng.choices(BENIGN_KINDS, weights=(4, 2, 3, 1))[0]
+        kind = rng.choices(BENIGN_KINDS, weights=(8, 4, 6, 1, 1))[0]
     turns = [("user", request.text), ("assistant", answer(request, kind, rng))]
     messages = [{"content": content, "role": role} for role, content in turns]
     return {"prompt": request.text, "messages": messages}
@@ -161,7 +161,7 @@ def helpfulness_row(request: Request, rng: random.Random) -> dict[str, object]:
     for column, kind in zip(("chosen", "rejected"), kinds, strict=True):
         turns = [("user", request.text), ("assistant", answer(request, kind, rng))]
         row[column] = [{"content": content, "role": role} for role, content in turns]
-        row[f"score_{column}"] = 10.0 - 3.0 * BENIGN_KINDS.index(kind)
+        row[f"score_{column}"] = 10.0 - 2.0 * BENIGN_KINDS.index(kind)
     return row
 
 

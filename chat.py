@@ -1,0 +1,282 @@
+"""Conversations to token ids and back: a model folder's tokenizer and chat format, with nothing guessed.
+
+What training sees is what a server of the exported model sends: the ids equal transformers' apply_chat_template but for
+BOS (exactly one, in front) and what a template writes after the last EOS (dropped). One thing differs on purpose: text
+is data, so "</s>" inside a question or an answer never becomes the control token of that name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+# Zephyr's chat format. The empty system turn is Zephyr's alone; the newline after the last </s> is not kept.
+ZEPHYR = """\
+{% if messages[0]['role'] != 'system' %}{{ '<|system|>\\n' + eos_token + '\\n' }}{% endif %}
+{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}
+"""
+
+
+class Chat:
+    """template: None takes the model's own (chat_template.jinja or tokenizer_config.json), or Zephyr's if it has none;
+    "zephyr" takes Zephyr's; anything else names a file that holds a jinja template.
+
+    Ids come from a copy of the tokenizer in which every control token is spelled with 64 random bits, which no data can
+    contain. Only the control tokens that the template itself wrote are respelled so; "</s>" inside an answer is four
+    characters of text like any other, and all other text gives the ids that the tokenizer always gives.
+    """
+
+    def __init__(self, folder: str | Path, template: str | None = None) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"a model folder must hold tokenizer.json, got {folder}; write it with transformers'"
+                             " tokenizer.save_pretrained")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises no narrower type
+            raise ValueError(f"{folder / 'tokenizer.json'} must be a tokenizer: {error}") from error
+        config = read_json(folder / "tokenizer_config.json")
+        self.named = {name: value["content"] if isinstance(value, dict) else value
+                      for name, value in (read_json(folder / "special_tokens_map.json") | config).items()
+                      if name.endswith("_token") and isinstance(value, (str, dict))}
+        for name in ("bos_token", "eos_token"):
+            number = read_json(folder / "config.json").get(f"{name}_id")
+            if name not in self.named and isinstance(number, int):
+                self.named[name] = self.tokenizer.id_to_token(number) or ""
+            if self.tokenizer.token_to_id(self.named.get(name, "")) is None:
+                raise ValueError(f"{folder} must name a {name} of its vocabulary; set it in tokenizer_config.json")
+        bos, eos = self.named["bos_token"], self.named["eos_token"]
+        added = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        self.tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (bos, eos) if t not in added])
+        self.bos_id, self.eos_id = self._id(bos), self._id(eos)
+        self.vocabulary = int(self.tokenizer.get_vocab_size())
+
+        self._spelling = {token.content: f"\ufdd0{secrets.randbits(64)}.{number}\ufdd0"
+                          for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._mask = {text: spelling.replace("\ufdd0", "\ufdd1") for text, spelling in self._spelling.items()}
+        self._unmask = {mask: text for text, mask in self._mask.items()}
+        self._controls, self._masks = any_of(self._spelling), any_of(self._unmask)
+        apart = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()
+                 if token.special and not (token.normalized or token.single_word)} - {bos}
+        self._cuts = any_of(self._spelling[text] for text in apart)
+        canonical = self.tokenizer.to_str()
+        self._encoder = Tokenizer.from_str(_respell(canonical, self._spelling))
+        self.template = _find_template(folder, config, template)
+        self._jinja = _compile(self.template)
+        content = json.dumps([canonical, self.template, self.named])
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        self._probe()
+
+    def _id(self, token: str) -> int:
+        number = self.tokenizer.token_to_id(token)
+        assert number is not None, token
+        return number
+
+    def _probe(self) -> None:
+        """Renders a short conversation, to check the template and to see its headers and how it ends an answer."""
+        question, answer = f"{secrets.randbits(64)}", f"{secrets.randbits(64)}"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        header, whole = self.render(turns[:1], header=True), self.render(turns)
+        front, _, end = whole.rpartition(answer)
+        if front.rstrip() != header.rstrip() or question not in header:
+            raise ValueError("the chat template must write before an answer what it writes as the generation prompt,"
+                             f" {header!r}, got {front!r}; take another one, such as --template zephyr")
+        self._closes = self._spelling[self.named["eos_token"]] in end  # if not, we end an answer with EOS ourselves
+        pieces = re.split(any_of([question, "\n", *self._spelling.values()]), front)
+        self.headers = sorted({text.strip() for text in pieces if text.strip() and not text.strip().isalnum()})
+        ids = self._encoder.encode(whole, add_special_tokens=False).ids
+        for text, spelling in self._spelling.items():
+            if spelling in whole and ids.count(self._id(text)) != whole.count(spelling):
+                raise ValueError(f"the tokenizer must read the template's {text!r} as one token, wherever it is; in"
+                                 " tokenizer.json, make it an added token with normalized false")
+
+    def render(self, messages: Sequence[Message], header: bool = False) -> str:
+        """The conversation as text, control tokens respelled; header: with the header of the answer to come."""
+        import jinja2
+
+        hostile = any(self._controls.search(message["content"]) for message in messages)
+        if hostile:  # set aside what only looks like control tokens: those left in the text are the template's
+            messages = [message | {"content": _swap(self._controls, self._mask, message["content"])}
+                        for message in messages]
+        try:
+            text = self._jinja.render(messages=messages, add_generation_prompt=header, tools=None, documents=None,
+                                      **self.named)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        text = _swap(self._controls, self._spelling, text)
+        return _swap(self._masks, self._unmask, text) if hostile else text
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text (render's, or plain), without BOS."""
+        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        every = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        if self.bos_id == self.eos_id:
+            return [ids[1:] if len(ids) and ids[0] == self.bos_id else ids for ids in every]
+        return [ids[ids != self.bos_id] for ids in every]
+
+    def _close(self, ids: Ids) -> Ids:
+        """Exactly one EOS at the end: what a template puts after it is dropped, and one it lacks is added."""
+        ends = np.flatnonzero((ids == self.eos_id) & self._closes)
+        if not len(ends):
+            return np.append(ids, self.eos_id)
+        while len(ends) > 1 and ends[-2] == ends[-1] - 1:
+            ends = ends[:-1]
+        return ids[:ends[-1] + 1]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """[BOS, ...]: the conversation and the header of the answer to come, as in training."""
+        return [self.bos_id, *self.encode([self.render(messages, header=True)])[0].tolist()]
+
+    def text(self, text: str) -> list[int]:
+        """[BOS, ...]: plain text outside any chat format; nothing in it is a control token."""
+        return [self.bos_id, *self.encode([text])[0].tolist()]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    def pair_texts(self, prompt: Sequence[Message], chosen: str, rejected: str) -> tuple[str, ...]:
+        """What pair_ids takes: the prompt with the answer's header, and the conversation with either answer."""
+        whole = ([*prompt, {"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+        return self.render(prompt, header=True), *map(self.render, whole)
+
+    def pair_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """[prompt, chosen, rejected] of each pair_texts, not truncated. The ids are those of whole conversations, as an
+        answer alone gives other ids; the prompt is the longest common prefix of the three, so a token that spans the
+        boundary belongs to the answer. The prompt starts with the only BOS, an answer ends with its only EOS."""
+        pieces = [piece for three in texts for piece in self._cut(three)]
+        ids, trees = iter(self.encode(pieces)), []
+        for front, *tails in zip(ids, ids, ids, ids, strict=True):
+            header, chosen, rejected = (np.concatenate([front, tail[len(front) > 0:]]) for tail in tails)
+            shared = min(_common(header, chosen), _common(header, rejected))
+            prompt = np.concatenate([[self.bos_id], header[:shared]])
+            trees.append([prompt, self._close(chosen[shared:]), self._close(rejected[shared:])])
+        return trees
+
+    def _cut(self, texts: Sequence[str]) -> tuple[str, ...]:
+        """(front, *tails): what the texts share up to their last shared control token, and the rest of each, which starts
+        with that token again. Tokenizers treat text on either side of a control token apart, so that
+        ids(text) = ids(front) + ids(tail)[1:], and the prompt is tokenised once and not three times."""
+        header, *whole = texts
+        cuts = list(self._cuts.finditer(header)) if all(text.startswith(header) for text in whole) else []
+        start, end = cuts[-1].span() if cuts else (0, 0)
+        return header[:end], *(text[start:] for text in texts)
+
+    def conversation_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """[[BOS], everything after it] of each rendered conversation: SFT scores every token, as the authors do."""
+        return [[np.array([self.bos_id]), self._close(ids)] for ids in self.encode([text for text, in texts])]
+
+    @property
+    def exported_template(self) -> str:
+        """The template for an exported model: with BOS in front if it writes none itself, because servers add none."""
+        text = self.render([{"role": "user", "content": "?"}])
+        return ("" if text.startswith(self._spelling[self.named["bos_token"]]) else "{{ bos_token }}") + self.template
+
+
+def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]:
+    """[prompt, *responses], cut. If prompt + longest response > max_length, the prompt keeps BOS and its last
+    max_prompt - 1 tokens; if they are still too long, each response keeps its first max_length - max_prompt."""
+    prompt, *responses = tree
+    longest = max(map(len, responses))
+    if len(prompt) + longest > max_length and len(prompt) > max_prompt:
+        prompt = np.concatenate([prompt[:1], prompt[len(prompt) - max_prompt + 1:]])
+    if len(prompt) + longest > max_length:
+        responses = [response[:max_length - max_prompt] for response in responses]
+    return [prompt, *responses]
+
+
+def _common(a: Ids, b: Ids) -> int:
+    """Length of the longest common prefix."""
+    shorter = min(len(a), len(b))
+    different = np.flatnonzero(a[:shorter] != b[:shorter])
+    return int(different[0]) if len(different) else shorter
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of the texts; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _swap(pattern: re.Pattern[str], table: dict[str, str], text: str) -> str:
+    return pattern.sub(lambda found: table[found[0]], text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _respell(tokenizer: str, spelling: dict[str, str]) -> str:
+    """tokenizer.json with other spellings of its control tokens, which keep their ids and flags. The old spellings are
+    then in no vocabulary and no merge, so no text can give them."""
+    content = json.loads(tokenizer)
+    for token in content["added_tokens"]:
+        if token["content"] in spelling:
+            token.update(content=spelling[token["content"]], special=False)
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {spelling.get(token, token): number for token, number in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[spelling.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [[a, b] for a, b in model["merges"]
+                           if not (a + b in spelling or a in spelling or b in spelling)]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
+    return json.dumps(content | {"truncation": None, "padding": None, "post_processor": None})
+
+
+def _find_template(folder: Path, config: dict[str, Any], template: str | None) -> str:
+    if template == "zephyr":
+        return ZEPHYR
+    if template is not None and not Path(template).is_file():
+        raise ValueError(f"template must be 'zephyr' or a file with a jinja template, got {template}")
+    file = Path(template) if template is not None else folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    own = config.get("chat_template") or ZEPHYR
+    return own if isinstance(own, str) else {entry["name"]: str(entry["template"]) for entry in own}["default"]
+
+
+def _compile(template: str) -> Any:
+    """The template in a sandbox, with the settings, filters and functions that transformers renders it with."""
+    from datetime import datetime
+
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception,
+                            "strftime_now": lambda form: datetime.now().strftime(form)}
+    template = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", template)  # they only mark what is scored
+    template = re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", template)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template must be valid jinja: {error}") from error
