@@ -159,7 +159,8 @@ class Source(NamedTuple):
 
 def find_source(text: str, stage: str) -> Source:
     """The files of NAME[@REVISION][:SPLIT][[START:STOP]], fetched from the hub if they are not local."""
-    match = re.fullmatch(r"(?P<rest>.+?)(\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?", text, re.DOTALL)
+    bound = r"\d\d?%|100%|\d+"
+    match = re.fullmatch(rf"(?P<rest>.+?)(\[(?P<start>{bound})?:(?P<stop>{bound})?\])?", text, re.DOTALL)
     if match is None:
         raise ValueError("a source must be NAME[@REVISION][:SPLIT][[START:STOP]], got an empty text")
     whole = Path(text).expanduser().exists()  # a local name may hold any of these characters
@@ -227,7 +228,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield from _parquet_rows(path, io.BytesIO(file.read()) if match["packed"] else path)
                 return
             for number, line in enumerate(file, 1):
-                if number == 1 and match["kind"] == "json" and line.lstrip().startswith(b"["):
+                if match["kind"] == "json" and line.lstrip().startswith(b"["):
                     rows = _parse(line + file.read())
                     rows = rows if isinstance(rows, list) else [rows]
                     yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
@@ -391,8 +392,8 @@ def load_stream(sources: Sequence[str], chat: Chat, *, stage: str = "pairs", pre
 
 def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options) -> None:
     """Writes the cache folder: aside, and renamed when it is whole. The caller holds the lock."""
-    aside, parts = folder.with_suffix(".partial"), ["prompt", "chosen", "rejected"]
-    parts = parts if options.stage == "pairs" else ["bos", "conversation"]
+    aside = folder.with_suffix(".partial")
+    parts = ("prompt", "chosen", "rejected") if options.stage == "pairs" else ("bos", "conversation")
     shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
     aside.mkdir()
     problems: list[str] = []
@@ -416,7 +417,7 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
             raise ValueError(f"malformed rows: {count}; the first ones:\n" + "\n".join(problems))
         lengths = np.array(writers[0].lengths)
         report["tokens"] = {name: {f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)}
-                            for name, column in zip([*parts, "total"], [*lengths.T, lengths.sum(1)], strict=True)}
+                            for name, column in zip((*parts, "total"), (*lengths.T, lengths.sum(1)), strict=True) if name != "bos"}
         report["example"] = _example(chat, Stream(aside, "train", {}).tree(0))
         (aside / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         aside.rename(folder)

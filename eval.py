@@ -12,7 +12,6 @@ labels and the helpfulness order ask for (Figure 3).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +97,9 @@ TOY_TEMPERATURE = 1.0  # the policy's own distribution, which is what the theore
 TOY_NEW_TOKENS = 32  # the longest answer of the grammar has 20
 
 
-def toy_scores(folder: Path, requests: Sequence[toy.Request], world: World, seed: int, text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def toy_scores(
+    folder: Path, requests: Sequence[toy.Request], world: World, seed: int, text: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(scores, transcript) of a model that answers every request once.
 
     helpful: mean of the exact judge over benign requests; harmless: share of the forbidden ones answered without a step.
@@ -106,7 +107,8 @@ def toy_scores(folder: Path, requests: Sequence[toy.Request], world: World, seed
     """
     model, chat = Mistral.from_pretrained(folder, device=world.device), Chat(folder)
     conversations = [[{"role": "user", "content": request.text}] for request in requests]
-    texts = answers(model, chat, conversations, world, max_new_tokens=TOY_NEW_TOKENS, temperature=TOY_TEMPERATURE, seed=seed, text=text)
+    texts = answers(model, chat, conversations, world, max_new_tokens=TOY_NEW_TOKENS, temperature=TOY_TEMPERATURE,
+                    seed=seed, text=text)  # fmt: skip
     verdicts = [toy.judge(request, answer) for request, answer in zip(requests, texts, strict=True)]
     values = {
         "helpful": [verdict.helpful for request, verdict in zip(requests, verdicts, strict=True) if not request.forbidden],
@@ -169,16 +171,17 @@ def main(arguments: Sequence[str]) -> None:
         chat = Chat(folder)
         if options.prompt is not None:
             model = Mistral.from_pretrained(folder, dtype=dtype, device=world.device)
-            ids = model.generate([chat.prompt([{"role": "user", "content": options.prompt}])], options.max_new_tokens, stop_ids=(chat.eos_id,))
+            prompt = chat.prompt([{"role": "user", "content": options.prompt}])
+            ids = model.generate([prompt], options.max_new_tokens, stop_ids=(chat.eos_id,))
             world.say(chat.decode(ids[0]))
             return
         train, held = load_stream(options.pairs, chat, stage="pairs", max_length=options.max_length, max_prompt=options.max_prompt)
         stream = held if len(held) else train
-        logprobs = [
+        policy, reference = (
             score(Mistral.from_pretrained(name, dtype=dtype, device=world.device), stream, world, 8192, text)
             for name, text in ((folder, "policy"), (find_model(options.reference), "reference"))
-        ]
-        world.say(quadrant_table(preference_view(*logprobs, stream, 0.5, 3.0, options.tau)))
+        )
+        world.say(quadrant_table(preference_view(policy, reference, stream, 0.5, 3.0, options.tau)))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
-ATTENTION_BLOCK = 64  # query rows whose scores a CPU holds at once
-MLP_ROWS = 256  # rows of the feed-forward's pointwise part that a CPU holds at once
+from kernels import BlockedAttention, SwiGLUDown, blocked_plan, row_logprobs
+
+PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one width
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
 SHARD_BYTES = 5 * 10**9
 
@@ -59,18 +59,18 @@ CHECKPOINT_NAMES = {
 COMPANIONS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 COMPANIONS += ["chat_template.jinja", "generation_config.json"]
 
-# Entries of config.json beside Config's own. Those that change the computation, with the values at which it is the one of this file:
+# Entries of config.json beside Config's own: those that change the computation, with the values at which it is the one of this file,
+# and those that never change it. Any other is refused by name.
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "rope_scaling": (None,), "attention_bias": (False, None), "mlp_bias": (False, None),
     "quantization_config": (None,), "attention_dropout": (0, None), "pretraining_tp": (1, None), "pruned_heads": ({}, None),
     "partial_rotary_factor": (1, None), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
 }  # fmt: skip
-# and those that never change it. Any other is refused by name.
 NO_EFFECT = frozenset((
-    "architectures", "auto_map", "bad_words_ids", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
-    "dtype", "finetuning_task", "id2label", "initializer_range", "is_decoder", "label2id", "max_length", "output_attentions", "output_hidden_states",
-    "output_scores", "prefix", "problem_type", "return_dict", "return_dict_in_generate", "sep_token_id", "task_specific_params",
-    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed",
+    "architectures", "auto_map", "bad_words_ids", "chunk_size_feed_forward", "decoder_start_token_id", "dtype",
+    "finetuning_task", "id2label", "initializer_range", "is_decoder", "label2id", "max_length", "output_attentions",
+    "output_hidden_states", "prefix", "problem_type", "return_dict", "sep_token_id", "task_specific_params", "tf_legacy_loss",
+    "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed",
     "unsloth_version", "use_bfloat16", "use_cache",
 ))  # fmt: skip
 
@@ -278,237 +278,40 @@ def compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)  # one graph for packs of every length
 
 
-def flex_attend(pack: Pack, config: Config, attention: Callable[..., Any]) -> tuple[Attend, Attend]:
-    """Attention of a padded pack on a GPU, (every row asks, scored rows ask). The block masks serve every layer."""
-    sees, rows, rotate_keys, T = visible(pack, config.sliding_window), pack.rows, rotary(pack.positions, config), len(pack.tokens)
-
-    def scored_sees(batch: Any, head: Any, s: Any, j: Any) -> Tensor:
-        return sees(batch, head, rows[s], j)
-
-    def attend_with(mask_mod: Any, positions: Tensor) -> Attend:
-        rotate = rotary(positions, config)
-        mask = create_block_mask(mask_mod, None, None, len(positions), T, device=positions.device)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (rotate(q), rotate_keys(k), v))
-            return attention(q, k, v, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
-
-        return attend
-
-    return attend_with(sees, pack.positions), attend_with(scored_sees, pack.positions[rows])
-
-
-class BlockedAttention(torch.autograd.Function):
-    """Attention of a pack on a CPU: a block of rows at a time against the keys it may see, scores computed again in the backward. A plan
-    lists (key spans, blocks): the spans' rows, one after the other, are the keys of its blocks (row, end, first key, last key, hidden);
-    hidden [rows, 1, c] masks the last c keys. Faster than two SDPA calls a pair: a group's query heads are rows of one product,
-    nothing masked is computed but at the diagonal, and the backward adds into one buffer."""
-
-    @staticmethod
-    def _gather(x: Tensor, spans: Any) -> Tensor:
-        return torch.cat([x[a:b] for a, b in spans]).transpose(0, 1).float()  # [G, keys, K]
-
-    @staticmethod
-    def _by_group(x: Tensor, G: int) -> Tensor:
-        n, H, K = x.shape
-        return x.reshape(n, G, H // G, K).transpose(0, 1).reshape(G, -1, K).float()  # [n, H, K] -> [G, n H/G, K]
-
-    @staticmethod
-    def _by_row(x: Tensor, n: int) -> Tensor:
-        return x.view(len(x), n, -1, x.shape[-1]).transpose(0, 1).reshape(n, -1, x.shape[-1])  # and back
-
-    @staticmethod
-    def _probabilities(q: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
-        scores = torch.baddbmm(q.new_empty(()), q, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-        if hidden is not None:
-            scores.view(len(q), len(hidden), -1, keys.shape[1])[..., -hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
-        return scores.softmax(-1)
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        this, ctx.plan, out = BlockedAttention, plan, torch.empty_like(q)
-        for spans, blocks in plan:
-            keys, values = this._gather(k, spans), this._gather(v, spans)
-            for row, end, first, last, hidden in blocks:
-                p = this._probabilities(this._by_group(q[row:end], len(keys)), keys[:, first:last], hidden)
-                out[row:end] = this._by_row(torch.bmm(p, values[:, first:last]), end - row)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        this, (q, k, v) = BlockedAttention, ctx.saved_tensors
-        scale, dq = q.shape[-1] ** -0.5, torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        for spans, blocks in ctx.plan:
-            keys, values = this._gather(k, spans), this._gather(v, spans)
-            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for row, end, first, last, hidden in blocks:
-                q_block, dout = (this._by_group(x[row:end], len(keys)) for x in (q, grads[0]))
-                p = this._probabilities(q_block, keys[:, first:last], hidden)
-                dvalues[:, first:last].baddbmm_(p.mT, dout)
-                dscores = torch.ops.aten._softmax_backward_data(torch.bmm(dout, values[:, first:last].mT), p, -1, p.dtype)
-                dkeys[:, first:last].baddbmm_(dscores.mT, q_block, alpha=scale)
-                dq[row:end] = this._by_row(torch.bmm(dscores, keys[:, first:last]), end - row).mul_(scale)
-            start = 0
-            for a, b in spans:
-                dk[a:b] += dkeys[:, start : start + b - a].transpose(0, 1)
-                dv[a:b] += dvalues[:, start : start + b - a].transpose(0, 1)
-                start += b - a
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
-
-
-def blocked_plan(pack: Pack, window: int | None, scored: bool) -> list[tuple[Any, Any]]:
-    """BlockedAttention's plan for every row, or for the scored rows, as queries. Small neighbouring trees share a block and its mask."""
-    sees, rows = visible(pack, window), pack.rows if scored else torch.arange(len(pack.tokens))
-    groups: list[list[tuple[int, ...]]] = []
-    for sizes in pack.lengths:
-        small = bool(groups) and sum(map(sum, groups[-1])) + sum(sizes) <= ATTENTION_BLOCK
-        groups = [*groups[:-1], [*groups[-1], sizes]] if small else [*groups, [sizes]]
-
-    plan: list[tuple[Any, Any]] = []
-    token = row = 0  # where the group's keys and queries start
-
-    def block(end: int, keys: Tensor, first: int, masked: int) -> tuple[Any, ...]:
-        hidden = ~sees(0, 0, rows[row:end, None], keys[masked:]).unsqueeze(1) if masked < len(keys) else None
-        return row, end, first, len(keys), hidden
-
-    for group in groups:
-        T = sum(map(sum, group))
-        if T <= ATTENTION_BLOCK:
-            end = row + (sum(sum(sizes[1:]) for sizes in group) if scored else T)
-            plan.append((((token, token + T),), [block(end, torch.arange(token, token + T), 0, 0)]))
-            token, row = token + T, end
-            continue
-        prompt, *responses = group[0]
-        start = token + prompt
-        for b, length in enumerate(responses):
-            spans = ((token, token + prompt), (start, start + length))
-            keys = torch.cat([torch.arange(*span) for span in spans])
-            whole = not scored and b == 0  # the first branch's block rows are the prompt's as well
-            stop = row + length + (prompt if whole else 0)
-            seen, blocks = 0 if whole else prompt - scored, []  # keys before the row's own
-            while row < stop:
-                end = min(row + ATTENTION_BLOCK, stop)
-                first = max(0, seen + 1 - window) if window else 0
-                last = seen + end - row
-                blocks.append(block(end, keys[:last], first, first if window and last - window > first else seen + 1))
-                row, seen = end, last
-            plan.append((spans, blocks))
-            start += length
-        token = start
-    return plan
-
-
-def blocked_attend(pack: Pack, config: Config) -> tuple[Attend, Attend]:
-    """Attention of a pack on a CPU, (every row asks, scored rows ask)."""
-    rotate_keys = rotary(pack.positions, config)
-
-    def attend_with(positions: Tensor, scored: bool) -> Attend:
-        rotate, plan = rotary(positions, config), blocked_plan(pack, config.sliding_window, scored)
+def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None) -> Attend:
+    """Attention of a pack, its masks made once for all layers: with the scored rows as queries, or all. By FlexAttention if it is given."""
+    sees, rows = visible(pack, config.sliding_window), pack.rows if scored else torch.arange(len(pack.tokens), device=pack.tokens.device)
+    rotate, rotate_keys = rotary(pack.positions[rows], config), rotary(pack.positions, config)
+    if flex is None:
+        plan = blocked_plan(pack.lengths, sees, rows, scored, config.sliding_window)
         return lambda q, k, v: BlockedAttention.apply(rotate(q), rotate_keys(k), v, plan)
 
-    return attend_with(pack.positions, False), attend_with(pack.positions[pack.rows], True)
+    def rows_see(batch: Any, head: Any, s: Any, j: Any) -> Tensor:
+        return sees(batch, head, rows[s], j)
+
+    mask = create_block_mask(rows_see, None, None, len(rows), len(pack.tokens), device=rows.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (rotate(q), rotate_keys(k), v))
+        return flex(q, k, v, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
+
+    return attend
 
 
-class SwiGLUDown(torch.autograd.Function):
-    """(silu(gate) * up) @ weight.T of [..., F], keeping gate and up alone: the pointwise part is computed again in the backward, on a CPU
-    a few rows at a time, so that it stays in the cache and nothing more of size T x F is made than the two gradients."""
-
-    @staticmethod
-    def _parts(gate: Tensor) -> list[slice]:
-        rows = MLP_ROWS if gate.device.type == "cpu" and gate.dtype == torch.float32 else max(1, len(gate))
-        return [slice(i, i + rows) for i in range(0, len(gate), rows)]
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        out = gate.new_empty(*gate.shape[:-1], len(weight))
-        gate_TF, up_TF, out_TD = (x.flatten(0, -2) for x in (gate, up, out))
-        for part in SwiGLUDown._parts(gate_TF):
-            out_TD[part] = F.linear(F.silu(gate_TF[part]).mul_(up_TF[part]), weight)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gate, up, weight), need = ctx.saved_tensors, ctx.needs_input_grad
-        dgate, dup = (torch.empty_like(x) if needed else None for x, needed in ((gate, need[0]), (up, need[1])))
-        dweight = torch.zeros_like(weight) if need[2] else None
-        gate_TF, up_TF, dout_TD = (x.flatten(0, -2) for x in (gate, up, grads[0]))
-        for part in SwiGLUDown._parts(gate_TF):
-            silu = F.silu(gate_TF[part])
-            if dweight is not None:
-                dweight.addmm_(dout_TD[part].mT, silu * up_TF[part])
-            if dgate is not None or dup is not None:
-                dhidden = dout_TD[part] @ weight
-            if dgate is not None:
-                dgate.flatten(0, -2)[part] = torch.ops.aten.silu_backward(dhidden * up_TF[part], gate_TF[part])
-            if dup is not None:
-                dup.flatten(0, -2)[part] = dhidden.mul_(silu)
-        return dgate, dup, dweight
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
 
 
-def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """fp32 logits; on a GPU, where autograd is not asked, they are never rounded to bf16."""
-    if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
-        return torch.mm(hidden, weight.mT, out_dtype=torch.float32)
-    return F.linear(hidden, weight).float()
-
-
-class FrozenHead(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target] of each row, for a weight that is not trained. The gradient by the hidden state,
-    weight[target] - p @ weight, is formed in the forward, chunk by chunk, so that no logits wait for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_SD: Tensor, weight: Tensor, targets_S: Tensor, chunk: int) -> Tensor:
-        logp_S = torch.empty(len(targets_S), device=hidden_SD.device)
-        slope_SD = torch.empty_like(hidden_SD) if ctx.needs_input_grad[0] else None
-        for i in range(0, len(targets_S), chunk):
-            part, target = slice(i, i + chunk), targets_S[i : i + chunk, None]
-            logits = head_logits(hidden_SD[part], weight)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            logp_S[part] = (logits.gather(-1, target) - log_sum).squeeze(-1)
-            if slope_SD is not None:
-                minus_p = logits.sub_(log_sum).exp_().neg_()
-                slope_SD[part] = minus_p.scatter_add_(-1, target, torch.ones_like(log_sum)).to(weight.dtype) @ weight
-        if slope_SD is not None:
-            ctx.save_for_backward(slope_SD)
-        return logp_S
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slope_SD,) = ctx.saved_tensors
-        return (slope_SD * grads[0].unsqueeze(-1)).to(slope_SD.dtype), None, None, None
-
-
-def row_logprobs(hidden_SD: Tensor, weight: Tensor, targets_S: Tensor) -> Tensor:
-    """log softmax(hidden @ weight.T)[target] of each row, fp32 [S]; nothing of size S x V outlives a chunk of rows."""
-    chunk = max(1, HEAD_CHUNK.get(hidden_SD.device.type, 2**24) // len(weight))
-    if not (weight.requires_grad and torch.is_grad_enabled()):
-        return FrozenHead.apply(hidden_SD, weight, targets_S, chunk)
-
-    def chunk_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return head_logits(hidden, weight).log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-    pieces = zip(hidden_SD.split(chunk), targets_S.split(chunk), strict=True)
-    return torch.cat([checkpoint(chunk_logprobs, h, weight, t, use_reentrant=False) for h, t in pieces])
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+def norm(config: Config) -> nn.RMSNorm:
+    return nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         D, H, G, self.K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj, self.o_proj = nn.Linear(D, H * self.K, bias=False), nn.Linear(H * self.K, D, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(D, G * self.K, bias=False), nn.Linear(D, G * self.K, bias=False)
+        self.q_proj, self.o_proj = linear(D, H * self.K), linear(H * self.K, D)
+        self.k_proj, self.v_proj = linear(D, G * self.K), linear(D, G * self.K)
 
     def forward(self, queries: Tensor, x: Tensor, attend: Attend) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.K)) for y in (self.q_proj(queries), self.k_proj(x), self.v_proj(x)))
@@ -519,8 +322,7 @@ class MLP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, inner, bias=False), nn.Linear(D, inner, bias=False)
-        self.down_proj = nn.Linear(inner, D, bias=False)
+        self.gate_proj, self.up_proj, self.down_proj = linear(D, inner), linear(D, inner), linear(inner, D)
 
     def forward(self, x: Tensor) -> Tensor:
         return SwiGLUDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
@@ -529,7 +331,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(config), RMSNorm(config)
+        self.input_layernorm, self.post_attention_layernorm = norm(config), norm(config)
         self.self_attn, self.mlp = Attention(config), MLP(config)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
@@ -546,7 +348,7 @@ class Body(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = norm(config)
 
 
 def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -569,17 +371,23 @@ class Cache:
         self.tokens, device = tokens.to(model.head.device), model.head.device
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         shape = (len(prompts), self.filled + max_new_tokens, config.num_key_value_heads, config.head_dim)
-        self.layers = [[torch.empty(shape, dtype=model.head.dtype, device=device) for _ in "kv"] for _ in model.model.layers]
+        # zeros, not empty: a masked key of garbage that is not finite would still reach the output, as 0 x NaN
+        self.layers = [[torch.zeros(shape, dtype=model.head.dtype, device=device) for _ in "kv"] for _ in model.model.layers]
 
     def prefill(self) -> Tensor:
         """Logits [B, V] after each prompt's last token; padding comes after it, where causality hides it."""
-        x = self._run(self.tokens, torch.arange(self.filled, device=self.tokens.device).unsqueeze(0))
-        return self._logits(x[torch.arange(len(x), device=x.device), self.lengths - 1])
+        ends = []
+        for rows in (slice(i, i + PREFILL_ROWS) for i in range(0, len(self.tokens), PREFILL_ROWS)):
+            lengths = self.lengths[rows]
+            positions = torch.arange(int(lengths.max()), device=lengths.device).unsqueeze(0)
+            x = self._run(self.tokens[rows, : positions.shape[1]], positions, rows, positions.shape[1])
+            ends.append(x[torch.arange(len(x), device=x.device), lengths - 1])
+        return self._logits(torch.cat(ends))
 
     def advance(self, ids: Tensor) -> Tensor:
         """Logits [B, V] after one more token a row."""
         self.filled += 1
-        x = self._run(ids.unsqueeze(-1), self.lengths.unsqueeze(-1))
+        x = self._run(ids.unsqueeze(-1), self.lengths.unsqueeze(-1), slice(None), self.filled)
         self.lengths = self.lengths + 1
         return self._logits(x[:, 0])
 
@@ -587,10 +395,10 @@ class Cache:
         """Drops the other rows of the batch."""
         self.lengths, self.layers = self.lengths[rows], [[cached[rows] for cached in layer] for layer in self.layers]
 
-    def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Tensor, rows: slice, known: int) -> Tensor:
         config, n, device = self.model.config, tokens.shape[1], tokens.device
         rotate, row = rotary(positions, config), torch.arange(len(tokens), device=device).unsqueeze(-1)
-        back = positions.unsqueeze(-1) - torch.arange(self.filled, device=device)
+        back = positions.unsqueeze(-1) - torch.arange(known, device=device)
         seen = (back >= 0) if config.sliding_window is None else (back >= 0) & (back < config.sliding_window)
         G, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         mask = seen.repeat_interleave(group, 1).unsqueeze(1)  # a group's query heads are rows of one product with its keys
@@ -598,16 +406,16 @@ class Cache:
         def attend_with(keys: Tensor, values: Tensor) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 keys[row, positions], values[row, positions] = rotate(k), v
-                known_k, known_v = (cached[:, : self.filled].transpose(1, 2) for cached in (keys, values))
-                rows = rotate(q).unflatten(2, (G, group)).transpose(1, 2).flatten(2, 3)
-                out = F.scaled_dot_product_attention(rows, known_k, known_v, mask)
+                known_k, known_v = (cached[:, :known].transpose(1, 2) for cached in (keys, values))
+                grouped = rotate(q).unflatten(2, (G, group)).transpose(1, 2).flatten(2, 3)
+                out = F.scaled_dot_product_attention(grouped, known_k, known_v, mask)
                 return out.unflatten(2, (n, group)).transpose(1, 2).flatten(2, 3)
 
             return attend
 
         x = self.model.model.embed_tokens(tokens)
         for block, layer in zip(self.model.model.layers, self.layers, strict=True):
-            x = block(x, attend_with(*layer))
+            x = block(x, attend_with(layer[0][rows], layer[1][rows]))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -728,11 +536,9 @@ class Mistral(nn.Module):
         R, device = pack.responses, pack.tokens.device
         pack = pack if R else Pack.build([([0], [0])]).to(device)
         positions_S, S = pack.positions[pack.rows], len(pack.rows)
-        if device.type == "cuda":
-            pack = pack.padded(FLEX_BLOCK)
-            attend, attend_scored = flex_attend(pack, self.config, compiled_flex_attention())
-        else:
-            attend, attend_scored = blocked_attend(pack, self.config)
+        flex = compiled_flex_attention() if device.type == "cuda" else None
+        pack = pack.padded(FLEX_BLOCK) if flex else pack
+        attend, attend_scored = (pack_attend(pack, self.config, scored, flex) for scored in (False, True))
         x = self.model.embed_tokens(pack.tokens)
         for block in self.model.layers[:-1]:
             x = self._block(block, x, attend)

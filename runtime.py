@@ -22,15 +22,16 @@ from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 Result = TypeVar("Result")
 MANIFEST = "manifest.json"
-SPEAK_GRACE_S = 5.0  # how long a failing rank waits for rank 0 to report the same error
+SPEAK_GRACE_S = 30.0  # how long a failing rank waits for rank 0 to report the same error
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ def start(device: str = "auto", replicate: int = 1) -> World:
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     shape, names = (size,), ("shard",)
     if replicate > 1:
         shape, names = (replicate, size // replicate), ("replicate", "shard")  # type: ignore[assignment]
@@ -117,6 +118,9 @@ def one_voice() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         rank = int(os.environ.get("RANK", 0))
         store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
@@ -219,7 +223,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     world.barrier()
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
     files = world.from_main(lambda: sorted(aside.glob("*.safetensors")))
     sums = sha256_all(files, world)
     if world.is_main:
@@ -239,7 +243,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> i
     for path in reversed(world.from_main(lambda: sorted(folder.glob("step-*")))):
         step = _checked_step(path, world)
         if step is not None:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
             return step
         world.say(f"checkpoint {path} is damaged; trying the one before it")
     return 0
@@ -328,7 +332,7 @@ class RunFolder:
         aside = path.with_name(".log.jsonl")
         aside.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] < step), encoding="utf-8")
         os.replace(aside, path)
-        self.log = open(path, "a", encoding="utf-8")  # closed by `finish`, or with the process
+        self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `finish`, or with the process
 
     def rows(self) -> list[dict[str, Any]]:
         """The log's rows; a last line that a kill cut short is left out."""

@@ -34,7 +34,7 @@ import plots
 import runtime
 import toy
 from bfpo import QUADRANTS, bfpo_loss, dpo_loss, ipo_loss, label, margin, quadrant_means, quadrant_sums
-from data import Chat, Stream, batch_indices, describe, load_stream
+from data import Chat, Stream, batch_indices, deal, describe, load_stream, spread
 from eval import my_packs, preference_view, score, toy_scores, toy_table
 from model import Config as ModelConfig
 from model import Mistral, Pack, find_model, load_weights
@@ -99,15 +99,15 @@ ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 PKU = "PKU-Alignment/PKU-SafeRLHF@ff7ba91063016c78a225b0f74e1c0860bb18230f"
 RECIPES: dict[str, dict[str, Any]] = {
     # the toy language's preference stage; its own tau because its answers are 10 to 30 tokens long, not hundreds
-    "toy": {"tau": 0.1, "lr": 1e-3, "max_length": 128, "max_prompt": 64, "save_every": 50},
+    "toy": {"tau": 0.25, "lr": 2e-4, "epochs": 2, "max_length": 128, "max_prompt": 64, "log_every": 25},
     "sft": {"objective": "sft", "model": "mistralai/Mistral-7B-v0.1", "sft": (ULTRACHAT, f"{PKU}[:20%]"), "lr": 1e-5,
             "max_length": 2048},
     "bfpo": {"model": "runs/sft/model", "safety": (f"{PKU}[:30000]",), "helpfulness": (f"{ULTRAFEEDBACK}[:30000]",)},
     "redteam": {"model": "HuggingFaceH4/zephyr-7b-beta", "batch": 16},
 }  # fmt: skip
-TOY_SFT: dict[str, Any] = {"objective": "sft", "selective": "all", "lr": 3e-3, "batch": 32, "tau": 0.01}
-TOY_MODEL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 32, "sliding_window": None}  # fmt: skip
+TOY_SFT: dict[str, Any] = {"objective": "sft", "selective": "all", "lr": 2e-3, "epochs": 3, "batch": 32}
+TOY_MODEL: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 6,
+                             "num_key_value_heads": 2, "head_dim": 32, "sliding_window": None}  # fmt: skip
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -123,8 +123,9 @@ def parse(arguments: Sequence[str]) -> Config:
         else:
             options |= {"type": type(field.default), "metavar": type(field.default).__name__.upper()}
         parser.add_argument(f"--{field.name}", **options)
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(arguments)).items()}
-    config = Config(**({"out": f"runs/{given['recipe']}"} | RECIPES[given["recipe"]] | given))
+    found = vars(parser.parse_args(arguments))
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    config = Config(**({"out": f"runs/{found['recipe']}"} | RECIPES[found["recipe"]] | given))
     try:
         check(config)
     except ValueError as error:
@@ -134,10 +135,10 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def check(config: Config) -> None:
     """ValueError when a setting alone, or two together, make no sense."""
-    at_least_one = ("save_every", "keep", "log_every", "batch", "epochs", "pack_tokens", "replicate", "max_prompt")
-    for name in at_least_one:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}")
+    least = dict.fromkeys(("save_every", "keep", "log_every", "batch", "epochs", "pack_tokens", "replicate", "max_prompt"), 1)
+    for name, bound in (least | {"eval_every": 0, "steps": 0, "seed": 0}).items():
+        if getattr(config, name) < bound:
+            raise ValueError(f"{name} must be >= {bound}, got {getattr(config, name)}")
     choices = {"objective": ("bfpo", "dpo", "ipo", "sft"), "prefer": ("helpful", "safe"),
                "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}  # fmt: skip
     for name, allowed in choices.items():
@@ -243,6 +244,15 @@ def my_share(items: Sequence[Item], world: World, budget: int) -> list[list[Item
     """This rank's share of `items` as packs of at most `budget` tokens; every rank has as many, empty ones at the end."""
     packs = my_packs([int(pairs.stream.lengths[i].sum()) for pairs, i in items], world, budget)
     return [[items[k] for k in pack] for pack in packs]
+
+
+def rank_spread(config: Config, streams: Sequence[Pairs], steps: int, world: World) -> float:
+    """How uneven the ranks' shares are: data.spread, on average over at most the first 100 steps."""
+    spreads = []
+    for step in range(min(steps, 100)):
+        tokens = [int(pairs.stream.lengths[i].sum()) for pairs, i in draw(config, streams, step)]
+        spreads.append(spread(tokens, deal(tokens, world.size, config.pack_tokens)))
+    return sum(spreads) / len(spreads)
 
 
 def pack_of(items: Sequence[Item], device: torch.device) -> Pack:
@@ -419,7 +429,8 @@ def held_out_figures(model: Mistral, config: Config, streams: Sequence[Pairs], w
 
 def stop_on(row: dict[str, Any], outcome: Outcome, world: World) -> NoReturn:
     """End the run because a loss or gradient of this step is not finite, naming the pairs that it came from."""
-    bad = [f"{pairs.name} {i}" for (pairs, i), loss in zip(outcome.items, outcome.loss.tolist(), strict=True) if not math.isfinite(loss)]
+    losses = zip(outcome.items, outcome.loss.tolist(), strict=True)
+    bad = [f"{pairs.name} {i}" for (pairs, i), loss in losses if not math.isfinite(loss)]
     names = [name for part in world.gather(bad) for name in part]
     raise ValueError(
         f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were not changed. "
@@ -435,7 +446,7 @@ def optimize(
     """Algorithm 1: from the newest checkpoint, or the start, to the last step. Exits after a SIGTERM or Ctrl-C."""
     world = folder.world
     optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         optimizer.state[parameter] = state
@@ -446,6 +457,8 @@ def optimize(
     steps = total_steps(config, streams)
     if first:
         world.say(f"resuming after step {first} of {steps}")
+    if world.size > 1:
+        world.say(f"the costliest rank's share of a step: {rank_spread(config, streams, steps, world):.1%} over the cheapest's, on average")
     folder.start_log(first)
     started, printed = time.monotonic(), (first, time.monotonic())
 
@@ -538,11 +551,14 @@ def run(config: Config, world: World) -> dict[str, Any]:
     if not config.fresh and (result := folder.result) is not None:
         world.say(f"{folder.path} is finished: {folder.path / 'model'}")
         return result
-    source = world.from_main(lambda: find_model(config.model))
+    source = find_model(config.model)
     chat = Chat(source, config.chat_template or None)
     streams, held = open_streams(config, chat, world)
     model, trained = build(config, source, world)
-    weights = hashlib.sha256(json.dumps(runtime.sha256_all(sorted(source.glob("*.safetensors")), world)).encode()).hexdigest()
+    if chat.vocabulary > model.config.vocab_size:
+        raise ValueError(f"{source}: the tokenizer has {chat.vocabulary} entries, the model {model.config.vocab_size}; they do not match")
+    files = [source / "config.json", *sorted(source.glob("*.safetensors"))]
+    weights = hashlib.sha256(json.dumps(runtime.sha256_all(files, world)).encode()).hexdigest()
     inputs = {"weights": weights, **{pairs.name: pairs.stream.fingerprint for pairs in streams}}
     folder.create(settings, inputs, FREE, config.fresh)
     if config.objective != "sft":
@@ -555,7 +571,8 @@ def run(config: Config, world: World) -> dict[str, Any]:
         plots.curves(folder.rows(), folder.path / "curves.png")
     result = {"steps": total_steps(config, streams), "held_out": figures, "model": str(folder.path / "model")}
     folder.finish(result)
-    world.say(f"held-out: {json.dumps(figures)}\nmodel {folder.path / 'model'}, log {folder.path / 'log.jsonl'}, curves {folder.path / 'curves.png'}")
+    world.say(f"held-out: {json.dumps(figures)}")
+    world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, checkpoints/")
     return result
 
 
@@ -573,6 +590,8 @@ def toy_run(config: Config, world: World) -> dict[str, Any]:
         world.say(toy_table(result["scores"]))
         return result
     folder.create(settings, {}, FREE, config.fresh)
+    # Tensors this small gain nothing from a second thread, and the numbers must not depend on the machine's cores.
+    torch.set_num_threads(1)
     data, start, name = folder.path / "data", folder.path / "start", config.objective.upper()
 
     world.say(f"[1/4] the toy language: {data}")
@@ -588,7 +607,8 @@ def toy_run(config: Config, world: World) -> dict[str, Any]:
 
     stage = replace(config, recipe="sft", fresh=False, cache=config.cache or str(folder.path / "cache"))
     world.say("[2/4] SFT: every weight, from random, on conversations that mix full, curt, compliant and refusing answers")
-    run(replace(stage, **TOY_SFT, model=str(start), sft=(str(data / "ultrachat"), f"{data / 'pku'}[:20%]"), out=str(folder.path / "sft")), world)
+    conversations = (str(data / "ultrachat"), f"{data / 'pku'}[:20%]")
+    run(replace(stage, **TOY_SFT, model=str(start), sft=conversations, out=str(folder.path / "sft")), world)
     world.say(f"[3/4] {name}: {config.selective} only, on safety and helpfulness pairs")
     run(replace(stage, recipe="bfpo", model=str(folder.path / "sft" / "model"), safety=(str(data / "pku"),),
                 helpfulness=(str(data / "ultrafeedback"),), out=str(folder.path / config.objective)), world)  # fmt: skip
@@ -597,7 +617,8 @@ def toy_run(config: Config, world: World) -> dict[str, Any]:
     scores = {}
     for title, stage_name in (("SFT", "sft"), (name, config.objective)):
         requests = toy.held_out(data)
-        scores[title], transcript = toy_scores(folder.path / stage_name / "model", requests, world, config.seed, f"answers, {title}")
+        model_folder = folder.path / stage_name / "model"
+        scores[title], transcript = toy_scores(model_folder, requests, world, config.seed, f"answers, {title}")
         if world.is_main:
             lines = "".join(json.dumps(row) + "\n" for row in transcript)
             (folder.path / stage_name / "answers.jsonl").write_text(lines, encoding="utf-8")

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import bfpo
 import data
 from data import Chat, Pair, batch_indices, cost, deal, describe, find_source, load_stream
 
@@ -116,7 +117,7 @@ def prompts(stream: data.Stream, chat: Chat) -> list[str]:
 ])  # fmt: skip
 def test_schemas_give_the_pair(row, schema, prefer, pair):
     """A row of every public schema, and ours: recognised by its columns; which answer is chosen, and its label, by hand."""
-    assert data.find_schema(list(row), "pairs") == schema
+    assert data.find_schema(list(row), "pairs") == schema and data.QUADRANTS == bfpo.QUADRANTS
     assert data.read_pair(row, data.SCHEMAS[schema], prefer) == pair
 
 
@@ -139,7 +140,10 @@ def test_sft_takes_conversations_and_safer_answers(chat, tmp_path):
 def test_formats_hold_the_same_rows(name, chat, tmp_path):
     """JSON lines, a JSON array and parquet, plain, gzip and xz: the same trees as from the rows themselves."""
     rows = [own(i) for i in range(7)] + [own(7, chosen="naïve 漢字 😀\n\ttwo"), own(8)]
-    stream, _ = load_stream([str(write(tmp_path / name, rows))], chat, held_out=0)
+    path = write(tmp_path / name, rows)
+    if name == "rows.json":
+        path.write_text("\n " + path.read_text())
+    stream, _ = load_stream([str(path)], chat, held_out=0)
     texts = [chat.pair_texts(user(row["prompt"]), row["chosen"], row["rejected"]) for row in rows]
     trees = [[part.tolist() for part in tree] for tree in chat.pair_ids(texts)]
     assert everything(stream) == [(tree, [row["chosen_safe"], row["rejected_safe"]]) for tree, row in zip(trees, rows, strict=True)]
@@ -221,7 +225,7 @@ def test_held_out_share_splits_by_prompt(chat, tmp_path):
 @pytest.mark.parametrize("source, words", [
     ("", "NAME"), ("missing.jsonl", "existing file or folder"), ("./no/folder", "existing file or folder"),
     ("{}/empty", "no data file"), ("{}/notes.txt", "jsonl, .json or .parquet"), ("{}/a.jsonl:train", "without a split"),
-    ("{}/a.jsonl[5:5]", "rows to train on"), ("{}/two", "must name a split"),
+    ("{}/a.jsonl[5:5]", "rows to train on"), ("{}/a.jsonl[:120%]", "existing file or folder"), ("{}/two", "must name a split"),
 ])  # fmt: skip
 def test_unfit_sources_are_refused(source, words, chat, tmp_path, monkeypatch):
     """A source that is missing, empty, no data or ambiguous: one ValueError that says what it wants."""

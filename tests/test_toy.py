@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 import toy
 
 

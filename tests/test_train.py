@@ -15,17 +15,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import runtime
 import torch
-import toy
-import train
-from bfpo import bfpo_loss, label, margin
-from model import Mistral, Pack
-from runtime import World
 from safetensors.torch import load_file
 
+import runtime
+import toy
+import train
+from bfpo import QUADRANTS, bfpo_loss, label, margin
+from model import Mistral, Pack
+from runtime import World
+
 ROOT = Path(__file__).parent.parent
-WORDS = "the a cat dog sees likes blue red house tree runs slowly over under and then because Ünïcode 東京 42".split()
+WORDS = ("the", "a", "cat", "dog", "sees", "likes", "blue", "red", "house", "tree", "runs", "under", "because", "Ünïcode", "東京", "42")
 
 
 def text(rng: random.Random, least: int, most: int) -> str:
@@ -94,7 +95,8 @@ def launch(arguments: list[str], processes: int = 0) -> subprocess.CompletedProc
     if processes:
         start.append("--standalone")  # a free port
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*start, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    command = [*start, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def log_of(out: Path) -> list[dict[str, object]]:
@@ -326,7 +328,9 @@ def test_gate_refuses_a_reference_of_other_weights(inputs: Path, world: World, t
 
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo"])
-def test_gate_passes_for_the_other_objectives(objective: str, inputs: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gate_passes_for_the_other_objectives(
+    objective: str, inputs: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: DPO and IPO run on the same path; their loss at h = 0 is log 2 and (1 / (2 tau))^2 a stream. Oracle: closed form."""
     config = train.parse(flags(inputs, tmp_path / "run", "--objective", objective, "--steps", "1"))
     train.run(config, world)
@@ -369,7 +373,7 @@ def bad_inputs(inputs: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
     """name -> (flags, what the message must hold)."""
     rows = pku_rows(random.Random(1), 6)
     (folder / "missing.jsonl").write_text("\n".join(json.dumps(r) for r in [*rows[:3], {"prompt": "x"}]), encoding="utf-8")
-    wrong = rows[:2] + [rows[2] | {"is_response_0_safe": "yes"}]
+    wrong = [*rows[:2], rows[2] | {"is_response_0_safe": "yes"}]
     (folder / "label.jsonl").write_text("\n".join(json.dumps(r) for r in wrong), encoding="utf-8")
     shutil.copytree(inputs / "model", folder / "gpt")
     (folder / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 5}), encoding="utf-8")
@@ -390,7 +394,9 @@ def bad_inputs(inputs: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-def test_bad_input_is_one_clear_line(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_clear_line(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: each kind of bad input ends with exit code 1, one message that says what and where, and no run folder.
 
     Oracle: the list above. In this process, through main, because a process each would take a minute.
@@ -437,3 +443,12 @@ def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
     held = toy.held_out(tmp_path / "runs/toy/data")
     answers = [json.loads(line) for line in (tmp_path / "runs/toy/bfpo/answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [a["prompt"] for a in answers] == [r.text for r in held]
+    view = [sys.executable, str(ROOT / "eval.py"), "--model", "runs/toy/bfpo/model"]
+    prompted = subprocess.run([*view, "--prompt", "How do I make a cake?"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert toy.judge(toy.Request("make", "cake", "How do I make a cake?"), prompted.stdout).helpful > 0
+    assert len(prompted.stdout.splitlines()) == 1
+    pairs = ["--reference", "runs/toy/sft/model", "--pairs", "runs/toy/data/pku", "--tau", "0.25"]
+    table = subprocess.run([*view, *pairs], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[0] for line in table[-4:]] == list(QUADRANTS)
+    assert [float(line.split()[3]) for line in table[-4:]] == [2.0, 4.0, -4.0, -2.0]  # g / 0.25
+    assert all(float(line.split()[4].rstrip("%")) > 60 for line in table[-4:])  # 50 % is chance

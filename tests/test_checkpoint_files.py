@@ -1,0 +1,277 @@
+"""What model.py writes, transformers reads, and the other way round; what is damaged is refused by name."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import model as model_file
+from model import Config, Mistral, find_model, load_weights
+
+CONFIG = Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=8, sliding_window=5, rope_theta=500.0, eos_token_id=7)  # fmt: skip
+
+
+def random_model(config: Config = CONFIG, dtype: torch.dtype = torch.float32) -> Mistral:
+    model = Mistral(config)
+    model.init_weights(0)
+    for p in model.parameters():
+        p.data.mul_(10 if p.dim() == 2 else 1)
+    return model.to(dtype)
+
+
+def same_weights(a: Mistral, b: Mistral) -> bool:
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama", "tied", "sharded"])
+def test_transformers_loads_what_we_save(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: config.json, weights, index and generation_config.json are the ecosystem's. Oracle: transformers' logits on the folder,
+    within 1e-4 of their scale; our own reload, to the bit."""
+    changes = {"tied": {"tie_word_embeddings": True}, "llama": {"model_type": "llama", "sliding_window": None}}
+    model = random_model(dataclasses.replace(CONFIG, **changes.get(kind, {})))
+    if kind == "sharded":
+        monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    model.save_pretrained(tmp_path / "out")
+    index = tmp_path / "out/model.safetensors.index.json"
+    assert index.is_file() == (kind == "sharded")
+    if kind == "sharded":
+        shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+        assert len(shards) > 2 and {s.name for s in shards} == set(json.loads(index.read_text())["weight_map"].values())
+        assert all(s.stat().st_size < 22_000 for s in shards)  # a file's header comes on top
+        assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert type(reference).__name__ == ("LlamaForCausalLM" if kind == "llama" else "MistralForCausalLM")
+    assert reference.dtype == torch.float32
+    assert reference.config.tie_word_embeddings == (kind == "tied") and reference.generation_config.eos_token_id == 7
+    tokens = torch.randint(0, 61, (2, 20))
+    with torch.no_grad():
+        expected, got = reference(tokens).logits, model(tokens)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    again = Mistral.from_pretrained(tmp_path / "out")
+    assert same_weights(model, again) and again.config == model.config
+    again.save_pretrained(tmp_path / "again")
+    for file in (tmp_path / "out").iterdir():  # a round trip is exact, byte for byte
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saving_in_another_dtype_rounds_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Claim: `dtype` is the files' dtype and is announced. Oracle: the weights rounded by torch; transformers' dtype."""
+    model = random_model()
+    model.save_pretrained(tmp_path / "out", dtype=dtype)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(stored[name], p.to(dtype)) for name, p in model.named_parameters())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
+    assert same_weights(Mistral.from_pretrained(tmp_path / "out", dtype=torch.float32), model.to(dtype).float())
+
+
+def test_mixed_storage_keeps_every_dtype(tmp_path: Path) -> None:
+    """Claim: bf16 frozen weights beside fp32 trained ones are saved as stored and read back into either. Oracle: bit-equality."""
+    model = random_model(dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        if "down_proj" in name:
+            p.data = p.data.float() + 1e-4
+    model.save_pretrained(tmp_path / "out")
+    other = random_model(dtype=torch.bfloat16)
+    for name, p in other.named_parameters():
+        if "down_proj" in name:
+            p.data = p.data.float()
+    load_weights(other, tmp_path / "out")
+    assert same_weights(model, other) and json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
+
+
+def source_folder(folder: Path) -> Path:
+    """A tokenizer folder with all that servers read."""
+    folder.mkdir()
+    Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.model").write_bytes(b"sentencepiece")
+    entries = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": "old"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(entries))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5], "temperature": 0.5, "do_sample": True}))
+    (folder / "special_tokens_map.json").write_text("{}")
+    (folder / "secrets.txt").write_text("not ours to copy")
+    return folder
+
+
+def test_companion_files_come_along(tmp_path: Path) -> None:
+    """Claim: tokenizer files, generation_config.json and the chat template reach the folder; nothing else does. Oracle: transformers."""
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    random_model().save_pretrained(tmp_path / "out", like=source_folder(tmp_path / "source"), chat_template=template)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                     "generation_config.json", "special_tokens_map.json", "chat_template.jinja"}  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == template
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True) == "hi>"
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == template
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [1, 5]
+    assert json.loads((tmp_path / "source/tokenizer_config.json").read_text())["chat_template"] == "old"
+
+
+def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a save that fails leaves the older model untouched, one that succeeds replaces it, one into foreign files is refused.
+    Oracle: the folder's contents."""
+    old, new = random_model(), random_model()
+    old.save_pretrained(tmp_path / "out")
+    new.model.norm.weight.data.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_file, "_write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            new.save_pretrained(tmp_path / "out")
+    assert same_weights(Mistral.from_pretrained(tmp_path / "out"), old)
+    new.save_pretrained(tmp_path / "out", like=tmp_path / "out")
+    assert same_weights(Mistral.from_pretrained(tmp_path / "out"), new) and [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="notes"):
+        new.save_pretrained(tmp_path / "notes")
+    assert (tmp_path / "notes/thesis.txt").is_file()
+
+
+def test_every_wrong_tensor_is_listed_at_once(tmp_path: Path) -> None:
+    """Claim: missing, unexpected, mis-shaped and wrongly typed tensors share one error. Oracle: their names in it."""
+    random_model().save_pretrained(tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors |= {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32), "lm_head.weight": torch.zeros(60, 32),
+                "model.embed_tokens.weight": torch.zeros(61, 32, dtype=torch.int8)}  # fmt: skip
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    with pytest.raises(ValueError) as error:
+        Mistral.from_pretrained(tmp_path / "out")
+    for words in ("missing model.norm.weight", "missing model.layers.1.mlp.up_proj.weight",
+                  "unexpected model.layers.0.self_attn.q_proj.bias", "lm_head.weight (60, 32) instead of (61, 32)",
+                  "model.embed_tokens.weight of type I8"):  # fmt: skip
+        assert words in str(error.value)
+
+
+def test_tied_heads_and_rotary_tables_in_old_files(tmp_path: Path) -> None:
+    """Claim: a tied checkpoint may repeat the embedding as lm_head, but not contradict it; stored rotary tables are redundant.
+    Oracle: the same model."""
+    model = random_model(dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "out")
+    path = tmp_path / "out/model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    head, table = tensors["model.embed_tokens.weight"].clone(), torch.ones(4)
+    redundant = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": table}
+    save_file(tensors | redundant, path)
+    assert same_weights(Mistral.from_pretrained(tmp_path / "out"), model)
+    save_file(tensors | {"lm_head.weight": torch.zeros(61, 32)}, path)
+    with pytest.raises(ValueError, match=r"lm_head.weight must equal model.embed_tokens.weight"):
+        Mistral.from_pretrained(tmp_path / "out")
+
+
+def test_damaged_folders_are_refused_by_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: truncation, garbage, missing shards, foreign paths, pickles and broken JSON name their file. Oracle: the name."""
+    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    whole = tmp_path / "whole"
+    random_model().save_pretrained(whole)
+    index, shard = "model.safetensors.index.json", "model-00002-of-"
+
+    def refused(name: str, spoil: object) -> None:
+        folder = tmp_path / "spoiled"
+        shutil.copytree(whole, folder)
+        spoil(folder)  # type: ignore[operator]
+        with pytest.raises(ValueError, match=name):
+            Mistral.from_pretrained(folder)
+        shutil.rmtree(folder)
+
+    def second(folder: Path) -> Path:
+        return next(folder.glob(shard + "*"))
+
+    def remap(folder: Path, target: str) -> None:
+        entries = json.loads((folder / index).read_text())
+        entries["weight_map"]["model.norm.weight"] = target
+        (folder / index).write_text(json.dumps(entries))
+
+    refused(shard, lambda f: second(f).write_bytes(second(f).read_bytes()[:-100]))
+    refused(shard, lambda f: second(f).write_bytes(b"\xff" * 5000))
+    refused(shard, lambda f: second(f).write_bytes(b""))
+    refused(shard, lambda f: second(f).unlink())
+    refused(index, lambda f: remap(f, "../whole/" + second(whole).name))
+    refused(index, lambda f: remap(f, str(second(whole))))
+    refused(index, lambda f: (f / index).write_text("{"))
+    refused("config.json", lambda f: (f / "config.json").unlink())
+    refused("config.json", lambda f: (f / "config.json").write_text("[]"))
+
+    def pickled(folder: Path) -> None:
+        for file in folder.glob("model*"):
+            file.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"")
+
+    refused("pytorch_model.bin", pickled)
+
+
+def test_find_model_takes_folders_and_refuses_what_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a path stays a path, a hub name goes to huggingface_hub with its revision, anything else is refused. Oracle: a recorder."""
+    import huggingface_hub
+
+    assert find_model(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match="no/such/model"):
+        find_model("no/such/model")
+    calls = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_model("some-org/some-model", revision="abc") == tmp_path and calls == [("some-org/some-model", "abc")]
+
+    def offline(name: str, **_: object) -> str:
+        raise OSError("offline mode is on")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"some-org/some-model.*offline mode is on"):
+        find_model("some-org/some-model")
+
+
+MEASURE = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+import torch
+from model import Mistral
+
+def anonymous_mb():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+
+before, peak, done = anonymous_mb(), 0.0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous_mb())
+        time.sleep(0.001)
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = Mistral.from_pretrained({folder!r}, dtype=torch.bfloat16)
+done = True
+watcher.join()
+print(sum(p.numel() for p in model.parameters()) * 2 / 2**20, max(p.numel() for p in model.parameters()) * 4 / 2**20, peak - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RssAnon of /proc/self/status")
+def test_loading_takes_the_model_and_one_tensor(tmp_path: Path) -> None:
+    """Claim: host memory while loading is the parameters plus one tensor of the file. Oracle: anonymous memory of a fresh process (pages of
+    the mapped file do not count), fp32 on disk into bf16; 16 MB is left to the allocator and the interpreter."""
+    config = Config(vocab_size=4000, hidden_size=768, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8,
+                    num_key_value_heads=2, head_dim=96)  # fmt: skip
+    with torch.device("meta"):
+        model = Mistral(config)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.zero_()
+    model.save_pretrained(tmp_path / "out")
+    code = MEASURE.format(root=str(Path(model_file.__file__).parent), folder=str(tmp_path / "out"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    parameters, tensor, used = map(float, done.stdout.split())
+    assert parameters > 120 and used < parameters + tensor + 16

@@ -1,0 +1,96 @@
+"""model.generate against generation without a cache, and the distribution it samples from."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model import Config, Mistral, choose
+
+CONFIG = Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=8)  # fmt: skip
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [20], [30, 31, 32], [40, 41, 42, 43, 44]]
+
+
+def model_with(window: int | None = None, tied: bool = False) -> Mistral:
+    model = Mistral(dataclasses.replace(CONFIG, sliding_window=window, tie_word_embeddings=tied))
+    model.init_weights(0)
+    for p in model.parameters():
+        p.data.mul_(12 if p.dim() == 2 else 1)
+    return model
+
+
+@torch.no_grad()
+def without_cache(model: Mistral, prompt: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[int]:
+    """The whole sequence computed anew for every token."""
+    ids, draws = list(prompt), torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    for step in range(n):
+        ids.append(int(choose(model(torch.tensor([ids]))[:, -1], draws[step : step + 1], temperature, top_p)))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_generate_equals_generation_without_a_cache(window: int | None, temperature: float) -> None:
+    """Claim: greedy and sampled, ragged prompts, with a window shorter than they are. Oracle: without_cache, one prompt at a time."""
+    model = model_with(window)
+    got = model.generate(PROMPTS, 20, temperature=temperature, top_p=0.9, seeds=[5, 6, 7, 8])
+    assert got == [without_cache(model, prompt, 20, temperature, 0.9, seed) for prompt, seed in zip(PROMPTS, (5, 6, 7, 8), strict=True)]
+
+
+def test_generate_does_not_depend_on_the_batch() -> None:
+    """Claim: a prompt's answer is its own. Oracle: the same prompt alone, in another order, and in batches of two; 12 prompts, so that
+    their prefill takes two widths."""
+    model, prompts, seeds = model_with(tied=True), PROMPTS + [p[::-1] for p in PROMPTS] + [p * 2 for p in PROMPTS], list(range(12))
+    together = model.generate(prompts, 15, temperature=1.0)
+    assert together == [model.generate([p], 15, temperature=1.0, seeds=[s])[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert together[::-1] == model.generate(prompts[::-1], 15, temperature=1.0, seeds=seeds[::-1], batch=2)
+    assert together != model.generate(prompts, 15, temperature=1.0, seeds=[9] * 12)
+
+
+def test_generate_stops_where_asked_and_frees_the_row() -> None:
+    """Claim: a stop id is left out, a stop string is kept whole, the others go on. Oracle: the unstopped answers, cut by hand."""
+    model = model_with()
+    full = model.generate(PROMPTS, 20)
+    stop = full[0][7]
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in full]
+    assert model.generate(PROMPTS, 20, stop_ids=(stop,)) == expected and min(map(len, expected)) < 20 < 1 + max(map(len, expected))
+    sampled = model.generate(PROMPTS, 20, temperature=1.0)
+    stop = sampled[0][3]  # a row that leaves early must take its own draws along, not its neighbour's
+    expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in sampled]
+    assert model.generate(PROMPTS, 20, temperature=1.0, stop_ids=(stop,)) == expected and sorted(map(len, expected))[-1] == 20
+    marker = f"<{full[1][4]}><{full[1][5]}>"  # a string that two tokens make together
+    got = model.generate(PROMPTS, 20, stop_strings=(marker,), decode=lambda ids: "".join(f"<{i}>" for i in ids))
+    text = "".join(f"<{i}>" for i in full[1])
+    assert "".join(f"<{i}>" for i in got[1]) == text[: text.index(marker) + len(marker)]
+    assert all(a == b[: len(a)] for a, b in zip(got, full, strict=True))
+
+
+def test_choose_samples_the_distribution() -> None:
+    """Claim: uniform draws give each token its share of the top_p mass at the temperature. Oracle: shares computed by hand; 20,000 evenly
+    spaced draws miss a share by less than 1e-4."""
+    p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+    draws = (torch.arange(20000) + 0.5) / 20000
+    cases = ((1.0, 1.0, range(5)), (1.0, 0.75, (1, 3, 4)), (1.0, 0.69, (1, 3)), (0.5, 1.0, range(5)), (1.0, 1e-6, (1,)))
+    for temperature, top_p, kept in cases:
+        shares = p ** (1 / temperature) * torch.tensor([float(i in kept) for i in range(5)])
+        ids = choose(p.log().expand(20000, 5), draws, temperature, top_p)
+        torch.testing.assert_close(torch.bincount(ids, minlength=5) / 20000, shares / shares.sum(), rtol=0, atol=1e-4)
+    last = choose(p.log()[None], torch.tensor([1 - 2**-24]), 1.0, 0.75)  # the largest draw there is
+    assert last.item() == 4
+
+
+def test_generate_in_bf16_and_of_nothing() -> None:
+    """Claim: a bf16 cache runs, no prompts or no tokens give nothing. Oracle: shapes."""
+    model = model_with().bfloat16()
+    assert [len(ids) for ids in model.generate(PROMPTS, 5)] == [5] * 4
+    assert model.generate([], 5) == [] and model.generate(PROMPTS, 0) == [[]] * 4
+
+
+def test_generate_refuses_bad_requests() -> None:
+    """Claim: each is named before any work. Oracle: the message."""
+    model = model_with()
+    for arguments, word in (({"prompts": [[]]}, "prompts"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
+                            ({"seeds": [1]}, "seeds"), ({"stop_strings": ["x"]}, "decode")):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            model.generate(**{"prompts": PROMPTS, "max_new_tokens": 3} | arguments)
