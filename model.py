@@ -546,7 +546,8 @@ class Mistral(nn.Module):
         logp_S = row_logprobs(self.model.norm(x), self.head, pack.targets)
         # Row sums of a table, responses by positions: the same bits on every run, which index_add does not promise on a GPU.
         longest = max(prompt + max(responses) for prompt, *responses in pack.lengths)
-        return logp_S.new_zeros(pack.responses, longest).index_put((pack.response, positions_S), logp_S).sum(1)[:R]
+        table = logp_S.new_zeros(pack.responses, longest).index_put((pack.response, positions_S), logp_S)
+        return table.sum(1)[:R].clone()  # FSDP2 hooks what comes out, and must not be given a view
 
     def init_weights(self, seed: int) -> None:
         """Weights to train from scratch: normal(0, 0.02), norms 1; the same numbers on any device and under any sharding."""

@@ -94,3 +94,15 @@ def test_generate_refuses_bad_requests() -> None:
                             ({"seeds": [1]}, "seeds"), ({"stop_strings": ["x"]}, "decode")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             model.generate(**{"prompts": PROMPTS, "max_new_tokens": 3} | arguments)
+
+
+def test_generate_reads_no_memory_that_nobody_wrote() -> None:
+    """Claim: what memory held before does not reach an answer. Oracle: torch fills fresh memory with NaN in deterministic mode, and a masked
+    NaN would still be a NaN."""
+    model = model_with()
+    expected = model.generate(PROMPTS, 20, temperature=1.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert model.generate(PROMPTS, 20, temperature=1.0) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)

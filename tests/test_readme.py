@@ -4,8 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
-import data
 import pytest
+
+import data
 import synthetic
 import train
 
