@@ -22,7 +22,9 @@ from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -121,7 +123,7 @@ def one_voice() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last is what a full disk raises in save_file
         rank = int(os.environ.get("RANK", 0))
         store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
         if rank == 0:
@@ -223,7 +225,11 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     world.barrier()
-    save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    try:
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    except CheckpointException as error:  # no Exception: it would pass every handler, and hides its causes
+        causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        raise OSError(f"checkpoint {target} could not be written ({causes}); the earlier ones are whole") from error
     files = world.from_main(lambda: sorted(aside.glob("*.safetensors")))
     sums = sha256_all(files, world)
     if world.is_main:

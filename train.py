@@ -633,7 +633,7 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(arguments)
     with runtime.one_voice():
         world = runtime.start(config.device, config.replicate)
-        world.say(f"{config.recipe}: {json.dumps(dataclasses.asdict(config))}")
+        world.say(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items() if value not in ("", (), False)))
         (toy_run if config.recipe == "toy" else run)(config, world)
 
 

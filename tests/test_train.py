@@ -425,6 +425,20 @@ def test_bad_input_under_torchrun_speaks_once(inputs: Path, tmp_path: Path) -> N
 # --- the toy recipe --------------------------------------------------------------------------------------------------
 
 
+def test_toy_recipe_on_two_processes(tmp_path: Path) -> None:
+    """Claim: torchrun builds the data once, and each stage takes the steps of one process. Oracle: `python train.py`, shortened."""
+    runs = []
+    for processes in (0, 2):
+        out = tmp_path / f"toy{processes}"
+        done = launch(["--steps", "6", "--out", str(out)], processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len([line for line in done.stdout.splitlines() if line.startswith(("SFT ", "BFPO "))]) == 2  # rank 0's table alone
+        runs.append(out)
+    # 1e-5: fp32 sums in another order, through six steps of every weight at a learning rate of 2e-3
+    assert losses(runs[1] / "sft") == pytest.approx(losses(runs[0] / "sft"), rel=1e-5)
+    assert losses(runs[1] / "bfpo")[0] == pytest.approx(losses(runs[0] / "bfpo")[0], rel=1e-5)
+
+
 def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
     """Claim: `python train.py` raises harmlessness without losing helpfulness; run again it prints the same table and exits 0.
 
