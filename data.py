@@ -91,7 +91,8 @@ def find_schema(columns: Sequence[str], stage: str) -> str:
     for name, schema in known.items():
         if schema.mark in columns:
             return name
-    raise ValueError(f"columns must be those of a known schema, got {', '.join(columns)[:200]}; known: " + "; ".join(
+    hint = " (conversations: pass them as --sft)" if "messages" in columns else ""
+    raise ValueError(f"columns must be those of a known schema{hint}, got {', '.join(columns)[:200]}; known: " + "; ".join(
         f"{name}: {', '.join(sorted(_columns(schema)))}" for name, schema in known.items()))
 
 
@@ -240,7 +241,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
         return ValueError(f"text must be UTF-8, got byte {line[error.start]:#x} at position {error.start}")
     except (ValueError, RecursionError) as error:
@@ -308,7 +309,8 @@ class Stream:
         self.chosen_safe, self.rejected_safe = labels[:, 0], labels[:, 1]
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths.sum(axis=1, dtype=np.int64))])
         self.fingerprint, self.report = f"{folder.name}.{name}", report
-        assert len(self.tokens) == self.offsets[-1], f"{folder}: {len(self.tokens)} tokens, not {self.offsets[-1]}"
+        if len(self.tokens) != self.offsets[-1]:
+            raise ValueError(f"{len(self.tokens)} tokens, not {self.offsets[-1]}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -382,6 +384,13 @@ def load_stream(sources: Sequence[str], chat: Chat, *, stage: str = "pairs", pre
                     _build(folder, found, chat, options)
     except OSError as error:
         raise ValueError(f"the token cache must be writable, got {error}; set BFPO_CACHE to another folder") from error
+    try:
+        return _open_cache(folder, mixed)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"the token cache {folder} is damaged ({error}); delete it and run again") from error
+
+
+def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
     report = read_json(folder / "report.json")
     report["cache"] = {"folder": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir())}
     report["warnings"] = [f"every pair of {part['source']} is {quadrant}; mixed labels are expected here"
@@ -596,26 +605,33 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of the model whose tokenizer is used")
     parser.add_argument("--sft", action="store_true", help="conversations (of pairs: the safer answers)")
     parser.add_argument("--prefer", choices=("helpful", "safe"), default="helpful", help="which answer is chosen")
-    parser.add_argument("--template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's")
-    parser.add_argument("--max-length", type=int, help="tokens; default 1024, with --sft 2048")
-    parser.add_argument("--max-prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's")
+    parser.add_argument("--max_length", type=int, help="tokens; default 1024, with --sft 2048")
+    parser.add_argument("--max_prompt", type=int, default=512, help="tokens")
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--b1", type=float, default=3.0)
     flags = parser.parse_args()
+    import torch
+
+    from bfpo import label
+    from model import find_model
+
+    labels = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
+    max_length = (2048 if flags.sft else 1024) if flags.max_length is None else flags.max_length
     try:
-        import torch
-
-        from bfpo import label
-        from model import find_model
-
-        labels = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
         targets = label(labels[:, 0], labels[:, 1], flags.alpha, flags.b1).tolist()
-        stream, _ = load_stream(
-            flags.sources, Chat(find_model(flags.model), flags.template), stage="sft" if flags.sft else "pairs",
-            prefer=flags.prefer, max_length=flags.max_length or (2048 if flags.sft else 1024),
-            max_prompt=flags.max_prompt, held_out=0, mixed=not flags.sft)
+        if not 1 <= flags.max_prompt < max_length:
+            raise ValueError(f"max_prompt must be in [1, max_length), got {flags.max_prompt} with max_length {max_length}")
     except ValueError as error:
-        sys.exit(f"data.py: {error}")
+        parser.error(str(error))
+    try:
+        stream, _ = load_stream(
+            flags.sources, Chat(find_model(flags.model), flags.chat_template), stage="sft" if flags.sft else "pairs",
+            prefer=flags.prefer, max_length=max_length, max_prompt=flags.max_prompt, held_out=0, mixed=not flags.sft)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not all(SCHEMAS[part["schema"]].labels for part in stream.report["sources"]):
+        stream.report["warnings"] = []  # a schema without labels is one quadrant by its nature
     print(describe(stream.report))
     for quadrant, (chosen, rejected), target in zip(QUADRANTS, labels.tolist(), targets, strict=True):
         pairs = sum(part["quadrants"][quadrant] for part in stream.report["sources"])

@@ -164,6 +164,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.pairs and not options.reference:
         parser.error("--pairs needs --reference DIR: a margin is measured over the reference")
+    if options.prompt is not None and not options.prompt.strip():
+        parser.error("--prompt must hold text")
+    if options.max_new_tokens < 1 or not options.tau > 0 or not 1 <= options.max_prompt < options.max_length:
+        parser.error("--max_new_tokens must be >= 1, --tau > 0, and --max_prompt in [1, max_length)")
     with runtime.one_voice():
         world = runtime.start(options.device)
         dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32

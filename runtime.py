@@ -5,6 +5,8 @@ torchrun did not start us), and the model is always sharded over it by FSDP2.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +35,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 Result = TypeVar("Result")
 MANIFEST = "manifest.json"
+USER_ERRORS = (ValueError, OSError, SafetensorError)  # bad input, a full disk; the last is how save_file says the second
+CANNOT_WRITE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 SPEAK_GRACE_S = 30.0  # how long a failing rank waits for rank 0 to report the same error
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -62,16 +66,19 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        """Wait for every rank (over the CPU group, which leaves the accelerator's queue alone)."""
-        self.sum(torch.zeros(1))
-
     def from_main(self, make: Callable[[], Result]) -> Result:
-        """make() as rank 0 computes it, on every rank. If it raises there, torchrun ends the ranks that wait."""
-        box = [make() if self.is_main else None]
+        """make() as rank 0 computes it, on every rank; an error of the user's making is raised on every rank too."""
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except USER_ERRORS as error:
+                box[1] = OSError(str(error)) if isinstance(error, SafetensorError) else error
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]  # type: ignore[return-value]  # rank 0's value is a Result
+        if box[1] is not None:
+            raise box[1]
+        return box[0]  # type: ignore[no-any-return]  # rank 0's Result
 
     def gather(self, value: Result) -> list[Result]:
         """Every rank's value, on every rank, in rank order."""
@@ -121,20 +128,22 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print("\ninterrupted; the same command, without --fresh, goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:  # the last is what a full disk raises in save_file
+    except USER_ERRORS as error:
         rank = int(os.environ.get("RANK", 0))
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            error = OSError(f"{error}; free space, or pass another --out or --cache")
         store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
             if store is not None:
                 store.set("rank 0 spoke", "1")
-        else:
+        elif store is not None:  # before there is a group, every rank fails alike
             deadline = time.monotonic() + SPEAK_GRACE_S
-            while store is not None and time.monotonic() < deadline and not store.check(["rank 0 spoke"]):
+            while time.monotonic() < deadline and not store.check(["rank 0 spoke"]):
                 time.sleep(0.1)
-            if store is None or not store.check(["rank 0 spoke"]):
+            if not store.check(["rank 0 spoke"]):
                 print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
@@ -143,10 +152,13 @@ def one_voice() -> Iterator[None]:
 
 
 class StopRequest:
-    """Within it, SIGTERM and Ctrl-C are noted, so that the loop can finish its step, save and leave; a second Ctrl-C ends at once."""
+    """Within it, SIGTERM and Ctrl-C are noted, so that the loop can finish its step, save and leave; a second Ctrl-C ends at once.
+
+    requested: the signal's number, 0 before there is one.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = 0
 
     def __enter__(self) -> "StopRequest":
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -159,7 +171,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = number
 
 
 # --- sharding --------------------------------------------------------------------------------------------------------
@@ -189,7 +201,7 @@ def sha256(path: Path) -> str:
 def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
     """{file name: sha256}, the reading shared out over the ranks."""
     mine = {path.name: sha256(path) for path in paths[world.rank :: world.size]}
-    return {name: digest for part in world.gather(mine) for name, digest in sorted(part.items())}
+    return dict(sorted(item for part in world.gather(mine) for item in part.items()))  # in one order on any number of ranks
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -203,12 +215,15 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
-def read_json(path: Path) -> Any:
-    """The file's value; ValueError that names the file when it is not JSON."""
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The file's object; ValueError that names the file when it is damaged: not JSON, or without one of the keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it or pass --fresh") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        value = None
+    if not isinstance(value, dict) or not all(key in value for key in keys):
+        raise ValueError(f"{path} is damaged; pass --fresh to start over, or delete the folder {path.parent}")
+    return value
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -221,24 +236,28 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
     moment leaves the earlier checkpoints untouched: the folder gets its name only once everything is on disk.
     """
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def begin() -> None:
+        for left in folder.glob(".step-*"):  # by a save that was killed or found the disk full
+            shutil.rmtree(left)
         aside.mkdir(parents=True)
-    world.barrier()
+
+    def finish() -> None:
+        write_json(aside / MANIFEST, {"step": step, "processes": world.size, "sha256": sums})
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(aside, target)
+        kept = sorted(path for path in folder.glob("step-*") if path <= target)[-keep:]
+        for other in set(folder.glob("step-*")) - set(kept):  # later ones are damaged: this run went on from before them
+            shutil.rmtree(other)
+
+    world.from_main(begin)
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
     except CheckpointException as error:  # no Exception: it would pass every handler, and hides its causes
         causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
         raise OSError(f"checkpoint {target} could not be written ({causes}); the earlier ones are whole") from error
-    files = world.from_main(lambda: sorted(aside.glob("*.safetensors")))
-    sums = sha256_all(files, world)
-    if world.is_main:
-        write_json(aside / MANIFEST, {"step": step, "processes": world.size, "sha256": sums})
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(aside, target)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+    sums = sha256_all(world.from_main(lambda: sorted(aside.glob("*.safetensors"))), world)
+    world.from_main(finish)
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> int:
@@ -260,9 +279,8 @@ def _checked_step(path: Path, world: World) -> int | None:
 
     def manifest() -> dict[str, Any] | None:
         with contextlib.suppress(ValueError, OSError):
-            value = read_json(path / MANIFEST)
-            if isinstance(value, dict) and isinstance(value.get("step"), int) and isinstance(value.get("sha256"), dict):
-                return value if all((path / name).is_file() for name in value["sha256"]) else None
+            value = read_json(path / MANIFEST, "step", "sha256")
+            return value if all((path / name).is_file() for name in value["sha256"]) else None
         return None
 
     found = world.from_main(manifest)
@@ -281,72 +299,94 @@ class RunFolder:
     path: Path
     world: World
     log: IO[str] | None = field(default=None, repr=False)
+    lock: IO[str] | None = field(default=None, repr=False)
 
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """What a finished run left in done.json, else None."""
-        path = self.path / "done.json"
-        return self.world.from_main(lambda: read_json(path) if path.exists() else None)
+    def check(self, settings: Mapping[str, Any], free: frozenset[str], fresh: bool) -> dict[str, Any] | None:
+        """What a finished run of these settings left in done.json; None when there is still something to do.
 
-    def check(self, settings: Mapping[str, Any], free: frozenset[str], fresh: bool) -> None:
-        """ValueError when this folder holds files that are no run, or a run with other settings, which it names.
-
-        Settings in `free` may differ: they do not change what comes out. Writes nothing.
+        ValueError when the folder holds files that are no run, or, without `fresh`, a run with other settings, which it
+        names. Settings in `free` may differ: they do not change what comes out. Writes nothing.
         """
-        if not self.world.is_main:
-            return
-        record = self.path / "run.json"
-        if self.path.exists() and not record.exists() and any(self.path.iterdir()):
-            raise ValueError(f"{self.path} holds files but no run.json, so it is not a run; pass another --out")
-        if record.exists() and not fresh:
-            earlier, plain = read_json(record)["settings"], json.loads(json.dumps(settings))
+
+        def look() -> dict[str, Any] | None:
+            record = self.path / "run.json"
+            if not record.exists():
+                foreign = [path.name for path in sorted(self.path.glob("[!.]*"))]  # dot files are a killed run's asides
+                if foreign or (self.path.exists() and not self.path.is_dir()):
+                    raise ValueError(f"{self.path} is no run folder (no run.json beside {foreign[:3]}); pass another --out")
+                return None
+            if fresh:
+                return None
+            earlier, plain = read_json(record, "settings", "inputs")["settings"], json.loads(json.dumps(settings))
             changed = sorted(key for key in plain if key not in free and earlier.get(key) != plain[key])
             if changed:
                 differences = ", ".join(f"{key} was {earlier.get(key)!r}, now {plain[key]!r}" for key in changed)
                 raise ValueError(
                     f"{self.path} holds a run with other settings ({differences}); pass another --out, or --fresh to start over"
                 )
+            done = self.path / "done.json"
+            result = read_json(done, "model") if done.exists() else None
+            return result if result and (self.path / result["model"] / "config.json").is_file() else None  # else: export again
 
-    def create(self, settings: Mapping[str, Any], inputs: Mapping[str, str], free: frozenset[str], fresh: bool) -> None:
-        """Make the folder and its run.json, or go on with the one there; `fresh` removes an earlier run first.
+        return self.world.from_main(look)
 
-        ValueError as check, and when weights or data (`inputs`: name -> fingerprint) are not those the run began with.
+    def create(self, settings: Mapping[str, Any], inputs: Mapping[str, str], fresh: bool) -> None:
+        """Make the folder and its run.json, or go on with the run there; `fresh` removes it first.
+
+        ValueError when weights or data (`inputs`: name -> fingerprint) are not those that the run began with.
         """
-        self.check(settings, free, fresh)
-        self.world.barrier()
-        if self.world.is_main:
+
+        def make() -> None:
             record = self.path / "run.json"
             if fresh and record.exists():
-                shutil.rmtree(self.path)
+                self._lock()
+                old = self.path.with_name(f".{self.path.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.path, old)  # at once: a kill leaves a whole run, or none
+                shutil.rmtree(old)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             if record.exists():
-                earlier = read_json(record)["inputs"]
+                earlier = read_json(record, "inputs")["inputs"]
                 changed = sorted(name for name in inputs if earlier.get(name) != inputs[name])
                 if changed:
                     raise ValueError(f"{self.path} began with other {', '.join(changed)}; restore them, or pass --fresh to start over")
-            else:
-                self.path.mkdir(parents=True, exist_ok=True)
-                sum_of = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-                write_json(record, {"settings": settings, "settings_sha256": sum_of, "inputs": inputs, **surroundings()})
-        self.world.barrier()
+                return
+            sum_of = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+            write_json(record, {"settings": settings, "settings_sha256": sum_of, "inputs": inputs, **surroundings()})
+
+        self.world.from_main(make)
+
+    def _lock(self) -> None:
+        """Keep other runs out of the folder for as long as this process lives. ValueError when one is in it."""
+        self.lock = open(self.path / ".lock", "w")  # noqa: SIM115  # the system lets go of it with the process
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is in use by another run; wait for it, or pass another --out") from None
 
     def start_log(self, step: int) -> None:
         """Open log.jsonl to append, dropping rows from `step` on: a resumed run writes them again."""
-        if not self.world.is_main:
-            return
-        path = self.path / "log.jsonl"
-        rows = self.rows()
-        aside = path.with_name(".log.jsonl")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] < step), encoding="utf-8")
-        os.replace(aside, path)
-        self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `finish`, or with the process
+
+        def rewrite() -> None:
+            path = self.path / "log.jsonl"
+            aside = path.with_name(".log.jsonl")
+            kept = (json.dumps(row) + "\n" for row in self.rows() if row["step"] < step)
+            aside.write_text("".join(kept), encoding="utf-8")
+            os.replace(aside, path)
+            self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `finish`, or with the process
+
+        self.world.from_main(rewrite)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The log's rows; a last line that a kill cut short is left out."""
+        """The log's rows; what a kill cut short or somebody damaged is left out."""
         path = self.path / "log.jsonl"
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
     def write_row(self, row: Mapping[str, Any]) -> None:
@@ -359,9 +399,7 @@ class RunFolder:
         if self.log is not None:
             self.log.close()
             self.log = None
-        if self.world.is_main:
-            write_json(self.path / "done.json", dict(result))
-        self.world.barrier()
+        self.world.from_main(lambda: write_json(self.path / "done.json", result))
 
 
 def surroundings() -> dict[str, Any]:

@@ -183,7 +183,7 @@ def build(folder: str | Path, seed: int = 0) -> Path:
     held_benign, benign = benign[:200], benign[200:]
     held_forbidden, forbidden = forbidden[:200], forbidden[200:]
 
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "tokenizer").mkdir(parents=True)
     (aside / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")

@@ -12,8 +12,10 @@ A step is a function of (seed, step) alone: which pairs it holds, and so its los
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,9 +38,9 @@ import runtime
 import toy
 from bfpo import QUADRANTS, bfpo_loss, dpo_loss, ipo_loss, label, margin, quadrant_means, quadrant_sums
 from data import Chat, Stream, batch_indices, deal, describe, load_stream, spread
-from eval import my_packs, preference_view, score, toy_scores, toy_table
+from eval import my_packs, preference_view, quadrant_table, score, toy_scores, toy_table
+from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights
 from model import Config as ModelConfig
-from model import Mistral, Pack, find_model, load_weights
 from runtime import RunFolder, StopRequest, World
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -55,7 +58,7 @@ class Config:
     # input and output
     out: str = setting("", "run folder; runs/<recipe> when empty")
     model: str = setting("", "starting model and reference: a folder or a hub name")
-    fresh: bool = setting(False, "remove an earlier run in the folder and start over")
+    fresh: bool = setting(False, "remove an earlier run in the folder and start over; leave it out to resume")
     save_every: int = setting(100, "steps between checkpoints")
     keep: int = setting(2, "checkpoints kept")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 = only at the end")
@@ -65,7 +68,7 @@ class Config:
     helpfulness: tuple[str, ...] = setting((), "sources of pairs that are all safe (the paper's buffer)")
     sft: tuple[str, ...] = setting((), "sources of conversations, for the objective sft")
     prefer: str = setting("helpful", "which answer is chosen: the more helpful (the paper), or the safe one")
-    chat_template: str = setting("", "file with a jinja chat template; the model's own, else Zephyr's, when empty")
+    chat_template: str = setting("", "zephyr, or a file with a jinja chat template; the model's own, else Zephyr's, when empty")
     max_length: int = setting(1024, "tokens of prompt and longer response")
     max_prompt: int = setting(512, "tokens a prompt keeps, from its end, when the pair is too long")
     cache: str = setting("", "folder for tokenised data and reference log-probabilities; ~/.cache/bfpo when empty")
@@ -78,7 +81,7 @@ class Config:
     # optimizer: AdamW, betas 0.9 and 0.999, eps 1e-8, no weight decay; linear warm-up from 0, then cosine to 0
     batch: int = setting(32, "pairs of each stream, or conversations, in a step")
     epochs: int = setting(1, "passes over the stream that counts the steps")
-    steps: int = setting(0, "steps of a shorter or longer run; 0 = by epochs")
+    steps: int = setting(0, "steps of a shorter or longer run, of the toy recipe's both stages; 0 = by epochs")
     lr: float = setting(5e-7, "peak learning rate")
     warmup: float = setting(0.1, "share of the steps that warm up; the first has learning rate 0")
     clip_norm: float = setting(0.0, "gradient norm to clip at; 0 = off, as in the authors' launch")
@@ -92,7 +95,7 @@ class Config:
 
 
 # These change where and how fast a run happens, not what comes out: they may differ when it resumes.
-FREE = frozenset({"fresh", "save_every", "keep", "log_every", "eval_every", "cache", "pack_tokens", "checkpoint_blocks",
+FREE = frozenset({"out", "fresh", "save_every", "keep", "log_every", "eval_every", "cache", "pack_tokens", "checkpoint_blocks",
                   "replicate", "device"})  # fmt: skip
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
@@ -110,12 +113,23 @@ TOY_MODEL: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_
                              "num_key_value_heads": 2, "head_dim": 32, "sliding_window": None}  # fmt: skip
 
 
+def listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {' '.join(value) if isinstance(value, tuple) else value}" for name, value in settings.items())
+
+
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that a command line asks for. Wrong usage prints one line and exits with code 2."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        usage="train.py [recipe] [--setting value ...]; --help lists the settings",
+        epilog="recipes: " + "; ".join(f"{name}: {listed(settings)}" for name, settings in RECIPES.items()),
+        allow_abbrev=False,
+    )
     parser.add_argument("recipe", nargs="?", choices=RECIPES, default="toy", help="default: %(default)s")
-    for field in dataclasses.fields(Config)[1:]:
-        options: dict[str, Any] = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+    fields = dataclasses.fields(Config)[1:]
+    for field in fields:
+        shown = f"; default {field.default}" if field.default not in ("", (), False) else ""
+        options: dict[str, Any] = {"help": field.metadata["help"] + shown, "default": argparse.SUPPRESS}
         if isinstance(field.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(field.default, tuple):
@@ -123,9 +137,14 @@ def parse(arguments: Sequence[str]) -> Config:
         else:
             options |= {"type": type(field.default), "metavar": type(field.default).__name__.upper()}
         parser.add_argument(f"--{field.name}", **options)
+    flags = {"--help", *(f"--{prefix}{field.name}" for field in fields for prefix in ("", "no-"))}
+    for word in arguments:  # argparse would take the unknown flag's value for the recipe, and blame that
+        if word.startswith("--") and word.split("=")[0] not in flags:
+            parser.error(f"unknown setting {word.split('=')[0]}")
     found = vars(parser.parse_args(arguments))
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-    config = Config(**({"out": f"runs/{found['recipe']}"} | RECIPES[found["recipe"]] | given))
+    config = Config(**(RECIPES[found["recipe"]] | given))
+    config = replace(config, out=config.out or f"runs/{config.recipe}")
     try:
         check(config)
     except ValueError as error:
@@ -137,9 +156,10 @@ def check(config: Config) -> None:
     """ValueError when a setting alone, or two together, make no sense."""
     least = dict.fromkeys(("save_every", "keep", "log_every", "batch", "epochs", "pack_tokens", "replicate", "max_prompt"), 1)
     for name, bound in (least | {"eval_every": 0, "steps": 0, "seed": 0}).items():
-        if getattr(config, name) < bound:
-            raise ValueError(f"{name} must be >= {bound}, got {getattr(config, name)}")
-    choices = {"objective": ("bfpo", "dpo", "ipo", "sft"), "prefer": ("helpful", "safe"),
+        if not bound <= getattr(config, name) < 2**31:
+            raise ValueError(f"{name} must be >= {bound} and below 2^31, got {getattr(config, name)}")
+    modules = {name.split(".")[-2] for name in CHECKPOINT_NAMES}
+    choices = {"objective": ("bfpo", "dpo", "ipo", "sft"), "prefer": ("helpful", "safe"), "selective": ("all", *sorted(modules)),
                "dtype": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu", "cuda")}  # fmt: skip
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -152,15 +172,19 @@ def check(config: Config) -> None:
         raise ValueError(f"warmup must be in [0, 1), got {config.warmup}")
     if not (math.isfinite(config.clip_norm) and config.clip_norm >= 0):
         raise ValueError(f"clip_norm must be >= 0, got {config.clip_norm}")
-    if config.max_prompt >= config.max_length:
+    if config.objective != "sft" and config.max_prompt >= config.max_length:
         raise ValueError(f"max_prompt must be below max_length, got {config.max_prompt} and {config.max_length}")
+    if config.chat_template not in ("", "zephyr") and not Path(config.chat_template).is_file():
+        raise ValueError(f"chat_template must be zephyr or a file with a jinja template, got {config.chat_template!r}")
     if config.recipe == "toy":
         if config.model or config.safety or config.helpfulness or config.sft or config.objective == "sft":
             raise ValueError("the recipe toy makes its own model and data; name another recipe: sft, bfpo or redteam")
     elif not config.model:
         raise ValueError("no starting model; pass --model FOLDER")
-    elif config.objective == "sft" and not config.sft:
-        raise ValueError("the objective sft needs conversations; pass --sft FILE")
+    elif config.objective == "sft" and (not config.sft or config.safety or config.helpfulness):
+        raise ValueError("the objective sft reads conversations, and pairs only as such; pass --sft FILE alone")
+    elif config.objective != "sft" and config.sft:
+        raise ValueError(f"the objective {config.objective} reads no conversations; leave out --sft")
     elif config.objective != "sft" and not (config.safety or config.helpfulness):
         raise ValueError("no preference pairs; pass --safety FILE, --helpfulness FILE or both")
 
@@ -168,31 +192,30 @@ def check(config: Config) -> None:
 # --- the model and its trained part ----------------------------------------------------------------------------------
 
 
-def compute_dtype(config: Config, world: World) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolved(config: Config, world: World) -> Config:
+    """The configuration with dtype auto settled, so that a run cannot go on in another precision on another device."""
+    auto = "bfloat16" if world.device.type == "cuda" else "float32"
+    return replace(config, dtype=auto if config.dtype == "auto" else config.dtype)
 
 
 def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str, Tensor]]:
     """The sharded model with its weights, and {name: parameter} of what trains.
 
     Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained ones in fp32.
-    ValueError when no module has the name that `selective` asks for.
     """
-    dtype = compute_dtype(config, world)
+    dtype = DTYPES[config.dtype]
     with torch.device("meta"):
         model = Mistral(ModelConfig.read(source))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(config.selective in ("all", name.split(".")[-2]))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    if not sizes:
-        modules = sorted({name.split(".")[-2] for name, _ in model.named_parameters()})
-        raise ValueError(f"selective must be all or one of {', '.join(modules)}, got {config.selective!r}")
     every = sum(p.numel() for p in model.parameters())
-    world.say(f"training {len(sizes)} tensors, {sum(sizes.values()):,} of {every:,} parameters ({config.selective}); "
-              f"the rest is frozen in {str(dtype).removeprefix('torch.')}")
+    world.say(f"training {config.selective}: {len(sizes)} tensors, {sum(sizes.values()):,} of {every:,} parameters; "
+              f"computing in {config.dtype}")
     runtime.shard(model, list(model.model.layers), world, dtype)
     model.to_empty(device=world.device)
     load_weights(model, source)
@@ -227,8 +250,8 @@ Item = tuple[Pairs, int]
 
 
 def total_steps(config: Config, streams: Sequence[Pairs]) -> int:
-    """Steps of the run: an epoch is one pass over the first stream, whose last incomplete batch is left out."""
-    return config.steps or config.epochs * (len(streams[0]) // config.batch)
+    """Steps of the run: `epochs` passes over the first stream; what does not fill a last batch is left out."""
+    return config.steps or config.epochs * len(streams[0]) // config.batch
 
 
 def draw(config: Config, streams: Sequence[Pairs], step: int) -> list[Item]:
@@ -275,7 +298,7 @@ def reference_logprobs(model: Mistral, pairs: Pairs, weights: str, config: Confi
     Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype and device: a run that
     differs only in objective, tau, alpha, b1, lr or seed reuses it. A damaged file is noticed and computed again.
     """
-    identity = [weights, pairs.stream.fingerprint, str(compute_dtype(config, world)), world.device.type]
+    identity = [weights, pairs.stream.fingerprint, config.dtype, world.device.type]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = Path(config.cache or os.environ.get("BFPO_CACHE") or "~/.cache/bfpo").expanduser() / "reference" / f"{key}.safetensors"
 
@@ -297,11 +320,14 @@ def reference_logprobs(model: Mistral, pairs: Pairs, weights: str, config: Confi
         world.say(f"reference: {len(pairs):,} {pairs.name} pairs from {path}")
         return found
     computed = score(model, pairs.stream, world, config.pack_tokens, f"reference, {pairs.name}")
-    if world.is_main:
+
+    def keep() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{time.time_ns()}")
+        aside = path.with_suffix(f".{os.getpid()}")
         save_file({"logprobs": computed}, aside, metadata={"sha256": digest(computed)})
         aside.replace(path)
+
+    world.from_main(keep)
     world.say(f"reference: {len(pairs):,} {pairs.name} pairs computed, kept in {path}")
     return computed
 
@@ -322,7 +348,7 @@ def pair_loss(config: Config, h: Tensor, g: Tensor) -> Tensor:
 
 # |h| that rounding may leave at step 0, in nats for each square root of a response token: twice the compute dtype's error
 # on a random 16-layer model (0.03 in bfloat16), times five for the largest of a batch; fp32 likewise, rounded up.
-GATE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+GATE_NATS = {"float32": 1e-3, "bfloat16": 0.3}
 
 
 def gate(config: Config, world: World, items: Sequence[Item], mine: Sequence[Item], h: Tensor, loss: float) -> None:
@@ -330,7 +356,7 @@ def gate(config: Config, world: World, items: Sequence[Item], mine: Sequence[Ite
 
     A reference of other weights, another chat format or a model that is not deterministic ends here, before any update.
     """
-    allowed = [GATE_NATS[compute_dtype(config, world)] * math.sqrt(pairs.stream.lengths[i, 1:].sum()) for pairs, i in mine]
+    allowed = [GATE_NATS[config.dtype] * math.sqrt(pairs.stream.lengths[i, 1:].sum()) for pairs, i in mine]
     worst = max(zip((h.abs() / torch.tensor(allowed)).tolist(), h.abs().tolist(), strict=True), default=(0.0, 0.0))
     ratio, nats = max(world.gather(worst))
     g = label(*labels_of(items), config.alpha, config.b1)
@@ -458,7 +484,9 @@ def optimize(
     if first:
         world.say(f"resuming after step {first} of {steps}")
     if world.size > 1:
-        world.say(f"the costliest rank's share of a step: {rank_spread(config, streams, steps, world):.1%} over the cheapest's, on average")
+        world.say(f"a step costs its costliest rank {rank_spread(config, streams, steps, world):.1%} more than its cheapest, on average")
+    if config.objective != "sft":
+        world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first)
     started, printed = time.monotonic(), (first, time.monotonic())
 
@@ -491,15 +519,15 @@ def optimize(
             if done % config.log_every == 0 or done == steps:
                 pace = (time.monotonic() - printed[1]) / (done - printed[0])
                 printed = (done, time.monotonic())
-                world.say(step_line(row, done, steps) + f"  left {runtime.duration(pace * (steps - done))}")
+                world.say(step_line(row, done, steps) + f"  left in this stage {runtime.duration(pace * (steps - done))}")
             if config.eval_every and done % config.eval_every == 0 and done < steps:
                 folder.write_row({"step": step, "held_out": held_out_figures(model, config, held, world)})
-            stopping = bool(world.sum(torch.tensor(float(stop.requested))))
+            stopping = max(world.gather(stop.requested))
             if done % config.save_every == 0 or done == steps or stopping:
                 runtime.save_checkpoint(folder.path / "checkpoints", done, tensors, world, config.keep)
             if stopping:
-                world.say(f"stopped after step {done} of {steps}; the same command goes on from here")
-                sys.exit(143)
+                world.say(f"stopped after step {done} of {steps}; the same command, without --fresh, goes on from here")
+                sys.exit(128 + stopping)
     world.say(f"{steps - first} steps in {runtime.duration(time.monotonic() - started)}")
 
 
@@ -529,7 +557,7 @@ def open_streams(config: Config, chat: Chat, world: World) -> tuple[list[Pairs],
         if not sources:
             continue
         train, test = load_stream(sources, chat, stage="sft" if name == "sft" else "pairs", max_length=config.max_length,
-                                  max_prompt=config.max_prompt, prefer=config.prefer, mixed=name == "safety",
+                                  max_prompt=min(config.max_prompt, config.max_length - 1), prefer=config.prefer, mixed=name == "safety",
                                   cache_dir=config.cache or None)  # fmt: skip
         world.say(describe(train.report))
         training.append(Pairs(name, train))
@@ -545,12 +573,13 @@ def run(config: Config, world: World) -> dict[str, Any]:
 
     A finished run returns at once; an unfinished one goes on. ValueError for bad input, before anything is written.
     """
-    folder = RunFolder(Path(config.out), world)
-    settings = dataclasses.asdict(config)
-    folder.check(settings, FREE, config.fresh)
-    if not config.fresh and (result := folder.result) is not None:
+    config = resolved(config, world)
+    folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
+    if (result := folder.check(settings, FREE, config.fresh)) is not None:
         world.say(f"{folder.path} is finished: {folder.path / 'model'}")
         return result
+    if config.model == RECIPES["bfpo"]["model"] and not Path(config.model).is_dir():
+        raise ValueError(f"the recipe bfpo starts from {config.model}, which is not there; run the recipe sft first, or pass --model")
     source = find_model(config.model)
     chat = Chat(source, config.chat_template or None)
     streams, held = open_streams(config, chat, world)
@@ -560,18 +589,18 @@ def run(config: Config, world: World) -> dict[str, Any]:
     files = [source / "config.json", *sorted(source.glob("*.safetensors"))]
     weights = hashlib.sha256(json.dumps(runtime.sha256_all(files, world)).encode()).hexdigest()
     inputs = {"weights": weights, **{pairs.name: pairs.stream.fingerprint for pairs in streams}}
-    folder.create(settings, inputs, FREE, config.fresh)
+    folder.create(settings, inputs, config.fresh)
     if config.objective != "sft":
         for pairs in [*streams, *held]:
             pairs.reference = reference_logprobs(model, pairs, weights, config, world)
     optimize(model, trained, config, streams, held, folder)
     figures = held_out_figures(model, config, held, world)
-    model.save_pretrained(folder.path / "model", dtype=compute_dtype(config, world), like=source, chat_template=chat.exported_template)
-    if world.is_main:
-        plots.curves(folder.rows(), folder.path / "curves.png")
-    result = {"steps": total_steps(config, streams), "held_out": figures, "model": str(folder.path / "model")}
+    model.save_pretrained(folder.path / "model", dtype=DTYPES[config.dtype], like=source, chat_template=chat.exported_template)
+    world.from_main(lambda: plots.curves(folder.rows(), folder.path / "curves.png"))
+    result = {"steps": total_steps(config, streams), "held_out": figures, "model": "model"}
     folder.finish(result)
-    world.say(f"held-out: {json.dumps(figures)}")
+    for name, view in figures.items():
+        world.say(f"held-out {name}: " + (f"loss {view['loss']:.4f} a token" if "loss" in view else "\n" + quadrant_table(view)))
     world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, checkpoints/")
     return result
 
@@ -581,30 +610,28 @@ def run(config: Config, world: World) -> dict[str, Any]:
 
 def toy_run(config: Config, world: World) -> dict[str, Any]:
     """The whole path on the toy language: data, a small Mistral from scratch (SFT), the preference stage, the table."""
-    folder = RunFolder(Path(config.out), world)
-    settings = dataclasses.asdict(config)
-    folder.check(settings, FREE, config.fresh)
-    result = None if config.fresh else folder.result
-    if result is not None:
-        world.say(f"{folder.path} is finished; --fresh starts over")
+    config = resolved(config, world)
+    folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
+    if (result := folder.check(settings, FREE, config.fresh)) is not None:
+        world.say(f"{folder.path} is finished, its model is {folder.path / result['model']}; --fresh starts over")
         world.say(toy_table(result["scores"]))
         return result
-    folder.create(settings, {}, FREE, config.fresh)
+    folder.create(settings, {}, config.fresh)
     # Tensors this small gain nothing from a second thread, and the numbers must not depend on the machine's cores.
     torch.set_num_threads(1)
     data, start, name = folder.path / "data", folder.path / "start", config.objective.upper()
 
     world.say(f"[1/4] the toy language: {data}")
-    if world.is_main and not data.exists():
-        toy.build(data, config.seed)
-    world.barrier()
-    if world.is_main and not start.exists():
-        tokenizer = Chat(data / "tokenizer")
-        model = Mistral(ModelConfig(vocab_size=tokenizer.vocabulary, **TOY_MODEL))
-        model.init_weights(config.seed)
-        model.save_pretrained(start, like=data / "tokenizer")
-    world.barrier()
 
+    def begin() -> None:
+        if not data.exists():
+            toy.build(data, config.seed)
+        if not start.exists():
+            model = Mistral(ModelConfig(vocab_size=Chat(data / "tokenizer").vocabulary, **TOY_MODEL))
+            model.init_weights(config.seed)
+            model.save_pretrained(start, like=data / "tokenizer")
+
+    world.from_main(begin)
     stage = replace(config, recipe="sft", fresh=False, cache=config.cache or str(folder.path / "cache"))
     world.say("[2/4] SFT: every weight, from random, on conversations that mix full, curt, compliant and refusing answers")
     conversations = (str(data / "ultrachat"), f"{data / 'pku'}[:20%]")
@@ -619,21 +646,22 @@ def toy_run(config: Config, world: World) -> dict[str, Any]:
         requests = toy.held_out(data)
         model_folder = folder.path / stage_name / "model"
         scores[title], transcript = toy_scores(model_folder, requests, world, config.seed, f"answers, {title}")
-        if world.is_main:
-            lines = "".join(json.dumps(row) + "\n" for row in transcript)
-            (folder.path / stage_name / "answers.jsonl").write_text(lines, encoding="utf-8")
-    result = {"scores": scores, "model": str(folder.path / config.objective / "model")}
+        lines = "".join(json.dumps(row) + "\n" for row in transcript)
+        world.from_main(partial((folder.path / stage_name / "answers.jsonl").write_text, lines, encoding="utf-8"))
+    result = {"scores": scores, "model": f"{config.objective}/model"}
     folder.finish(result)
     world.say(toy_table(scores))
-    world.say(f"model {result['model']}, answers {folder.path}/*/answers.jsonl, curves {folder.path / config.objective / 'curves.png'}")
+    world.say(f"wrote model/, curves.png, answers.jsonl and log.jsonl to {folder.path / config.objective} and {folder.path / 'sft'}")
     return result
 
 
 def main(arguments: Sequence[str]) -> None:
-    config = parse(arguments)
+    with contextlib.redirect_stderr(sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()):
+        config = parse(arguments)
     with runtime.one_voice():
         world = runtime.start(config.device, config.replicate)
-        world.say(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config).items() if value not in ("", (), False)))
+        usual = dataclasses.asdict(Config())
+        world.say(listed({key: value for key, value in dataclasses.asdict(config).items() if key == "recipe" or value != usual[key]}))
         (toy_run if config.recipe == "toy" else run)(config, world)
 
 

@@ -262,7 +262,7 @@ print(sum(p.numel() for p in model.parameters()) * 2 / 2**20, max(p.numel() for 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RssAnon of /proc/self/status")
 def test_loading_takes_the_model_and_one_tensor(tmp_path: Path) -> None:
     """Claim: host memory while loading is the parameters plus one tensor of the file. Oracle: anonymous memory of a fresh process (pages of
-    the mapped file do not count), fp32 on disk into bf16; 32 MB are left to the allocator and the interpreter (16 seen, by torch version)."""
+    the mapped file do not count), fp32 on disk into bf16; 32 MB are left to the allocator and the interpreter (16 seen)."""
     config = Config(vocab_size=4000, hidden_size=768, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8,
                     num_key_value_heads=2, head_dim=96)  # fmt: skip
     with torch.device("meta"):

@@ -568,7 +568,7 @@ def test_command_line(mistral_tokenizer, tmp_path):
     assert "conversation tokens" in run(str(path), "--model", str(mistral_tokenizer), "--sft").stdout
     path.write_text("{}\n")
     bad = run(str(path), "--model", str(mistral_tokenizer))
-    assert bad.returncode == 1 and bad.stderr.startswith("data.py: ") and "Traceback" not in bad.stderr
+    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
     assert run(str(path)).returncode == 2
 
 

@@ -97,8 +97,8 @@ def test_generate_refuses_bad_requests() -> None:
 
 
 def test_generate_reads_no_memory_that_nobody_wrote() -> None:
-    """Claim: what memory held before does not reach an answer. Oracle: torch fills fresh memory with NaN in deterministic mode, and a masked
-    NaN would still be a NaN."""
+    """Claim: what memory held before does not reach an answer. Oracle: torch fills fresh memory with NaN in deterministic mode, and a
+    masked NaN would still be a NaN."""
     model = model_with()
     expected = model.generate(PROMPTS, 20, temperature=1.0)
     torch.use_deterministic_algorithms(True)
