@@ -123,14 +123,14 @@ def quadrant_sums(h: Tensor, g: Tensor, chosen_safe: Tensor, rejected_safe: Tens
 
     Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the target's
     side: h and g have one sign. Two of the four quadrants ask for h < 0, so a share of h > 0, as the authors'
-    accuracy is, would count their failures. h = 0 is on no side. All inputs are 1-D over pairs.
+    accuracy is, would count their failures (deviation 5). h = 0 is on no side. All inputs are 1-D over pairs.
     ValueError: tau <= 0 or not finite, labels other than 0 and 1, two shapes.
     """
     _check_tau(tau)
     _check_shapes(h=h, g=g, chosen_safe=chosen_safe, rejected_safe=rejected_safe)
     s_w = _as_indicator(chosen_safe, "chosen_safe").bool()
     s_l = _as_indicator(rejected_safe, "rejected_safe").bool()
-    masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])
+    masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])  # deviation 6
     h, g = h.detach().double(), g.detach().double()
     on_target_side = (h.sign() * g.sign() > 0).double()
     columns_NC = torch.stack([torch.ones_like(h), h, g / tau, on_target_side], dim=-1)

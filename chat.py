@@ -155,7 +155,8 @@ class Chat:
     def pair_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
         """[prompt, chosen, rejected] of each pair_texts, not truncated. The ids are those of whole conversations, as an
         answer alone gives other ids; the prompt is the longest common prefix of the three, so a token that spans the
-        boundary belongs to the answer. The prompt starts with the only BOS, an answer ends with its only EOS."""
+        boundary belongs to the answer. The prompt starts with the only BOS, an answer ends with its only EOS.
+        Deviations 1 and 2 (README)."""
         pieces = [piece for three in texts for piece in self._cut(three)]
         ids, trees = iter(self.encode(pieces)), []
         for front, *tails in zip(ids, ids, ids, ids, strict=True):
@@ -186,8 +187,8 @@ class Chat:
 
 
 def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]:
-    """[prompt, *responses], cut. If prompt + longest response > max_length, the prompt keeps BOS and its last
-    max_prompt - 1 tokens; if they are still too long, each response keeps its first max_length - max_prompt."""
+    """[prompt, *responses], cut. If prompt + longest response > max_length, the prompt keeps BOS (deviation 3) and its
+    last max_prompt - 1 tokens; if still too long, each response keeps its first max_length - max_prompt (§4.2)."""
     prompt, *responses = tree
     longest = max(map(len, responses))
     if len(prompt) + longest > max_length and len(prompt) > max_prompt:

@@ -344,6 +344,8 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)  # tensors of a few numbers: more threads only wait for each other
     try:
         return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:
         print(f"synthetic.py: cannot write: {error}; pass a folder of your own with --out", file=sys.stderr)
         return 1

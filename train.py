@@ -204,7 +204,8 @@ def resolved(config: Config, world: World) -> Config:
 def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str, Tensor]]:
     """The sharded model with its weights, and {name: parameter} of what trains.
 
-    Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained ones in fp32.
+    Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained ones in fp32
+    (deviation 7).
     """
     dtype = DTYPES[config.dtype]
     with torch.device("meta"):
@@ -297,6 +298,7 @@ def reference_logprobs(model: Mistral, pairs: Pairs, weights: str, config: Confi
 
     Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype and device: a run that
     differs only in objective, tau, alpha, b1, lr or seed reuses it. A damaged file is noticed and computed again.
+    Deviation 4: no second model in memory.
     """
     identity = [weights, pairs.stream.fingerprint, config.dtype, world.device.type]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -394,7 +396,7 @@ def forward_backward(model: Mistral, config: Config, items: Sequence[Item], worl
     losses, changes = [], []
     for mine in my_share(items, world, config.pack_tokens):
         logprobs_R = model.logprobs(pack_of(mine, world.device))  # Algorithm 1: log pi(y_w|x), log pi(y_l|x)
-        if sft:
+        if sft:  # deviation 8
             change = logprobs_R[:, None]
             loss = -logprobs_R
         else:
@@ -600,7 +602,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     result = {"steps": total_steps(config, streams), "held_out": figures, "model": "model"}
     folder.finish(result)
     for name, view in figures.items():
-        world.say(f"held-out {name}: " + (f"loss {view['loss']:.4f} a token" if "loss" in view else "\n" + quadrant_table(view)))
+        world.say(f"held-out {name}:" + (f" loss {view['loss']:.4f} a token" if "loss" in view else "\n" + quadrant_table(view)))
     world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, checkpoints/")
     return result
 

@@ -315,7 +315,7 @@ def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Pat
     assert folder.check({"tau": 1}, frozenset(), fresh=False) == {"model": "model"}
     for damage in ("{", "[]", "{}"):
         (folder.path / "run.json").write_text(damage, encoding="utf-8")
-        with pytest.raises(ValueError, match="run.json is damaged"):
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
             folder.check({"tau": 1}, frozenset(), fresh=False)
     (folder.path / "log.jsonl").write_bytes(b'{"step": 0}\n[1]\n{}\n\xff\xfe\n{"step": 1}\n{"st')
     assert [row["step"] for row in folder.rows()] == [0, 1]
