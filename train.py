@@ -400,11 +400,11 @@ def forward_backward(model: Mistral, config: Config, items: Sequence[Item], worl
             change = logprobs_R[:, None]
             loss = -logprobs_R
         else:
-            reference = torch.stack([reference_of(item) for item in mine] or [torch.zeros(2)])[: len(mine)]
-            g = label(*labels_of(mine), config.alpha, config.b1)  # Algorithm 1: the label, Figure 3
             policy = logprobs_R.reshape(2, -1).T
-            change = policy - reference.to(world.device)
-            h = margin(*policy.unbind(1), *reference.to(world.device).unbind(1))  # Algorithm 1: h
+            reference = torch.stack([reference_of(item) for item in mine] or [torch.zeros(2)])[: len(mine)].to(world.device)
+            change = policy - reference
+            g = label(*labels_of(mine), config.alpha, config.b1)  # Algorithm 1: the label, Figure 3
+            h = margin(*policy.unbind(1), *reference.unbind(1))  # Algorithm 1: h
             loss = pair_loss(config, h, g.to(world.device))  # Algorithm 1: (h - g / tau)^2
         (loss.sum() * scale).backward()  # type: ignore[no-untyped-call]
         done += mine
