@@ -121,34 +121,49 @@ def start(device: str = "auto", replicate: int = 1) -> World:
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Turn an error of the user's making into one line and exit code 1, from rank 0 if it fails too; leave the group.
+    """What a program runs in: an error of the user's making becomes one line and exit code 1, from rank 0 if it fails too.
 
-    A rank that fails alone (its disk is full, say) speaks for itself after SPEAK_GRACE_S. torchrun ends the others.
+    A rank that fails alone (its disk is full, say) speaks for itself after SPEAK_GRACE_S; torchrun ends the others. Of
+    several processes none goes through Python's own shutdown, where gloo's threads may abort a run that is done.
     """
+    code: Any = 0
     try:
         yield
+    except SystemExit as leaving:
+        code = leaving.code
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command, without --fresh, goes on from the last checkpoint", file=sys.stderr, flush=True)
-        sys.exit(130)
+        print("\ninterrupted; the same command, without --fresh, goes on from the last checkpoint", file=sys.stderr)
+        code = 130
     except USER_ERRORS as error:
-        rank = int(os.environ.get("RANK", 0))
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            error = OSError(f"{error}; free space, or pass another --out or --cache")
-        store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            if store is not None:
-                store.set("rank 0 spoke", "1")
-        elif store is not None:  # before there is a group, every rank fails alike
-            deadline = time.monotonic() + SPEAK_GRACE_S
-            while time.monotonic() < deadline and not store.check(["rank 0 spoke"]):
-                time.sleep(0.1)
-            if not store.check(["rank 0 spoke"]):
-                print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        speak(error)
+        code = 1
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def speak(error: Exception) -> None:
+    """Say what went wrong, once for all ranks."""
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        error = OSError(f"{error}; free space, or pass another --out or --cache")
+    rank = int(os.environ.get("RANK", 0))
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if store is not None:
+            store.set("rank 0 spoke", "1")
+    elif store is not None:  # before there is a group, every rank fails alike
+        deadline = time.monotonic() + SPEAK_GRACE_S
+        while time.monotonic() < deadline and not store.check(["rank 0 spoke"]):
+            time.sleep(0.1)
+        if not store.check(["rank 0 spoke"]):
+            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 class StopRequest:
@@ -406,14 +421,16 @@ def surroundings() -> dict[str, Any]:
     """Versions, git commit, hardware and date, for run.json."""
     import importlib.metadata
 
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = ""
+    if shutil.which("git"):
+        here = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
