@@ -36,7 +36,7 @@ from chat import Ids, read_json, truncate
 from chat import Message as Message
 from sources import Source, find_source, sha256, source_rows
 
-FORMAT = 3  # of the token cache: count up when the same rows would give other arrays
+FORMAT = 4  # of the token cache: count up when the same rows would give other arrays
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
 HELD_OUT_ROWS = 1000  # of a source's test split, at most
 
@@ -107,8 +107,8 @@ def _messages(row: dict[str, Any], name: str) -> list[Message]:
 
 
 def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
-    """prefer: chosen is "helpful": the better answer; "safe": the safer one, even of two with the same label where the
-    schema says which that is; where it does not, the one that is labelled safe, or the better of two with one label."""
+    """prefer: chosen is "helpful": the better answer; "safe": the safer one of a safe and an unsafe answer, the better one
+    of two with the same label; "safer" (SFT): the safer one, also of two with the same label where the schema says which it is."""
     if not schema.labels:
         chosen, rejected = (_messages(row, name) for name in schema.answers)
         roles = [chosen[-1]["role"], rejected[-1]["role"]]
@@ -126,7 +126,7 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
     better, safer = (ids.index(checked(row, name, lambda value: type(value) is int and value in ids, f"{ids[0]} or {ids[1]}"))
                      if name else None for name in (schema.better, schema.safer))  # fmt: skip
     first = better or 0
-    if prefer == "safe" and (safer is not None or safe[0] != safe[1]):
+    if prefer != "helpful" and (safe[0] != safe[1] or (prefer == "safer" and safer is not None)):
         first = safe.index(True) if safer is None else safer
     return Pair(prompt, answers[first], answers[1 - first], safe[first], safe[1 - first])
 
@@ -178,16 +178,16 @@ def load_stream(
 ) -> tuple[Stream, Stream]:  # fmt: skip
     """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
 
-    stage "pairs" or "sft"; prefer "helpful" (chosen is the more helpful answer) or "safe" (the safer one, as always in
-    SFT); lengths in tokens, with BOS and EOS. Held-out rows: the first HELD_OUT_ROWS of a source's test split; where it has
+    stage "pairs" or "sft", whose answer is the safer one; prefer "helpful" (chosen is the more helpful answer) or "safe"
+    (the safer one, and the more helpful of two with one label); lengths in tokens, with BOS and EOS. Held-out rows: the first HELD_OUT_ROWS of a source's test split; where it has
     none, the first questions whose hash falls in the first held_out of all hashes, so that none is on both sides;
     held_out=0: none. mixed: warn of a source whose pairs all fall in one safety quadrant. cache_dir: by default
     $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call at once: one builds, the others wait, however long it
     takes. ValueError: wrong arguments, or rows that break their schema: the first ten with file:line, and their number.
     """
-    if stage == "sft":
-        prefer, max_prompt = "safe", 1  # the prompt is BOS
     known = stage in ("pairs", "sft") and prefer in ("helpful", "safe")
+    if stage == "sft":
+        prefer, max_prompt = "safer", 1  # the prompt is BOS
     if not (sources and known and 1 <= max_prompt < max_length and 0 <= held_out < 1):
         raise ValueError("sources must be one or more, stage pairs or sft, prefer helpful or safe, max_prompt in [1, max_length),"
                          f" held_out in [0, 1), got {list(sources)}, {stage}, {prefer}, {max_prompt} with max_length {max_length},"

@@ -103,8 +103,9 @@ def prompts(stream: data.Stream, chat: Chat) -> list[str]:
     (pku(), "PKU-SafeRLHF", "helpful", Pair(user("q"), "zero", "one", True, False)),
     (pku(better=1), "PKU-SafeRLHF", "helpful", Pair(user("q"), "one", "zero", False, True)),
     (pku(better=1), "PKU-SafeRLHF", "safe", Pair(user("q"), "zero", "one", True, False)),
-    (pku(better=1, safe=(True, True)), "PKU-SafeRLHF", "safe", Pair(user("q"), "zero", "one", True, True)),
-    (pku(better=1, safe=(False, False)), "PKU-SafeRLHF", "safe", Pair(user("q"), "zero", "one", False, False)),
+    (pku(better=1, safe=(True, True)), "PKU-SafeRLHF", "safe", Pair(user("q"), "one", "zero", True, True)),
+    (pku(better=1, safe=(False, False)), "PKU-SafeRLHF", "safe", Pair(user("q"), "one", "zero", False, False)),
+    (pku(better=1, safe=(False, False)), "PKU-SafeRLHF", "safer", Pair(user("q"), "zero", "one", False, False)),
     (pku(prompt_source="x", response_0_severity_level=0), "PKU-SafeRLHF", "helpful", Pair(user("q"), "zero", "one", True, False)),
     ({"prompt": "q", "modeloutput1": "a", "modeloutput2": "b", "better_modelout": 2, "is_modelout1_safe": 1,
       "is_modelout2_safe": 0}, "red-teaming", "helpful", Pair(user("q"), "b", "a", False, True)),
@@ -115,6 +116,7 @@ def prompts(stream: data.Stream, chat: Chat) -> list[str]:
      Pair(talk("q", "a", "r"), "b", "c", True, True)),
     (own(3), "bfpo", "helpful", Pair(user("question 3"), "good 3", "bad 3", False, True)),
     (own(3), "bfpo", "safe", Pair(user("question 3"), "bad 3", "good 3", True, False)),
+    (own(3), "bfpo", "safer", Pair(user("question 3"), "bad 3", "good 3", True, False)),
     (own(0, prompt=talk("q", "a", "r")), "bfpo", "helpful", Pair(talk("q", "a", "r"), "good 0", "bad 0", True, True)),
 ])  # fmt: skip
 def test_schemas_give_the_pair(row, schema, prefer, pair):
