@@ -103,7 +103,7 @@ class Config:
     # system
     device: str = setting("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", "compute and frozen weights; auto = bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    pack_tokens: int = setting(8192, "tokens of a pack; a longer pair is a pack alone", least=1)
+    pack_tokens: int = setting(0, "tokens of a pack; a longer pair is a pack alone; 0 = 8192 on a GPU, 1024 on a CPU", least=0)
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass")
     replicate: int = setting(1, "copies of the sharded model (nodes, usually); processes are shared out evenly", least=1)
 
@@ -123,6 +123,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "redteam": {"model": "HuggingFaceH4/zephyr-7b-beta", "batch": 16},
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACK_TOKENS = {"cpu": 1024, "cuda": 8192}  # what fills a GPU; a CPU is as fast, and holds less, with a pair or two at a time
 CHANGES = ("chosen_logprob_change_nats", "rejected_logprob_change_nats")  # since step 0; over the step, and by quadrant
 
 
@@ -407,7 +408,8 @@ def run(config: Config, world: World) -> dict[str, Any]:
     """
     # dtype auto is settled first, so that a run cannot go on in another precision on another device
     auto = "bfloat16" if world.device.type == "cuda" else "float32"
-    config = replace(config, dtype=auto if config.dtype == "auto" else config.dtype)
+    config = replace(config, dtype=auto if config.dtype == "auto" else config.dtype,
+                     pack_tokens=config.pack_tokens or PACK_TOKENS[world.device.type])  # fmt: skip
     folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
     if (result := folder.check(settings, FREE, config.fresh)) is not None:
         world.say(f"{folder.path} is finished: {folder.path / 'model'}")

@@ -60,7 +60,7 @@ def test_saved_activations_are_what_autograd_keeps(selective: str, dtype: torch.
 def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
     """Claim: 32 + 32 pairs a step fit 80e9 bytes at train.py's default pack budget, accumulated over packs; the state is 12 + 4 bytes a
     trained value and 2 a frozen one; twice the packs hold no more; four processes hold about a quarter of the state. Oracle: arithmetic."""
-    load = PAPER.with_budget(seven_b(), train.Config().pack_tokens)
+    load = PAPER.with_budget(seven_b(), train.PACK_TOKENS["cuda"])
     held = plan.fullest(load)[1]
     values = sum(torch.Size(shape).numel() for shape in SEVEN_B.shapes().values())
     down = 32 * 4096 * 14336
