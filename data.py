@@ -179,11 +179,12 @@ def load_stream(
     """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
 
     stage "pairs" or "sft", whose answer is the safer one; prefer "helpful" (chosen is the more helpful answer) or "safe"
-    (the safer one, and the more helpful of two with one label); lengths in tokens, with BOS and EOS. Held-out rows: the first HELD_OUT_ROWS of a source's test split; where it has
-    none, the first questions whose hash falls in the first held_out of all hashes, so that none is on both sides;
-    held_out=0: none. mixed: warn of a source whose pairs all fall in one safety quadrant. cache_dir: by default
-    $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call at once: one builds, the others wait, however long it
-    takes. ValueError: wrong arguments, or rows that break their schema: the first ten with file:line, and their number.
+    (the safer one, and the more helpful of two with one label); lengths in tokens, with BOS and EOS. Held-out rows: the
+    first HELD_OUT_ROWS of a source's test split; where it has none, the first questions whose hash falls in the first
+    held_out of all hashes, so that none is on both sides; held_out=0: none. mixed: warn of a source whose pairs all fall in
+    one safety quadrant. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call at once: one
+    builds, the others wait, however long it takes. ValueError: wrong arguments, or rows that break their schema: the first
+    ten with file:line, and their number.
     """
     known = stage in ("pairs", "sft") and prefer in ("helpful", "safe")
     if stage == "sft":

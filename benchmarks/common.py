@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import Config, Mistral
 
-RESULTS = Path(__file__).resolve().parent / "results"
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+RESULTS = Path(__file__).resolve().parent / "results.json"
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+# glibc gives freed memory back at once, each tensor over 64 kB being a mapping of its own, so that a peak counts tensors.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 # Tokens of prompts and answers: log-normal with these medians and sigma, drawn again until in range. Their means, 214 and 165, and the
 # padding of random batches of 4 pairs, 1.42 (of sorted ones 1.13), are about those of the paper's two public sets (213, 173 and 160
 # tokens; 1.43 and 1.14).
@@ -73,8 +75,12 @@ def parameters_of(config: Config) -> int:
 
 
 def anonymous_mib(pid: int | str = "self") -> float:
-    """Memory of a process that no file backs."""
-    return int(Path(f"/proc/{pid}/status").read_text(encoding="utf-8").split("RssAnon:")[1].split()[0]) / 1024
+    """Memory of a process that no file backs (RssAnon); 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0.0
+    return int(text.split("RssAnon:")[1].split()[0]) / 1024 if "RssAnon:" in text else 0.0
 
 
 def surroundings() -> dict[str, Any]:
@@ -95,9 +101,9 @@ def surroundings() -> dict[str, Any]:
     return {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": versions}
 
 
-def record(path: Path, figures: dict[str, Any]) -> None:
-    """Writes results/NAME.json, aside and renamed."""
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix(".aside")
-    aside.write_text(json.dumps(surroundings() | figures, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+def record(name: str, figures: dict[str, Any]) -> None:
+    """Puts figures, and where they were taken, under `name` in results.json, which is written aside and renamed."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    aside = RESULTS.with_suffix(".aside")
+    aside.write_text(json.dumps(dict(sorted((known | {name: surroundings() | figures}).items())), indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, RESULTS)

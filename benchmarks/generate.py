@@ -6,15 +6,13 @@
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import record
 
 from model import Config, Mistral
 
@@ -26,6 +24,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
@@ -74,6 +73,9 @@ def main() -> None:
         print(f"{name:13} {count / statistics.median(times):8.0f} tokens_per_s (median of {len(times)})")
     ratios = sorted(a / b for a, b in zip(seconds["transformers"], seconds["ours"], strict=True))
     print(f"ours / transformers: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    if options.write:
+        settings = {key: value for key, value in vars(options).items() if key != "write"}
+        record("generate", {"settings": settings, "answers_the_same": same, "seconds": seconds, "times_faster": ratios})
 
 
 if __name__ == "__main__":

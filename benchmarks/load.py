@@ -11,7 +11,6 @@ the file's pages are in the system's cache or not as they happen to be, which `-
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -24,12 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import anonymous_mib, parameters_of, record
 
 from model import SHARD_BYTES, Config, Mistral, load_weights
 
-RESULTS = Path(__file__).resolve().parent / "results" / "load.json"
 SIDES = {"ours, 1 process": 1, "ours, 4 processes": 4, "transformers": 1}
 PIECE = 2**24  # values
 
@@ -58,15 +55,6 @@ def write_checkpoint(folder: Path, config: Config) -> None:
                 out.write(piece[:left])
         weight_map |= dict.fromkeys(shapes, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
-
-
-def anonymous_mib(pid: int) -> float:
-    """Memory of a process that no file backs; 0 when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0.0
-    return int(text.split("RssAnon:")[1].split()[0]) / 1024 if "RssAnon:" in text else 0.0
 
 
 def say(**figures: float) -> None:
@@ -144,7 +132,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--folder", help="where the checkpoint is written; a temporary folder by default")
     parser.add_argument("--cold", action="store_true", help="drop the system's cache of files before each load (root)")
-    parser.add_argument("--write", action="store_true", help=f"write the figures to {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -152,7 +140,7 @@ def main() -> None:
         return
     config = Config(options.vocabulary, options.hidden, options.inner, options.layers, options.heads, max(1, options.heads // 4),
                     options.hidden // options.heads)  # fmt: skip
-    values = sum(map(math.prod, config.shapes().values()))
+    values = parameters_of(config)
     rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         write_checkpoint(Path(temporary) / "model", config)
@@ -166,11 +154,7 @@ def main() -> None:
         spans = [f"{min(r[key] for r in each):7.1f} to {max(r[key] for r in each):7.1f}" for key in ("load_s", "read_s", "memory_mib")]
         print(f"{side:18} load {spans[0]} s, with every weight read {spans[1]} s, memory {spans[2]} MiB")
     if options.write:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "transformers")}
-        RESULTS.parent.mkdir(exist_ok=True)
-        entry = {"command": sys.argv, "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "versions": versions,
-                 "parameters": values, "cold": options.cold, "rounds": rows}  # fmt: skip
-        RESULTS.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+        record("load", {"parameters": values, "cold": options.cold, "rounds": rows})
 
 
 if __name__ == "__main__":

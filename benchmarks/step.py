@@ -1,14 +1,14 @@
 """One training step of the selective recipe: this project beside TRL's DPOTrainer on the same checkpoint, pairs, precision and threads.
 
-    python benchmarks/step.py --write               # every run; results/step.json
+    python benchmarks/step.py --write               # every run, 15 minutes; results.json
     python benchmarks/step.py --runs 4M-float32     # one of them
 
 Both sides run their own training loop, data to optimizer, each in a process of its own that waits between steps: a round is a few steps
 of one side after another's, on the same pairs, with one thread. The loss is DPO's (sigmoid), which both have on summed log-probabilities;
 only down_proj trains. Before anything is timed the sides' gradients must agree, and so must their references' log-probabilities.
 
-    ours                  train.optimize, as a run of train.py calls it: the reference cached, the step's pairs in one pack
-    ours, small packs     --pack_tokens 1024: a pair or two at a time
+    ours                  train.optimize, as a run of train.py calls it: the reference cached, a pair or two in a pack
+    ours, one pack        --pack_tokens 8192: the step's pairs in one pack
     TRL default           DPOConfig's defaults but for the precision: live reference, gradient checkpointing, every row through the head
     TRL best              the reference cached, no checkpointing, and only the answers' rows through the head, as TRL does on a GPU
     TRL best, by one      the same, a pair at a time with gradient accumulation: little padding, at no cost on a CPU
@@ -38,7 +38,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from common import RESULTS, Pair, Stream, anonymous_mib, draw_lengths, pairs_of, parameters_of, record, write_model
+from common import MALLOC, Pair, Stream, anonymous_mib, draw_lengths, pairs_of, parameters_of, record, write_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,16 +47,14 @@ from model import Config
 # Shapes in a 7B's proportions (feed-forward 3.5 times the width, four query heads a key head; the head is 4 % of the body, there 2 %):
 # vocabulary, width, feed-forward, layers, query heads, key heads, head size.
 SIZES = {"30M": (2000, 512, 1792, 8, 8, 2, 64), "4M": (500, 256, 896, 4, 4, 1, 64)}
-OURS, SMALL, DEFAULT, BEST, BY_ONE = "ours", "ours, small packs", "TRL default", "TRL best", "TRL best, by one"
-RUNS = {"30M-float32": (OURS, SMALL, DEFAULT, BEST, BY_ONE), "4M-float32": (OURS, DEFAULT, BEST), "30M-bfloat16": (OURS, DEFAULT, BEST)}
-SMALL_PACK = 1024
+OURS, WHOLE, DEFAULT, BEST, BY_ONE = "ours", "ours, one pack", "TRL default", "TRL best", "TRL best, by one"
+RUNS = {"30M-float32": (OURS, WHOLE, DEFAULT, BEST, BY_ONE), "4M-float32": (OURS, DEFAULT, BEST), "30M-bfloat16": (OURS, DEFAULT, BEST)}
 BETA = 0.1
 LR = 1e-9  # an optimizer's step costs the same at any rate; at this one the policy stays the reference, which is checked after a step
 # Largest relative error of a gradient tensor. fp32: rounding in sums of thousands of terms leaves 1e-6 to 1e-5; one token lost or
 # counted twice, 1e-3. bfloat16, each side against ours in fp32: 8 bits of mantissa in every layer leave a few percent.
 AGREE = {"float32": 1e-4, "bfloat16": 0.1}
 REFERENCE_AGREES = {"float32": 1e-5, "bfloat16": 1e-2}  # relative, of sums over hundreds of tokens
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 POOL = 200  # pairs that are sorted by length for the grouped rows
 # Of random batches of 4 pairs, over 10,000 of them: padded tokens over real ones, and tokens of two rows a pair over those of its tree.
 # A few batches scatter by 5 %, and the ratios with them, so they are drawn again until both means are these to 1 %.
@@ -142,7 +140,7 @@ def serve_ours(side: str, folder: Path, dtype: str, steps: list[list[Pair]], cha
     batch = len(steps[0])
     config = train.Config(recipe="bfpo", model=str(folder), safety=("planned",), objective="dpo", tau=BETA, batch=batch, steps=len(steps),
                           dtype=dtype, log_every=2**30, save_every=2**30, lr=LR)  # fmt: skip
-    config = dataclasses.replace(config, pack_tokens=SMALL_PACK) if side == SMALL else config
+    config = dataclasses.replace(config, pack_tokens=train.PACK_TOKENS["cuda" if side == WHOLE else "cpu"])
     model, trained = train.build(config, folder / "model", world)
     idle = anonymous_mib()
     # the planned pairs, at the places where a run draws them step by step
@@ -250,7 +248,7 @@ def serve(side: str, folder: Path, dtype: str, kinds: list[str]) -> None:
     torch.set_num_threads(1)
     planned = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     steps = [pairs for kind in kinds for pairs in planned[kind]]
-    (serve_ours if side in (OURS, SMALL) else serve_trl)(side, folder, dtype, steps, channel)
+    (serve_ours if side in (OURS, WHOLE) else serve_trl)(side, folder, dtype, steps, channel)
 
 
 # --- the conversation ------------------------------------------------------------------------------------------------
@@ -375,7 +373,7 @@ def compare(rows: dict[str, list[Figures]], tensors: dict[str, float]) -> list[d
     """Every pair of rows that is there: theirs over ours in seconds, ours over theirs in memory; of all rounds together, and of one."""
     with_reference, grouped = [f"{OURS} + reference", f"{BEST} + reference"], [f"{OURS}, grouped", f"{BEST}, grouped"]
     compared = [(OURS, DEFAULT), (OURS, BEST), (with_reference[0], DEFAULT), with_reference, grouped,
-                (SMALL, DEFAULT), (SMALL, BEST), (SMALL, BY_ONE)]  # fmt: skip
+                (WHOLE, DEFAULT), (WHOLE, BEST), (OURS, BY_ONE)]  # fmt: skip
 
     def ratio(above: str, below: str, key: str) -> Figures:
         a, b = ([figure[key] for figure in rows[name]] for name in (above, below))
@@ -428,7 +426,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4, help="pairs of a step; the authors' launch gives a GPU 4 at a time")
-    parser.add_argument("--write", action="store_true", help="write the figures to results/step.json")
+    parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -448,7 +446,7 @@ def main() -> None:
             results[run] = measure(size, dtype, RUNS[run], options, folder)
             print(table(run, results[run]), flush=True)
     if options.write:
-        record(RESULTS / "step.json", {"threads": 1, "pairs_a_step": options.batch, "rounds": options.rounds, "runs": results})
+        record("step", {"threads": 1, "pairs_a_step": options.batch, "rounds": options.rounds, "runs": results})
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import anonymous_mib, record
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from chat import Chat
 from data import Stream, load_stream
 
@@ -46,17 +46,13 @@ def write_pairs(path: Path, chat: Chat, pairs: int) -> None:
             print(json.dumps(row | {"chosen_safe": bool(i % 2), "rejected_safe": bool(i % 3)}, ensure_ascii=False), file=file)
 
 
-def rss_anon_mib() -> float:
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
-
-
-def measured(name: str, pairs: int, work: Callable[[], Any]) -> Any:
-    """What work returns; prints its time, processor time in this process and peak RssAnon."""
+def measured(name: str, pairs: int, work: Callable[[], Any], figures: dict[str, Any]) -> Any:
+    """What work returns; prints its time, processor time in this process and peak RssAnon, and puts them into `figures`."""
     peak, stop = [0.0], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.05):
-            peak[0] = max(peak[0], rss_anon_mib())
+            peak[0] = max(peak[0], anonymous_mib())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -67,6 +63,8 @@ def measured(name: str, pairs: int, work: Callable[[], Any]) -> Any:
     watcher.join()
     print(f"{name:<36} {seconds:8.2f} s {pairs / seconds:10.0f} rows/s; in this process {processor:.1f} s of processor,"
           f" peak {peak[0]:.0f} MiB RssAnon", flush=True)  # fmt: skip
+    figures[name] = {"rows": pairs, "wall_s": seconds, "rows_per_s": pairs / seconds, "cpu_s_in_this_process": processor,
+                     "memory_mib": peak[0]}  # fmt: skip
     return result
 
 
@@ -89,7 +87,7 @@ def many_rows(tokenizer: Any, rows: dict[str, list[str]]) -> dict[str, Any]:
     return {f"ids_{k}": ids[k::3] for k in range(3)}
 
 
-def peer(path: Path, model: str, chat: Chat, stream: Stream, pairs: int, cache: str) -> None:
+def peer(path: Path, model: str, chat: Chat, stream: Stream, pairs: int, cache: str, figures: dict[str, Any]) -> None:
     """datasets.map on the first pairs of the file. Stops where its ids are not ours."""
     import datasets
     from transformers import PreTrainedTokenizerFast
@@ -104,9 +102,9 @@ def peer(path: Path, model: str, chat: Chat, stream: Stream, pairs: int, cache: 
             if ids[: len(ours)] != ours and max(len(prompt), len(answer)) < 512:  # others may be cut
                 sys.exit(f"row {i} has other ids in transformers")
     apply = partial(rows.map, remove_columns=rows.column_names, load_from_cache_file=False)
-    measured("datasets.map, row by row", pairs, lambda: apply(partial(one_row, tokenizer)))
+    measured("datasets.map, row by row", pairs, lambda: apply(partial(one_row, tokenizer)), figures)
     measured(f"datasets.map, batched, {os.cpu_count()} processes", pairs,
-             lambda: apply(partial(many_rows, tokenizer), batched=True, num_proc=os.cpu_count()))  # fmt: skip
+             lambda: apply(partial(many_rows, tokenizer), batched=True, num_proc=os.cpu_count()), figures)  # fmt: skip
 
 
 def main() -> None:
@@ -114,20 +112,24 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder with tokenizer.json")
     parser.add_argument("--pairs", type=int, default=120_000)
     parser.add_argument("--peer_pairs", type=int, default=0, help="rows for datasets.map; 0 leaves it out")
+    parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     flags = parser.parse_args()
+    figures: dict[str, Any] = {}
     chat = Chat(flags.model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         write_pairs(path, chat, flags.pairs)
-        print(f"{flags.pairs} pairs, {path.stat().st_size / 2**20:.0f} MB of JSON lines, {rss_anon_mib():.0f} MiB before", flush=True)
+        print(f"{flags.pairs} pairs, {path.stat().st_size / 2**20:.0f} MB of JSON lines, {anonymous_mib():.0f} MiB before", flush=True)
         load = partial(load_stream, [str(path)], chat, held_out=0, cache_dir=Path(folder) / "cache")
-        stream, _ = measured("ours, the first time", flags.pairs, load)
-        measured("ours, from the cache", flags.pairs, load)
+        stream, _ = measured("ours, the first time", flags.pairs, load, figures)
+        measured("ours, from the cache", flags.pairs, load, figures)
         if flags.peer_pairs:
-            peer(path, flags.model, chat, stream, min(flags.peer_pairs, flags.pairs), folder)
+            peer(path, flags.model, chat, stream, min(flags.peer_pairs, flags.pairs), folder, figures)
         means = stream.lengths.mean(axis=0)
         print(f"mean tokens: prompt {means[0]:.0f}, chosen {means[1]:.0f}, rejected {means[2]:.0f}, pair {means.sum():.0f};"
               f" cache {stream.report['cache']['bytes'] / 2**20:.0f} MB")  # fmt: skip
+    if flags.write:
+        record("tokenise", {"mean_tokens": means.tolist(), "cores": os.cpu_count(), "measured": figures})
 
 
 if __name__ == "__main__":
