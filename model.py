@@ -12,11 +12,12 @@ It knows nothing of labels or of training. Parameters carry the checkpoint's nam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private; the same on torch 2.11 to 2.13
@@ -416,6 +416,25 @@ def load_weights(model: Mistral, folder: str | Path) -> None:
         fill(parameter, stored[name])
 
 
+@torch.no_grad()
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, writes: bool = True) -> None:
+    """Writes tensors in `dtype`, one in memory at a time: safetensors' save_file wants a whole file's at once, and copies them. Every rank
+    calls it with sharded ones, which are gathered; the one that `writes` writes."""
+    entries, end = dict[str, Any](__metadata__={"format": "pt"}), 0
+    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
+    for name, tensor in tensors.items():
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end := end + tensor.numel() * dtype.itemsize]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    with open(path, "wb") if writes else contextlib.nullcontext() as file:
+        if file:
+            file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if file:
+                file.write(whole.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+
+
 class Mistral(nn.Module):
     """The language model. Blocks are called as modules, so that the hooks of FSDP2 and torch.compile act on each."""
 
@@ -507,21 +526,15 @@ class Mistral(nn.Module):
         dtype = dtype or max((p.dtype for p in parameters.values()), key=lambda dtype: dtype.itemsize)
         layout = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
         split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
-        names = [name for file in split.filename_to_tensors.values() for name in file]
         sharded = any(isinstance(p, DTensor) for p in parameters.values())  # not all: a forward may leave FSDP2's root gathered
-
-        def whole(parameter: Tensor) -> Tensor:
-            return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-        if sharded and dist.get_rank() != 0:
-            for name in names:
-                whole(parameters[name])  # this rank's part of what rank 0 gathers
-            return dist.barrier()
-
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        writes = not sharded or dist.get_rank() == 0
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
         for file, shard in split.filename_to_tensors.items():
-            save_file({name: whole(parameters[name]).to("cpu", dtype) for name in shard}, aside / file, metadata={"format": "pt"})
+            write_safetensors(aside / file, {name: parameters[name] for name in shard}, dtype, writes)
+        if not writes:
+            return dist.barrier()
         if split.is_sharded:
             _write_json(aside / "model.safetensors.index.json", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         # `rope_theta` and `torch_dtype` are the spellings that both old and new servers read.

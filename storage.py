@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from model import write_safetensors
 from runtime import World, duration
 
 MANIFEST = "manifest.json"
@@ -94,12 +95,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, world: World) -> None:
     """A safetensors file of sharded tensors in `dtype`; they are gathered one at a time, and rank 0 writes."""
-    whole = {}
-    for name, tensor in tensors.items():
-        gathered = cast(DTensor, tensor.detach()).full_tensor()
-        if world.is_main:
-            whole[name] = gathered.to("cpu", dtype)
-    world.from_main(lambda: write_tensors(path, whole, {"format": "pt"}))
+    aside = path.with_name(f".{path.name}.partial")
+    write_safetensors(aside, tensors, dtype, world.is_main)
+    world.from_main(lambda: os.replace(aside, path))
 
 
 def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str) -> Tensor:
