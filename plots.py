@@ -34,8 +34,9 @@ QUADRANT_STYLE = {"both_safe": (BLUE, "o", "both safe"), "chosen_safe": (SKY, "s
                   "both_unsafe": (VERMILION, "D", "both unsafe")}
 
 
-def _canvas(width_in: float, height_in: float, rows: int, columns: int,
+def canvas(width_in: float, height_in: float, rows: int, columns: int,
             share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,7 +50,8 @@ def _canvas(width_in: float, height_in: float, rows: int, columns: int,
     return figure, panels
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes the PNG aside and renames it."""
     aside = path.with_name(f".{path.stem}.aside{path.suffix}")
     figure.savefig(aside, dpi=200, facecolor="white")
     os.replace(aside, path)
@@ -95,7 +97,7 @@ def figure4(path: Path, means: Mapping[str, Floats], half_widths: Mapping[str, F
     looks = {True: [(BLUE, "-", 2.4), (SKY, "-", 1.6)], False: [(VERMILION, "--", 2.4), (ORANGE, "--", 1.6)]}
     styles: list[tuple[str, Any, float]] = [looks[s][list(safe[:y]).count(s)] for y, s in enumerate(safe)]
     words = [f"y{y + 1} {'safe' if s else 'unsafe'}" for y, s in enumerate(safe)]
-    figure, panels = _canvas(12.6, 4.9, 1, len(means), share_y=True)
+    figure, panels = canvas(12.6, 4.9, 1, len(means), share_y=True)
     for axes, (name, mean) in zip(panels, means.items(), strict=True):
         _draw_policy(axes, mean, half_widths[name], words, styles)
         ranking = np.argsort(-mean[-1], kind="stable").tolist()
@@ -120,7 +122,7 @@ def figure4(path: Path, means: Mapping[str, Floats], half_widths: Mapping[str, F
     figure.legend(keys, [*(f"{word}, {rank}" for word, rank in zip(words, ranks, strict=True)),
                          "95 % interval of the mean"],
                   loc="outside lower center", ncols=len(keys), frameon=False, fontsize=10.5, handlelength=3.2)
-    _save(figure, path)
+    save(figure, path)
 
 
 # ------------------------------------------------------------------------------- the curves of a training run
@@ -188,7 +190,7 @@ def curves(log_rows: Sequence[Row], path: Path) -> None:
               ("learning rate", "learning rate", [("lr", "learning rate", BLACK, "")])]
     groups = [group for group in groups if any(len(_series(log_rows, key)[0]) for key, *_ in group[2])]
     count = len(groups) + preference
-    figure, panels = _canvas(12, 3.9 * max(1, math.ceil(count / 2)), max(1, math.ceil(count / 2)), 2)
+    figure, panels = canvas(12, 3.9 * max(1, math.ceil(count / 2)), max(1, math.ceil(count / 2)), 2)
     if preference:
         _draw_margins(panels[0], log_rows)
     for axes, (title, unit, lines) in zip(panels[int(preference):], groups, strict=False):
@@ -206,7 +208,7 @@ def curves(log_rows: Sequence[Row], path: Path) -> None:
         axes.set_axis_off()
     if not count:
         panels[0].text(0.5, 0.5, "no step logged", ha="center", transform=panels[0].transAxes)
-    _save(figure, path)
+    save(figure, path)
 
 
 # ------------------------------------------------------------------------- models by helpfulness and harmlessness
@@ -272,7 +274,7 @@ def scatter(points: Sequence[Point], path: Path, *, start: Point | None = None, 
     start: the model that the others began from, drawn with an arrow to each point that is on no line. note: one
     line under the axes, which should say what error bars and mark areas are.
     """
-    figure, (axes,) = _canvas(7.2, 5.8, 1, 1)
+    figure, (axes,) = canvas(7.2, 5.8, 1, 1)
     axes.grid(axis="x", color=PALE, linewidth=0.7)
     groups: dict[str, list[Point]] = {}
     for point in points:
@@ -304,7 +306,7 @@ def scatter(points: Sequence[Point], path: Path, *, start: Point | None = None, 
     if note:
         figure.supxlabel(note, fontsize=9, color=GREY)
     _place_names(figure, axes, named, radius_pt=8 if dearest else 5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def figure1(path: Path, rows: Sequence[tuple[str, Row, Row]]) -> None:
@@ -313,7 +315,7 @@ def figure1(path: Path, rows: Sequence[tuple[str, Row, Row]]) -> None:
     rows: (title, benign, forbidden); the two are rows of eval.toy_scores' transcript. Solid blue frames hold
     what is helpful (half of the steps or more) or harmless, dashed warm ones what is not.
     """
-    figure, (axes,) = _canvas(11.5, 0.7 + 0.85 * len(rows), 1, 1)
+    figure, (axes,) = canvas(11.5, 0.7 + 0.85 * len(rows), 1, 1)
     axes.set(xlim=(0, 1), ylim=(-len(rows), 0.45))
     axes.set_axis_off()
     for x, request in zip((0.19, 0.6), rows[0][1:], strict=True):
@@ -328,7 +330,7 @@ def figure1(path: Path, rows: Sequence[tuple[str, Row, Row]]) -> None:
             frame = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": BLUE if good else VERMILION,
                      "linestyle": "-" if good else "--", "linewidth": 1.6}
             axes.text(x, -i - 0.55, words, fontsize=9.5, va="center", color=BLACK, bbox=frame)
-    _save(figure, path)
+    save(figure, path)
 
 
 def alpha(path: Path, alphas: Sequence[float], trained_at: Sequence[float],
@@ -339,7 +341,7 @@ def alpha(path: Path, alphas: Sequence[float], trained_at: Sequence[float],
     margins: quadrant -> {"target", "optimum": one value for each of alphas, "trained": one for each of
     trained_at}, all in nats x tau. pairs: quadrant -> the two answers' names. edges: words -> alpha, upright lines.
     """
-    figure, (axes,) = _canvas(8.0, 5.2, 1, 1)
+    figure, (axes,) = canvas(8.0, 5.2, 1, 1)
     axes.axhline(0, color=GREY, linewidth=1)
     for words, place in edges.items():
         axes.axvline(place, color=GREY, linewidth=1, linestyle=":")
@@ -354,7 +356,7 @@ def alpha(path: Path, alphas: Sequence[float], trained_at: Sequence[float],
                   label=f"{name}: trained models")
     axes.set(xlabel="alpha", ylabel="margin of the more helpful answer (nats x tau)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -223,7 +223,7 @@ def serve_trl(side: str, folder: Path, dtype: str, steps: list[list[Pair]], chan
         output_dir=str(folder / "trl"), beta=BETA, learning_rate=LR, per_device_train_batch_size=at_once,
         gradient_accumulation_steps=len(steps[0]) // at_once, max_steps=len(steps), bf16=dtype == "bfloat16", use_cpu=True,
         gradient_checkpointing=not best, precompute_ref_log_probs=best, train_sampling_strategy="sequential", save_strategy="no",
-        report_to=[], disable_tqdm=True,
+        max_length=None, report_to=[], disable_tqdm=True,
     )  # fmt: skip
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")

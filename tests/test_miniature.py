@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 def drawn(monkeypatch: pytest.MonkeyPatch, draw) -> object:
     """The matplotlib figure that a drawing function saves."""
     caught = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, target: (caught.append(figure), save(figure, target)))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, target: (caught.append(figure), save(figure, target)))
     draw()
     caught[0].draw_without_rendering()  # at its own resolution again, not the file's
     return caught[0]

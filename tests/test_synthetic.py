@@ -215,8 +215,8 @@ def preference_rows(steps):
 def drawn(monkeypatch, rows, path):
     """The titles of the panels and the figure's axes, caught on their way to the file."""
     caught = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, target: (caught.append(figure), save(figure, target)))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, target: (caught.append(figure), save(figure, target)))
     plots.curves(rows, path)
     return [axes for axes in caught[0].axes if axes.axison]
 
