@@ -34,7 +34,8 @@ LONGEST = (25, 40, 55, 70, 85)  # per cent
 PAIRS = (1, 2, 4, 8, 16)
 PROCESSES = (1, 2, 4)
 LABELS = {"share": "prompt's share of a pair's 600 tokens, %", "length": "tokens of a pair",
-          "longest": "longest pair's share of 2,400 tokens, %", "pairs": "pairs of a step", "processes": "processes, two cores"}  # fmt: skip
+          "longest": "longest pair's share of 2,400 tokens, %", "pairs": "pairs of a step",
+          "processes": "processes, two cores"}  # fmt: skip
 Lengths = list[tuple[int, int, int]]
 
 
