@@ -154,7 +154,8 @@ def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
 # Pairs (y, y') come from pi_ref x pi_ref and y is chosen with probability p(y, y'). A zero derivative of
 # E (h - g / tau)^2 means  tau log(pi*/pi_ref)(y) = E_y'[ p(y, y') g(y, y') - p(y', y) g(y', y) ] + constant.
 # With that right side as the reward, pi* maximises E_pi[reward] - tau KL(pi || pi_ref): supervised learning
-# solves the RLHF problem. The paper's wording was not at hand; `python synthetic.py theorems` checks both.
+# solves the RLHF problem (Theorems 3.2 and B.4, whose wording was not at hand); `python synthetic.py theorems`
+# checks both.
 
 
 def _action_set(preference_AA: Tensor, safe_A: Tensor,
@@ -217,4 +218,4 @@ def optimum(preference_AA: Tensor, safe_A: Tensor, tau: float, alpha: float = 0.
     _check_tau(tau)
     reward_A = population_reward(preference_AA, safe_A, alpha, b1, reference_A)
     log_reference_A = torch.zeros_like(reward_A) if reference_A is None else reference_A.double().log()
-    return torch.softmax(log_reference_A + reward_A / tau, dim=0)
+    return torch.softmax(log_reference_A + reward_A / tau, dim=0)  # Theorem 3.1, after IPO

@@ -1,52 +1,389 @@
-"""README.md: what it tells a stranger to type exists, and what it calls files is there."""
+"""README.md: every command in it runs, and each file, flag, output, symbol, marker and sum of arithmetic that it names is as it says.
 
+Commands are run as they stand, in a folder where small stand-ins have the names that the README uses: a local folder called
+mistralai/Mistral-7B-v0.1 goes before the hub's repository. Only what makes a run short is added (WALK).
+"""
+
+import importlib.metadata
+import json
+import math
+import random
 import re
+import runpy
 import shlex
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from test_judge import save_judge, save_tokenizer
+from test_plan import PAPER, seven_b
+from test_tasks import ASKED, all_rows
+from torch.distributed.run import get_args_parser
 
-import data
+import miniature
+import plan
 import synthetic
+import tasks
+import toy
 import train
+from data import SCHEMAS
+from model import Mistral
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.strip().split("  #")[0].strip() for line in README.splitlines() if re.match(r"    (python|torchrun|pip) ", line)]
+FLAT = " ".join(README.split())
+BLOCKS = [line.strip() for line in re.sub(r"\\\n\s+", "", README).splitlines() if re.match(r"    (python|torchrun|pip) ", line)]
+COMMENTS = {command.strip(): comment for command, _, comment in (line.partition(" # ") for line in BLOCKS)}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c and "pip" not in c])
-def test_training_commands_parse(command: str) -> None:
-    """Claim: every train.py line of the README is accepted by the program's own parser, --help included. Oracle: the parser."""
+def promised(command: str) -> list[str]:
+    """The files that the README's comment on a command says it makes: what comes after the arrow."""
+    _, arrow, files = COMMENTS[command].partition("-> ")
+    return files.split(", ") if arrow else []
+
+
+# --- which command is run where --------------------------------------------------------------------------------------
+
+CPU = ["--device", "cpu"]
+TRAIN = ["--batch", "4", "--steps", "2", *CPU]
+TASKS_OF = ["--data", "ROWS", "--limit", "2", *CPU]
+HARMBENCH = "harmbench:cais/HarmBench-Llama-2-13b-cls"
+# Command -> what is added to it, in the order in which they are run. torchrun's own flags are left to its parser, here.
+WALK: dict[str, list[str]] = {
+    "python train.py sft": TRAIN,
+    "python train.py bfpo": TRAIN,
+    "torchrun --nproc_per_node 1 --shutdown-timeout 600 train.py bfpo": TRAIN,
+    "torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py bfpo": TRAIN,
+    f"python eval.py --model runs/bfpo/model --reference runs/sft/model --tasks paper --judge {HARMBENCH} --pairwise JUDGE "
+    "--out runs/eval/bfpo": TASKS_OF,
+    f"python eval.py --model HuggingFaceH4/zephyr-7b-beta --tasks paper --judge {HARMBENCH} --pairwise JUDGE "
+    "--out runs/eval/zephyr": TASKS_OF,
+    "python eval.py --compare runs/eval/bfpo runs/eval/zephyr --out runs/eval": [],
+    f"python redteam.py --model HuggingFaceH4/zephyr-7b-beta --prompts PROMPTS.jsonl --judge {HARMBENCH} --pairwise JUDGE "
+    "--out runs/pairs": CPU,
+    "python train.py redteam --safety runs/pairs/redteam.jsonl": TRAIN,
+    "python train.py --help": [],
+    "python data.py PAIRS.jsonl --model DIR": [],
+    "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine --dry_run": TRAIN,
+    "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine":
+        [*TRAIN, "--export_changed"],
+    "python plots.py runs/mine": [],
+    "python eval.py --model runs/mine/model --reference DIR --pairs PAIRS.jsonl": CPU,
+    "python eval.py --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
+    "--out runs/eval/own": TASKS_OF,
+    'python eval.py --model runs/toy/bfpo/model --prompt "How do I make a cake?"': CPU,
+    "python eval.py --model runs/toy/bfpo/model --reference runs/toy/sft/model --pairs runs/toy/data/pku --tau 0.25": CPU,
+}  # fmt: skip
+# Command -> the test that runs it: shortened, or with its models' scores made up, or as a child of this very run.
+ELSEWHERE = {
+    "pip install -r requirements.txt && python train.py": "tests/test_train.py::test_toy_recipe_prints_its_table_again",
+    "pip install -r requirements-dev.txt && python -m pytest": "tests/test_readme.py::test_requirements_are_installed",
+    "python synthetic.py": "tests/test_synthetic.py::test_figure4_writes_the_three_files_and_nothing_else",
+    "python synthetic.py theorems": "tests/test_synthetic.py::test_theorems_command_passes_and_prints_errors_with_tolerances",
+    **{f"python synthetic.py {name}": "tests/test_readme.py::test_toy_commands_write_what_is_said" for name in miniature.COMMANDS},
+    "python train.py --seed 7 --out runs/toy7": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
+    "python train.py --objective dpo --prefer safe --out runs/toy_dpo": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
+    "torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py": "tests/test_train.py::test_toy_recipe_on_two_processes",
+    "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_id bfpo --rdzv_endpoint HOST:29500 --shutdown-timeout 600 "
+    "train.py bfpo --replicate 2": "tests/test_runtime.py::test_two_nodes_take_the_same_steps",
+}  # fmt: skip
+
+
+def test_every_command_is_run() -> None:
+    """Claim: each command of the README is in WALK or ELSEWHERE, none twice, and none of those is gone from the README; the tests named
+    exist. Oracle: the files."""
+    assert COMMENTS.keys() == WALK.keys() | ELSEWHERE.keys() and not WALK.keys() & ELSEWHERE.keys()
+    for node in ELSEWHERE.values():
+        file, name = node.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), node
+    assert list(COMMENTS)[:2] == list(ELSEWHERE)[:2]  # the first screen begins with one line each: a model, and the tests
+    assert "pip install" not in "\n".join(list(COMMENTS)[2:])
+
+
+@pytest.fixture(scope="module")
+def place(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the README's commands read, in its words and small."""
+    place, judge = tmp_path_factory.mktemp("readme"), tmp_path_factory.mktemp("judge")
+    model = Mistral.from_pretrained(toys / "start")
+    model.model.embed_tokens.weight.data[:, 0], model.lm_head.weight.data[2, 0] = 1.0, 0.4  # </s> is likely, so answers are short
+    model.save_pretrained(place / "DIR", like=toys / "tokenizer")
+    save_judge(judge / "model", save_tokenizer(judge / "tokenizer"))
+    links = {"mistralai/Mistral-7B-v0.1": place / "DIR", "HuggingFaceH4/zephyr-7b-beta": place / "DIR", "JUDGE": judge / "model",
+             "cais/HarmBench-Llama-2-13b-cls": judge / "model", "allenai/wildguard": judge / "model",
+             "runs/toy/sft/model": place / "DIR", "runs/toy/bfpo/model": place / "DIR"}  # fmt: skip
+    for name, target in links.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to(target)
+    sets = {train.PKU: "pku", train.ULTRAFEEDBACK: "ultrafeedback", train.ULTRACHAT: "ultrachat", "runs/toy/data/pku": "pku"}
+    for name, kind in sets.items():
+        (place / name).mkdir(parents=True)
+        for split, rows in (("train", 100), ("test", 10)):
+            lines = (toys / kind / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            (place / name / f"{split}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
+    table = [json.loads(line) for line in (place / train.ULTRAFEEDBACK / "train.jsonl").read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(table), place / "ULTRAFEEDBACK.parquet")
+    write(place / "PAIRS.jsonl", own_pairs())
+    write(place / "PROMPTS.jsonl", [{"prompt": request.text} for request in toy.requests(forbidden=True)[:16]])
+    rows = {**all_rows(), **{name: [row[0]] * 2 for name, row in ASKED.items()},
+            "alpaca_eval": [{"instruction": f"Name {n} colours.", "output": "Red.", "generator": "g", "dataset": "d"} for n in (2, 3)]}
+    (place / "ROWS").mkdir()
+    for name in rows.keys() & tasks.TASKS.keys():
+        write(place / "ROWS" / f"{name}.jsonl", rows[name])
+    return place
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def example() -> dict[str, Any]:
+    """The README's one row of a user's own data."""
+    (line,) = re.findall(r'^    (\{"prompt".*\})$', README, re.MULTILINE)
+    return dict(json.loads(line))
+
+
+def own_pairs() -> list[dict[str, Any]]:
+    """Toy pairs with the keys of the README's example."""
+    rng, row = random.Random(0), example()
+    kinds = {"full": False, "refusal": True, "redirect": True, "curt": False}  # of answers to forbidden requests: safe?
+    rows = []
+    for request in toy.requests(forbidden=True)[:40]:
+        chosen, rejected = rng.sample(list(kinds), 2)
+        values = (request.text, toy.answer(request, chosen, rng), toy.answer(request, rejected, rng), kinds[chosen], kinds[rejected])
+        rows.append(dict(zip(row, values, strict=True)))
+    return rows
+
+
+def run(command: str, more: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a command in this process: its program as __main__, with its arguments."""
     words = shlex.split(command)
-    arguments = words[words.index("train.py") + 1 :]
-    if arguments == ["--help"]:
-        with pytest.raises(SystemExit) as exit_info:
-            train.parse(arguments)
-        assert exit_info.value.code == 0
-    else:
-        assert train.parse(arguments).out
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    monkeypatch.setattr(sys, "argv", [str(ROOT / words[at]), *words[at + 1 :], *more])
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(bool(leave.code))
+    return 0
 
 
-def test_other_commands_name_existing_programs() -> None:
-    """Claim: every program and requirements file in the README's commands exists; the two first ones are there, one line each."""
-    for command in COMMANDS:
-        for word in re.findall(r"[\w-]+\.(?:py|txt)", command):
-            assert (ROOT / word).is_file(), command
-    assert "pip install -r requirements.txt && python train.py" in COMMANDS
-    assert "pip install -r requirements-dev.txt && python -m pytest" in COMMANDS
-    assert callable(data.main) and callable(synthetic.main)
+def test_commands_run_as_they_stand(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claim: every command of WALK exits 0 and writes what the README says, one after the other, each reading what those before it left;
+    a run folder and a report hold the files named. Oracle: the exit codes and the folder."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("BFPO_CACHE", str(place / "cache"))
+    for command, more in WALK.items():
+        code = run(command, more, monkeypatch)
+        error = capsys.readouterr().err
+        assert code == 0, (command, error[-2000:])
+        for output in promised(command):
+            assert (place / output).exists(), (command, output)
+    (listed,) = re.findall("A folder holds (.+?), which transformers loads", FLAT)
+    names = re.findall(r"`([\w.]+)/?`", listed)
+    assert {"run.json", "log.jsonl", "model"} <= set(names)
+    for stage in ("sft", "bfpo", "redteam"):
+        assert all((place / "runs" / stage / name).exists() for name in names), stage
+    assert (place / "runs/mine/changed.safetensors").is_file() and "`changed.safetensors`" in README
+    report = json.loads((place / "runs/eval/bfpo/report.json").read_text())
+    assert set(tasks.GROUPS["paper"]) == set(report["setup"]["rows"]) and "`report.json`" in README
+    assert {"policy", "reference"} == report["setup"]["models"].keys()
 
 
-def test_files_and_settings_named_exist() -> None:
-    """Claim: each file in the table and each --flag in the text exists. Oracle: the folder, and the parsers' help."""
-    for name in re.findall(r"`([\w/]+\.(?:py|png|toml))`", README) + re.findall(r"\]\(([\w/]+\.png)\)", README):
-        assert (ROOT / name).is_file() or name == "curves.png", name
-    fields = {field.name for field in train.dataclasses.fields(train.Config)}
-    elsewhere = {"nproc_per_node", "shutdown-timeout", "prompt", "reference", "pairs", "help", "sft", "tasks", "judge", "pairwise",
-                 "prompts", "compare"}  # fmt: skip
-    for flag in re.findall(r"--([\w-]+)", "\n".join(COMMANDS)):
-        assert flag in fields | elsewhere, flag
+@pytest.mark.parametrize("name", miniature.COMMANDS)
+def test_toy_commands_write_what_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: each experiment on the toy language writes the files that the README names to runs/<command>, and exits 0. The models' scores
+    are made up here; test_miniature.py trains some, test_toy_commands_in_earnest all. Oracle: the folder."""
+    transcript = [{"prompt": "q", "answer": "a", "forbidden": forbidden, "helpful": 0.5, "harmless": True} for forbidden in (False, True)]
+    held_out = {"safety": {quadrant: {"margin_nats": 1.0} for quadrant in miniature.SAME_LABEL}}
+
+    def scores(jobs: list[miniature.Job], workers: int) -> dict[miniature.Job, dict[str, Any]]:
+        record = {"helpful": 0.5, "harmless": 0.75, "helpful_error": 0.02, "harmless_error": 0.03}
+        record |= {"transcript": transcript, "held_out": held_out}
+        return {job: record for job in [*jobs, *(job.first for job in jobs)]}
+
+    monkeypatch.setattr(miniature, "run_all", scores)
+    monkeypatch.chdir(tmp_path)
+    assert synthetic.main([name]) == 0
+    files = promised(f"python synthetic.py {name}")
+    assert files and all((tmp_path / "runs" / name / file).is_file() for file in files)
+
+
+@pytest.mark.slow  # about 25 models, ten minutes on two cores
+def test_toy_commands_in_earnest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the same with models trained for two steps on one seed, in a folder that all commands share. Oracle: the folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in miniature.COMMANDS:
+        more = [] if name == "search" else ["--seeds", "1"]
+        assert run(f"python synthetic.py {name}", ["--steps", "2", *more], monkeypatch) == 0
+        assert all((tmp_path / "runs" / name / file).is_file() for file in promised(f"python synthetic.py {name}")), name
+
+
+def test_figure4_is_where_it_is_said() -> None:
+    """Claim: the file that the README names is the one that Figure 4's own test finds. Oracle: the default of --out, and that test."""
+    assert promised("python synthetic.py") == ["runs/figure4/figure4.png"]
+    assert "figure4.png" in (ROOT / "tests/test_synthetic.py").read_text(encoding="utf-8")
+    assert 'default=Path("runs/figure4")' in (ROOT / "synthetic.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [command for command in COMMENTS if "train.py" in command and "pip" not in command])
+def test_training_commands_parse(command: str) -> None:
+    """Claim: torchrun takes the flags before train.py, train.py those after it, with the number of copies a divisor of the processes.
+    Oracle: both programs' own parsers. torch 2.11's torchrun has no --shutdown-timeout, as the README says."""
+    before, _, after = command.partition("train.py")
+    parser, size = get_args_parser(), 1
+    if before.startswith("torchrun"):
+        words = before.split()[1:]
+        if "--shutdown-timeout" not in parser.format_help():
+            at = words.index("--shutdown-timeout")
+            del words[at : at + 2]
+        options = parser.parse_args([*words, "train.py"])
+        size = int(options.nnodes.split(":")[-1]) * int(options.nproc_per_node)
+    arguments = shlex.split(after)
+    if arguments != ["--help"]:
+        config = train.parse(arguments)
+        assert config.out and size % config.replicate == 0
+        assert "--replicate" not in arguments or size // config.replicate == int(options.nproc_per_node)  # sharded inside a node
+
+
+@pytest.mark.parametrize("command", [c for c, node in ELSEWHERE.items() if node.endswith("takes_other_settings")])
+@pytest.mark.parametrize("more", [["--dry_run"], pytest.param(["--steps", "2"], marks=pytest.mark.slow)], ids=["dry", "run"])
+def test_toy_recipe_takes_other_settings(command: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the toy run with other settings gets through both stages, without training by default, and writes where it says or, dry,
+    nowhere. Oracle: the exit code and the folder. Slow: half a minute each."""
+    monkeypatch.chdir(tmp_path)
+    assert run(command, more, monkeypatch) == 0
+    assert (tmp_path / command.split()[-1] / "done.json").is_file() == (more != ["--dry_run"])
+
+
+def test_requirements_are_installed() -> None:
+    """Claim: the two files that the README installs from pin packages that pip finds by these names. Oracle: what is installed here."""
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        assert f"pip install -r {name} && " in README
+        lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+        pins = [line for line in lines if line and not line.startswith("-r")]
+        assert pins
+        for pin in pins:
+            package, version = pin.split("==")
+            assert version and importlib.metadata.version(package), pin
+
+
+# --- what is named ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_named_are_in_a_programs_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claim: each --flag anywhere in the README is a flag of train, eval, redteam, data, synthetic or torchrun. Oracle: their --help."""
+    for command in ("train.py", "eval.py", "redteam.py", "data.py", "synthetic.py figure1"):
+        assert run(command, ["--help"], monkeypatch) == 0
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out + get_args_parser().format_help()))
+    known |= {flag.replace("-", "_").replace("__", "--", 1) for flag in known} | {"--shutdown-timeout"}  # torch 2.13's
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    assert {"--fresh", "--labelled", "--replicate"} <= named <= known, named - known
+
+
+def test_files_named_are_there() -> None:
+    """Claim: each program, picture and text that the README names in this repository is in it. Oracle: the folder."""
+    made = re.compile(r"runs/|(run|data|done|report|log|results|table|curves|changed)\.(?!py)")  # by a command: tested above
+    names = re.findall(r"`(?:python )?([\w/.-]+\.(?:py|png|toml|cff|json|txt))[` ]", README) + re.findall(r"\]\((\w[\w/.]+\.png)\)", README)
+    names = [name for name in names if not made.match(name)]
+    assert {"bfpo.py", "figures/figure4.png", "CITATION.cff"} <= set(names)
+    assert [name for name in names if not (ROOT / name).is_file()] == []
+
+
+def rows_of(header: str) -> list[list[str]]:
+    """The cells of the README's table with this header, without its line of dashes."""
+    lines = README[README.index(f"\n{header}\n") + 1 :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_table_of_files_has_them_all_with_their_lines() -> None:
+    """Claim: every program is in the table once, with its number of lines to 10 %; bfpo, model, data, train, eval and synthetic come first.
+    Oracle: the files."""
+    table = {row[0].strip("`"): int(row[1]) for row in rows_of("| file | lines | what it holds | in the paper |")}
+    assert set(table) == {path.name for path in ROOT.glob("*.py")}
+    assert list(table)[:6] == [f"{name}.py" for name in ("bfpo", "model", "data", "train", "eval", "synthetic")]
+    for name, lines in table.items():
+        assert lines == pytest.approx(len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.1), name
+
+
+def test_table_of_symbols_is_that_of_bfpo() -> None:
+    """Claim: symbol, identifier, shape and range are in the words of bfpo.py's docstring, line by line. Oracle: the docstring."""
+    lines = (ROOT / "bfpo.py").read_text(encoding="utf-8").split('"""')[1].splitlines()
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
+    assert cells[0][:4] == ["paper symbol", "identifier", "shape", "range or unit"] and len(cells) > 15
+    ours = [[cell.strip("`") for cell in row] for row in rows_of("| paper symbol | identifier | shape | range or unit |")]
+    assert ours == [[*row, "", ""][:4] for row in cells[1:]]
+
+
+def test_index_points_at_what_is_there() -> None:
+    """Claim: every file of the index has what the index says: an identifier is defined in it, anything else is in its text; the paper's
+    theorems, figures and algorithm are all there. Oracle: the files."""
+    index = rows_of("| in the paper | here |")
+    for _, places in index:
+        for part in places.split("; "):
+            file, *marks = re.findall(r"`([^`]+)`", part)
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert marks, part
+            for mark in marks:
+                defined = rf"^\s*(def|class) {re.escape(mark)}\b|^{re.escape(mark)}\b.*=" if mark.isidentifier() else re.escape(mark)
+                assert re.search(defined, text, re.MULTILINE), (file, mark)
+    words = " ".join(row[0] for row in index)
+    for wanted in ("joint objective", "label", "squared loss", "Theorem 3.1", "3.2", "Proposition 3.3", "B.4", "Algorithm 1", "Figure 1",
+                   "Figure 2", "Figure 3", "Figure 4", "Figure 5", "§4.2", "benchmark"):  # fmt: skip
+        assert wanted in words, wanted
+
+
+def test_deviations_are_numbered_as_the_code_cites_them() -> None:
+    """Claim: the table counts from 1 without a gap, and each `deviation n` of the code is in it. Oracle: the files."""
+    numbers = [int(row[0]) for row in rows_of("| | the paper or its code | here | why |")]
+    assert numbers == list(range(1, len(numbers) + 1))
+    cited = {int(n) for path in ROOT.glob("*.py") for n in re.findall(r"deviation (\d+)", path.read_text(encoding="utf-8"))}
+    assert cited and cited <= set(numbers)
+
+
+def test_example_row_has_the_schemas_columns() -> None:
+    """Claim: the row shown for a user's own data has the columns of the schema bfpo. Oracle: data.SCHEMAS; data.py reads it above."""
+    schema = SCHEMAS["bfpo"]
+    assert list(example()) == ["prompt", *schema.answers, *schema.labels]
+
+
+def test_settings_quoted_are_the_codes() -> None:
+    """Claim: the packs, the protocols and the choices that the text gives are those of the code. Oracle: the constants."""
+    paper, modern = tasks.PROTOCOLS["paper"], tasks.PROTOCOLS["modern"]
+    assert f"temperature {paper.temperature}, top-p {paper.top_p}, {paper.max_new_tokens} tokens" in FLAT
+    assert f"`--protocol modern` is greedy, {modern.max_new_tokens} tokens" in FLAT and modern.temperature == 0
+    assert f"packs of up to {train.PACK_TOKENS['cuda']:,} tokens" in FLAT
+    assert f"SFT's learning rate is {train.RECIPES['sft']['lr']:.0e}".replace("e-05", "e-5") in FLAT
+    assert "the first 30,000 rows of each set" in FLAT
+    assert all(source.endswith("[:30000]") for name in ("safety", "helpfulness") for source in train.RECIPES["bfpo"][name])
+
+
+def test_plan_of_7b_is_the_plans_arithmetic() -> None:
+    """Claim: the memory of 1, 4 and 2 x 4 GPUs, the state and the activations a token are what plan.py counts. Oracle: plan.py, on pairs
+    of the length that the README gives; to the digits printed."""
+    assert f"pairs of {round(PAPER.share / 64)} tokens on average, {PAPER.longest:,} at most" in FLAT
+    table = rows_of("| GPUs | memory of each, by the plan (not measured) | time |")
+    for row, (processes, shards) in zip(table, ((1, 1), (4, 4), (8, 4)), strict=True):
+        step = replace(PAPER, share=math.ceil(PAPER.share / processes))
+        load = step.with_budget(seven_b(shards), train.PACK_TOKENS["cuda"])
+        held = plan.fullest(load)[1]
+        total = sum(held.values())
+        assert row[1:] == [f"{total / 1e9:.1f} GB ({total / 2**30:.1f} GiB)", "not measured"], row
+        if processes == 1:
+            state = sum(size for kind, size in held.items() if kind.endswith(("weights", "fp32")))
+            assert f"gradients are {state / 1e9:.1f} GB" in FLAT
+            assert f"activations {held['saved activations'] / load.tokens / 1e6:.1f} MB for each token" in FLAT
+
+
+def test_citation_is_the_papers() -> None:
+    """Claim: CITATION.cff names the authors and the paper that the README's first lines name. Oracle: those lines."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    families, first = re.findall(r"family-names: (\w+)", citation), README[:600]
+    assert families == ["Zhang", "Torr", "Elhoseiny", "Bibi"] and ", ".join(families) in " ".join(first.split())
+    assert "https://arxiv.org/abs/2408.15313" in citation and "https://arxiv.org/abs/2408.15313" in first
+    assert "year: 2025" in citation and "ICLR 2025" in first and "license: MIT" in citation and "MIT" in (ROOT / "LICENSE").read_text()
 
 
 def test_no_placeholder_is_left() -> None:
