@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chat import read_json
 from kernels import BlockedAttention, SwiGLUDown, blocked_plan, row_logprobs
+from sources import snapshot
 
 PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one width
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
@@ -350,18 +351,13 @@ def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repository, _, revision = name.partition("@")
-    from huggingface_hub import snapshot_download
-
     try:
-        files = ["config.json", *COMPANIONS]
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        folder = snapshot(repository, revision, ["config.json", *COMPANIONS])
         if weights:
             Config.read(folder)  # before the gigabytes
-            files = ["model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"]
-            snapshot_download(repository, revision=folder.name, allow_patterns=files)
-    except Exception as error:  # the client raises its own errors, its transport's and the system's
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model must be a folder here or a Hugging Face repository that can be read, got {name!r}: {reason}") from error
+            snapshot(repository, folder.name, ["model.safetensors.index.json", "model.safetensors", "model-*-of-*.safetensors"])
+    except OSError as error:
+        raise ValueError(f"model must be a folder here or a Hugging Face repository that can be read, got {name!r}: {error}") from error
     return folder
 
 

@@ -35,21 +35,29 @@ class Source(NamedTuple):
     identity: list[str]  # differs whenever the rows may differ
 
 
+def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "model") -> Path:
+    """The folder of a hub repository's files that match, as huggingface_hub keeps it (its cache, offline mode and token); its name is the
+    commit. revision "": the newest. kind: model or dataset. OSError says in a line why it cannot be had."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the client raises its own errors, its transport's and the system's
+        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
 def _from_hub(name: str, split: str | None) -> Path:
     """The snapshot folder of NAME[@REVISION]; its name is the commit."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@]+)?", name) or FILE.fullmatch(name):
         raise ValueError(f"a source must be an existing file or folder, or a hub data set, got {name}")
-    import huggingface_hub
-
     repository, _, revision = name.partition("@")
     kinds = [f"*.{kind}{packed}" for kind in ("parquet", "jsonl", "json") for packed in ("", ".gz", ".xz")]
     wanted = [f"*{split}*", f"*{split.replace('train', 'test')}*"] if split else kinds
     try:
-        return Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", revision=revision or None, allow_patterns=wanted))
-    except Exception as error:  # the client raises its own errors, its transport's and the system's
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return snapshot(repository, revision, wanted, "dataset")
+    except OSError as error:
         raise ValueError(f"{name} must be a local path or a hub data set within reach (name, revision, network, HF_TOKEN);"
-                         f" {reason}") from error  # fmt: skip
+                         f" {error}") from error  # fmt: skip
 
 
 def sha256(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,8 @@ def find_tables(source: str, hub: str) -> list[Path]:
 
 
 def from_hub(name: str, config: str, split: str) -> Path:
-    import huggingface_hub
-
-    fetch = functools.partial(huggingface_hub.snapshot_download, name, repo_type="dataset", revision="refs/convert/parquet")
+    patterns = [f"{config}/{split}/*.parquet"]
     try:
-        return Path(fetch(allow_patterns=f"{config}/{split}/*.parquet")) / config / split
-    except Exception as error:  # the client raises its own errors, its transport's and the system's
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ValueError(f"{name} must be within reach (network, HF_TOKEN), or its rows in a local file; {reason}") from error
+        return sources.snapshot(name, "refs/convert/parquet", patterns, "dataset") / config / split
+    except OSError as error:
+        raise ValueError(f"{name} must be within reach (network, HF_TOKEN), or its rows in a local file; {error}") from error
