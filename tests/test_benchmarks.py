@@ -1,0 +1,141 @@
+"""benchmarks/gpu.py without a GPU: what it holds a timing back for, what it counts, and that no part takes the others with it."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_flops import CONFIG, LENGTHS, exact_pairs, minimum
+
+from model import Mistral
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import common
+import gpu
+
+TREES = gpu.pairs_of(np.random.default_rng(0), [(40, 30, 12), (1, 1, 1), (7, 20, 33)], CONFIG.vocab_size)
+
+
+def sharp_model() -> Mistral:
+    model = Mistral(CONFIG)
+    model.init_weights(0)
+    for p in model.parameters():  # as the check does: 0.02 leaves attention almost flat
+        p.data = p.data.mul(4 if p.dim() == 2 else 1).bfloat16().float()
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.0), (torch.bfloat16, 1e-3)])
+def test_check_finds_agreement(dtype: torch.dtype, least: float) -> None:
+    """Claim: log-probabilities and gradients agree with an fp32 copy's, and with padded rows', within what the precision leaves.
+    Oracle: that copy, and SDPA; a bfloat16 that was none would agree better than its 8 bits allow."""
+    oracle = sharp_model()
+    rows = gpu.agreement(copy.deepcopy(oracle).to(dtype), oracle, TREES)
+    assert [row["against"].split(",")[0] for row in rows] == ["BlockedAttention", "padded SDPA"]
+    assert all(least <= row["largest_error"] <= gpu.AGREE[row["dtype"]] and row["tokens"] == 145 for row in rows)
+    assert rows[1]["largest_error"] > 0  # two computations, not one twice
+    assert gpu.disagreement(rows) == ""
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("wrong", [1.02, float("nan")])
+def test_check_names_what_is_wrong(name: str, wrong: float) -> None:
+    """Claim: one value of a weight that is 2 % off, or not a number, is a disagreement with words for it. Oracle: put in by hand."""
+    oracle = sharp_model()
+    model = copy.deepcopy(oracle)
+    weight = model.get_parameter(name).data.view(-1)
+    weight[weight.abs().argmax()] *= wrong
+    rows = gpu.agreement(model, oracle, TREES)
+    assert "float32, pack of 145 tokens" in gpu.disagreement(rows) and "BlockedAttention" in gpu.disagreement(rows)
+
+
+def test_a_missing_or_infinite_tensor_is_infinitely_off() -> None:
+    """Claim: neither passes for agreement, whatever comes before or after it. Oracle: by hand."""
+    ones = {name: torch.ones(2) for name in "abc"}
+    assert gpu.difference(ones, ones)[0] == 0
+    assert gpu.difference(ones | {"b": torch.tensor([1.0, float("nan")])}, ones) == (float("inf"), "b")
+    assert gpu.difference({name: ones[name] for name in "ac"}, ones) == (float("inf"), "b")
+    assert gpu.difference(ones | {"c": 1.5 * ones["c"]}, ones) == (0.5, "c")
+
+
+def test_useful_operations_are_the_arithmetic() -> None:
+    """Claim: the count is that of a step, with no score computed twice. Oracle: test_flops' closed form, which the counter of torch
+    agrees with, less the scores that it counts again in the backward."""
+    width, layers = CONFIG.num_attention_heads * CONFIG.head_dim, CONFIG.num_hidden_layers
+    every, scored = exact_pairs(LENGTHS)
+    again = 2 * width * ((layers - 2) * every + scored)
+    assert gpu.useful(CONFIG, np.array(LENGTHS)) == minimum(LENGTHS, True, (every, scored)) - again
+
+
+def test_kernels_have_kinds() -> None:
+    """Claim: kernels as a GPU's profile names them are told apart. Oracle: by hand."""
+    names = {
+        "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT": "matrix products", "triton_tem_fused_flex_attention_backward_3": "attention",
+        "void cutlass::device_kernel<flash::FlashAttnFwdSm90>": "attention", "Memcpy DtoD (Device -> Device)": "copies",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products", "ncclDevKernel_AllGather_RING_LL": "collectives",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::silu_backward>": "pointwise and other",
+    }  # fmt: skip
+    assert {name: gpu.kind_of(name) for name in names} == names
+
+
+def test_parts_are_reported_each_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a part that is killed and one that never ends are reported with what they had said, the others are measured, and each is
+    merged into results.json beside what was there. Oracle: a worker that kills itself, one that sleeps; the real ones, tiny, on a CPU."""
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"step": {"kept": 1}}), encoding="utf-8")
+    monkeypatch.setattr(common, "RESULTS", results)
+    real = gpu.worker_command
+
+    def command(part: str, tiny: bool, out: Path) -> list[str]:
+        says = f"open({str(out)!r}, 'w').write('{{\"doing\": \"row 2\", \"rows\": [1]}}');"
+        ends = {"train20": "import os; os.kill(os.getpid(), 9)", "attention": "import time; time.sleep(600)"}
+        return [sys.executable, "-c", says + ends[part]] if part in ends else real(part, tiny, out)
+
+    monkeypatch.setattr(gpu, "worker_command", command)
+    monkeypatch.setitem(gpu.PARTS, "attention", (gpu.attention, 6))
+    found = gpu.measure(["step", "train20", "attention", "profile", "compiled"], True, 300, gpu.keep)
+    assert list(found) == ["check", "step", "train20", "attention", "profile", "compiled"]
+    assert found["check"]["disagreement"] == "" and len(found["check"]["rows"]) == 20
+    assert found["train20"]["failed"] == "row 2: exit code -9" and found["train20"]["rows"] == [1]
+    assert found["attention"]["failed"] == "row 2: stopped after 6 s"
+    assert "not_measured" in found["compiled"]
+    assert {(row["pack_tokens"], row["checkpoint_blocks"]) for row in found["step"]["rows"]} == {
+        (tokens, again) for tokens in gpu.TINY.packs for again in (False, True)}  # fmt: skip
+    for row in found["step"]["rows"]:
+        pairs = 2 * gpu.TINY.batch * gpu.TINY.timed
+        assert row["pairs_per_s"] * row["step_s"] * gpu.TINY.timed == pytest.approx(pairs)
+        assert row["useful_share"] * row["step_s"] * gpu.TINY.timed * found["step"]["product_tflop_per_s"] * 1e12 == pytest.approx(
+            row["useful_operations"])  # fmt: skip
+        assert row["plan_bytes"] > 0 and "allocated_bytes" not in row  # a CPU has no such count, and none is made up
+    assert sum(found["profile"]["milliseconds"].values()) >= sum(row["milliseconds"] for row in found["profile"]["top"]) > 0
+    written = json.loads(results.read_text(encoding="utf-8"))
+    assert written["step"] == {"kept": 1} and set(written["gpu"]["parts"]) == set(found)
+    assert written["gpu"]["parts"]["step"]["rows"] == found["step"]["rows"]
+    text = gpu.table(found)
+    assert "failed: row 2: exit code -9" in text and "largest relative error" in text and "useful" in text
+
+
+def test_nothing_is_timed_after_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a check that disagrees, or dies, leaves every part unmeasured, with the reason. Oracle: both put in its place."""
+    results: dict[str, dict[str, Any]] = {"disagreement": {"disagreement": "k_proj is off"}, "failed": {"failed": "exit code 1"}}
+    for key, found in results.items():
+        monkeypatch.setattr(gpu, "run_part", lambda *_, found=found: found)
+        parts = gpu.measure(["step", "trl_best"], True, 300, lambda *_: None)
+        assert [list(parts[name]) for name in ("step", "trl_best")] == [["not_measured"]] * 2
+        assert found[key] in parts["step"]["not_measured"]
+
+
+def test_parts_of_other_hardware_leave_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: figures of one machine and its versions are never listed under another's. Oracle: a record whose GPU is another."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
+    gpu.keep("step", {"a": 1})
+    gpu.keep("trl_best", {"b": 2})
+    written = json.loads(common.RESULTS.read_text(encoding="utf-8"))
+    assert set(written["gpu"]["parts"]) == {"step", "trl_best"} and written["gpu"]["parts"]["step"]["a"] == 1
+    written["gpu"]["hardware"]["gpu"] = "another"
+    common.RESULTS.write_text(json.dumps(written), encoding="utf-8")
+    gpu.keep("trl_best", {"b": 3})
+    assert set(json.loads(common.RESULTS.read_text(encoding="utf-8"))["gpu"]["parts"]) == {"trl_best"}
