@@ -1,4 +1,4 @@
-"""What a training run will need: memory of each process and time, from shapes alone, before anything is allocated.
+"""What a training run will need: memory of each process, time and disk, from shapes alone, before anything is allocated.
 
     python train.py bfpo --dry_run ...              prints the plan, and trains nothing
     python benchmarks/memory.py                     the plan beside what was measured
@@ -205,6 +205,17 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(times[1:])
 
 
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def disk_bytes(config: RunConfig, model: Config, trained: frozenset[str]) -> int:
+    """What the run folder may hold at once: checkpoints (12 bytes a trained value), one more while it is written, the exports."""
+    sizes = {name: math.prod(shape) for name, shape in model.shapes().items()}
+    values, whole = sum(sizes[name] for name in trained), sum(sizes.values())
+    exported = whole * (1 + config.keep_best) + values * config.export_changed
+    return 12 * values * (config.keep + 1 + config.keep_best) + (2 if config.dtype == "bfloat16" else 4) * exported
+
+
 # --- the plan of a run -----------------------------------------------------------------------------------------------
 
 
@@ -278,8 +289,11 @@ def announce(config: RunConfig, model: Config, trained: frozenset[str], streams:
         if config.objective != "sft":
             clock += f", {duration(sum(int(stream.lengths.sum()) for stream in streams.values()) * forward)} for the reference"
         clock += f", if half of the {rate / 1e12:.3g} TFLOP/s that matrix products reach here is reached"
+        cached = sum(stream.report["cache"]["bytes"] + 8 * len(stream) * (config.objective != "sft") for stream in streams.values())
+        disk = f"  disk up to {disk_bytes(config, model, trained) / 1e9:.3g} GB for checkpoints and the exported model, and in the cache "
+        disk += f"{cached / 1e9:.3g} GB of tokens and reference log-probabilities"
         title = f"plan: GiB on each of {world.size} processes, computing in {config.dtype}; from shapes alone, before anything is allocated"
-        return "\n".join([title, *memory, clock]), short
+        return "\n".join([title, *memory, clock, disk]), short
 
     text, short = world.from_main(look)
     world.say(text)

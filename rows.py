@@ -1,4 +1,5 @@
-"""What a step holds: the rows of all streams numbered through, and which of them step n draws, a pure function of (seed, n)."""
+"""What a step holds: the rows of all streams numbered through, and which of them step n draws, a pure function of (seed, n); and what
+came of them."""
 # N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward, H query heads,
 # G key/value heads, K head size, A actions.
 
@@ -6,12 +7,14 @@ from __future__ import annotations
 
 import math
 import reprlib
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bfpo import QUADRANTS, label, quadrant_means, quadrant_sums
 from chat import Chat, Ids
 from data import Stream, batch_indices, describe, load_stream
 from eval import safety_labels
@@ -19,6 +22,8 @@ from runtime import World
 
 if TYPE_CHECKING:
     from train import Config
+
+CHANGES = ("chosen_logprob_change_nats", "rejected_logprob_change_nats")  # since step 0; over the step, and by quadrant
 
 
 def open_streams(config: Config, chat: Chat, world: World) -> tuple[dict[str, Stream], dict[str, Stream]]:
@@ -77,3 +82,31 @@ class Rows:
         if bad := [title for loss, title in every if not math.isfinite(loss)]:
             return f"rows whose loss is not finite: {', '.join(bad[:5])}"
         return "every row's loss is finite; the largest: " + ", ".join(f"{loss:.3g} of {title}" for loss, title in sorted(every)[-3:])
+
+
+@dataclass
+class Outcome:
+    """What one rank's packs gave in a step, on the CPU: for the sums, the gate and the log."""
+
+    items: Tensor  # [N]
+    loss: Tensor  # [N]
+    change: Tensor  # [N, responses]: log-probability minus the reference's; for sft the log-probability itself
+
+
+def summarise(config: Config, rows: Rows, items: Tensor, outcome: Outcome, world: World) -> dict[str, Any]:
+    """The step's figures over all ranks: losses, log-probability changes, quadrants. One all-reduce, on the CPU."""
+    loss, change = outcome.loss.double(), outcome.change.double()
+    if config.objective == "sft":
+        return {"loss": world.sum(loss.sum()).item() / rows.scored[items].sum().item()}
+    chosen_safe, rejected_safe = rows.chosen_safe[outcome.items], rows.rejected_safe[outcome.items]
+    g = label(chosen_safe, rejected_safe, config.alpha, config.b1)
+    view_QC = quadrant_sums(change[:, 0] - change[:, 1], g, chosen_safe, rejected_safe, config.tau)
+    change_QC = torch.zeros(4, 2).double().index_add(0, 2 * (~chosen_safe).long() + (~rejected_safe).long(), change)
+    loss_S = torch.zeros(len(rows.names)).double().index_add(0, rows.stream[outcome.items], loss)
+    loss_S, change_QC, view_QC = world.sum_all([loss_S, change_QC, view_QC])
+    quadrants = quadrant_means(view_QC)
+    for name, view in quadrants.items():
+        view |= dict(zip(CHANGES, (change_QC[QUADRANTS.index(name)] / view["pairs"]).tolist(), strict=True))
+    losses = {f"{name}_loss": value for name, value in zip(rows.names, (loss_S / config.batch).tolist(), strict=True)}
+    changes = dict(zip(CHANGES, (change_QC.sum(0) / len(items)).tolist(), strict=True))
+    return {"loss": sum(losses.values()), **losses, **changes, "quadrants": quadrants}

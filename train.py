@@ -33,13 +33,13 @@ from torch.nn.utils import clip_grads_with_norm_
 import plan
 import plots
 import runtime
-from bfpo import QUADRANTS, bfpo_loss, dpo_loss, ipo_loss, label, margin, quadrant_means, quadrant_sums
+from bfpo import bfpo_loss, dpo_loss, ipo_loss, label, margin
 from chat import Chat
 from data import Stream, deal, spread
 from eval import my_packs, preference_view, quadrant_table, safety_labels, score
 from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
-from rows import Rows, open_streams
+from rows import Outcome, Rows, open_streams, summarise
 from runtime import StopRequest, World
 from settings import from_command_line, listed, setting
 from storage import (
@@ -124,7 +124,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACK_TOKENS = {"cpu": 1024, "cuda": 8192}  # what fills a GPU; a CPU is as fast, and holds less, with a pair or two at a time
-CHANGES = ("chosen_logprob_change_nats", "rejected_logprob_change_nats")  # since step 0; over the step, and by quadrant
 
 
 def check(config: Config) -> Config:
@@ -160,14 +159,6 @@ def parse(arguments: Sequence[str]) -> Config:
 def trains(config: Config, name: str) -> bool:
     """Whether the tensor of this checkpoint name trains: by its module's exact name."""
     return config.selective in ("all", name.split(".")[-2])
-
-
-def disk_bytes(config: Config, architecture: ModelConfig) -> int:
-    """What the run folder may hold at once: checkpoints (12 bytes a trained value), one more while it is written, the exports."""
-    sizes = {name: math.prod(shape) for name, shape in architecture.shapes().items()}
-    trained, whole = sum(size for name, size in sizes.items() if trains(config, name)), sum(sizes.values())
-    exported = whole * (1 + config.keep_best) + trained * config.export_changed
-    return 12 * trained * (config.keep + 1 + config.keep_best) + DTYPES[config.dtype].itemsize * exported
 
 
 def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str, Tensor]]:
@@ -252,15 +243,6 @@ def gate(config: Config, world: World, rows: Rows, items: Tensor, outcome: Outco
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Outcome:
-    """What one rank's packs gave in a step, on the CPU: for the sums, the gate and the log."""
-
-    items: Tensor  # [N]
-    loss: Tensor  # [N]
-    change: Tensor  # [N, responses]: log-probability minus the reference's; for sft the log-probability itself
-
-
 def forward_backward(model: Mistral, config: Config, rows: Rows, items: Tensor, world: World) -> Outcome:
     """Add the gradient of the step's loss to the trained parameters; every rank brings its share of `items`."""
     sft = config.objective == "sft"
@@ -286,25 +268,6 @@ def forward_backward(model: Mistral, config: Config, rows: Rows, items: Tensor, 
         losses.append(loss.detach())
         changes.append(change.detach())
     return Outcome(mine, torch.cat(losses).float().cpu(), torch.cat(changes).float().cpu())
-
-
-def summarise(config: Config, rows: Rows, items: Tensor, outcome: Outcome, world: World) -> dict[str, Any]:
-    """The step's figures over all ranks: losses, log-probability changes, quadrants. One all-reduce, on the CPU."""
-    loss, change = outcome.loss.double(), outcome.change.double()
-    if config.objective == "sft":
-        return {"loss": world.sum(loss.sum()).item() / rows.scored[items].sum().item()}
-    chosen_safe, rejected_safe = rows.chosen_safe[outcome.items], rows.rejected_safe[outcome.items]
-    g = label(chosen_safe, rejected_safe, config.alpha, config.b1)
-    view_QC = quadrant_sums(change[:, 0] - change[:, 1], g, chosen_safe, rejected_safe, config.tau)
-    change_QC = torch.zeros(4, 2).double().index_add(0, 2 * (~chosen_safe).long() + (~rejected_safe).long(), change)
-    loss_S = torch.zeros(len(rows.names)).double().index_add(0, rows.stream[outcome.items], loss)
-    loss_S, change_QC, view_QC = world.sum_all([loss_S, change_QC, view_QC])
-    quadrants = quadrant_means(view_QC)
-    for name, view in quadrants.items():
-        view |= dict(zip(CHANGES, (change_QC[QUADRANTS.index(name)] / view["pairs"]).tolist(), strict=True))
-    losses = {f"{name}_loss": value for name, value in zip(rows.names, (loss_S / config.batch).tolist(), strict=True)}
-    changes = dict(zip(CHANGES, (change_QC.sum(0) / len(items)).tolist(), strict=True))
-    return {"loss": sum(losses.values()), **losses, **changes, "quadrants": quadrants}
 
 
 def held_out_figures(
@@ -421,15 +384,14 @@ def run(config: Config, world: World) -> dict[str, Any]:
     if chat.vocabulary > architecture.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {chat.vocabulary} entries, the model {architecture.vocab_size}; they do not match")
     stored_weights(architecture, source)
-    if not any(trains(config, name) for name in architecture.shapes()):
+    trained_names = frozenset(name for name in architecture.shapes() if trains(config, name))
+    if not trained_names:
         raise ValueError(f"selective {config.selective} names no tensor of {source}, whose head is tied to its embedding; pass another")
     streams, held = open_streams(config, chat, world)
     steps = config.steps or config.epochs * len(next(iter(streams.values()))) // config.batch  # what fills no batch is left out
-    needed = disk_bytes(config, architecture)
-    folder.must_hold(needed)
-    plan.announce(config, architecture, frozenset(name for name in architecture.shapes() if trains(config, name)), streams, steps, world)
+    plan.announce(config, architecture, trained_names, streams, steps, world)
+    folder.must_hold(plan.disk_bytes(config, architecture, trained_names))
     if config.dry_run:
-        world.say(f"disk: up to {needed / 1e9:.3g} GB for checkpoints and the exported model")
         world.say(f"dry run: nothing was trained, nothing written to {folder.path}; without --dry_run, {steps} steps")
         return {}
 

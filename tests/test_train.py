@@ -516,7 +516,7 @@ def test_dry_run_checks_everything_and_writes_nothing(
     command = bfpo(toys, tmp_path / "run", "--dry_run")
     assert train.run(train.parse(command), world) == {} and not list(tmp_path.iterdir())
     said = capsys.readouterr().out
-    assert "100 steps" in said and "disk: up to 0.000257 GB" in said
+    assert "100 steps" in said and "disk up to 0.000257 GB" in said
     free = shutil.disk_usage(tmp_path)._replace(free=200_000)  # three checkpoints of 4,096 values and a model of 27,000 take 0.26 MB
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"needs 0\.000257 GB for checkpoints and the model"):
         patch.setattr(shutil, "disk_usage", lambda _: free)
