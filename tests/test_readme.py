@@ -195,7 +195,7 @@ def test_commands_run_as_they_stand(place: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", miniature.COMMANDS)
 def test_toy_commands_write_what_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: each experiment on the toy language writes the files that the README names to runs/<command>, and exits 0. The models' scores
-    are made up here; test_miniature.py trains some, test_toy_commands_in_earnest all. Oracle: the folder."""
+    are made up here; test_miniature.py trains some, and so does the next test. Oracle: the folder."""
     transcript = [{"prompt": "q", "answer": "a", "forbidden": forbidden, "helpful": 0.5, "harmless": True} for forbidden in (False, True)]
     held_out = {"safety": {quadrant: {"margin_nats": 1.0} for quadrant in miniature.SAME_LABEL}}
 
@@ -211,13 +211,13 @@ def test_toy_commands_write_what_is_said(name: str, tmp_path: Path, monkeypatch:
     assert files and all((tmp_path / "runs" / name / file).is_file() for file in files)
 
 
-@pytest.mark.slow  # about 25 models, ten minutes on two cores
+@pytest.mark.slow  # about 25 models
 def test_toy_commands_in_earnest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: the same with models trained for two steps on one seed, in a folder that all commands share. Oracle: the folder."""
+    """Claim: the same with models trained for two steps on one seed, in a folder that all commands share; the search, of many more models,
+    is left out. Oracle: the folder."""
     monkeypatch.chdir(tmp_path)
-    for name in miniature.COMMANDS:
-        more = [] if name == "search" else ["--seeds", "1"]
-        assert run(f"python synthetic.py {name}", ["--steps", "2", *more], monkeypatch) == 0
+    for name in miniature.COMMANDS.keys() - {"search"}:
+        assert run(f"python synthetic.py {name}", ["--steps", "2", "--seeds", "1"], monkeypatch) == 0
         assert all((tmp_path / "runs" / name / file).is_file() for file in promised(f"python synthetic.py {name}")), name
 
 
