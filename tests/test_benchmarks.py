@@ -139,3 +139,24 @@ def test_parts_of_other_hardware_leave_the_record(tmp_path: Path, monkeypatch: p
     common.RESULTS.write_text(json.dumps(written), encoding="utf-8")
     gpu.keep("trl_best", {"b": 3})
     assert set(json.loads(common.RESULTS.read_text(encoding="utf-8"))["gpu"]["parts"]) == {"trl_best"}
+
+
+@pytest.mark.parametrize("fits", [2, 1, 0])
+def test_a_batch_that_does_not_fit_is_halved_and_said(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: TRL's pairs at a time are halved until they fit, and the report has those that did not; none is not measured. Oracle: a
+    trainer in its place that runs out of memory over so many."""
+    pytest.importorskip("trl")
+    said: dict[str, Any] = {}
+
+    def steps(scale: Any, device: str, best: bool, at_once: int) -> dict[str, Any]:
+        if at_once > fits:
+            raise torch.OutOfMemoryError
+        return {"pairs_per_s": 3.0}
+
+    monkeypatch.setattr(gpu, "trl_steps", steps)
+    if fits == 0:
+        with pytest.raises(gpu.NotMeasured, match="one pair at a time does not fit"):
+            gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", said.update)
+    else:
+        gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", said.update)
+        assert said["pairs_at_once"] == fits and said["did_not_fit"] == [2][: 2 - fits] and said["pairs_per_s"] == 3.0
