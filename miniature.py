@@ -19,6 +19,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -43,9 +44,9 @@ from storage import read_json, surroundings, write_json, write_text
 
 HERE = Path(__file__).parent
 RECORD = HERE / "figures" / "search.json"  # of the search that the other commands take their settings from
-SEEDS = (1, 2, 3)  # of data, first weights and order; the settings were searched on another one
-SEARCH_SEED = 42
-GRID = {"lr": (2.5e-5, 5e-5, 1e-4, 2e-4), "tau": (0.5, 0.25, 0.125)}  # the gentlest first
+SEEDS = (1, 2, 3)  # of data, first weights and order; the settings were searched on others
+SEARCH_SEEDS = (42, 43)
+GRID = {"lr": (2.5e-5, 5e-5, 1e-4), "tau": (0.5, 0.25, 0.125)}  # the gentlest first
 # Degrees of freedom -> 97.5th percentile of Student's t.
 T_95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 1))
 
@@ -308,33 +309,33 @@ def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Every objective on the same grid of learning rates and tau, one seed, scored on validation requests; writes search.json.
+    """Every objective on the same grid of learning rates and tau, two seeds, scored on validation requests; writes search.json.
 
-    The criterion is the mean of helpfulness and harmlessness, the same for all: the yardstick on which they are compared. For
-    DPO on helpfulness or on safety, whose purpose is one of the two, it is the kindest: each may gain on its own axis
-    what it does not lose on the other.
+    The criterion is the mean of helpfulness and harmlessness over the seeds, the same for all: the yardstick on which they are
+    compared. For DPO on helpfulness or on safety, whose purpose is one of the two, it is the kindest: each may gain on its own
+    axis what it does not lose on the other.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     grid = [{"lr": lr, "tau": tau} for lr in GRID["lr"] for tau in GRID["tau"]]
     searched = [model for model in MODELS if model not in ABLATIONS]
-    jobs = {(model, i): Job(str(options.work), SEARCH_SEED, model, tuple(settings.items()), steps=options.steps, split="validation")
-            for model in searched for i, settings in enumerate(grid)}  # fmt: skip
-    records = run_all(list(jobs.values()), options.jobs)
+    jobs = {(model, i): [Job(str(options.work), seed, model, tuple(settings.items()), steps=options.steps, split="validation")
+                         for seed in SEARCH_SEEDS] for model in searched for i, settings in enumerate(grid)}  # fmt: skip
+    records = run_all([job for group in jobs.values() for job in group], options.jobs)
     runs, found, edges = [], {}, {}
-    print(f"{'model':<22}{'lr':>8}{'tau':>7}{'helpful':>9}{'harmless':>10}{'mean':>7}")
+    print(f"{'model':<22}{'lr':>8}{'tau':>7}{'helpful':>10}{'harmless':>10}{'mean':>7}")
     for model in searched:
-        own = [{"model": model, **settings, **{key: records[jobs[model, i]][key] for key in ("helpful", "harmless")}}
-               for i, settings in enumerate(grid)]  # fmt: skip
+        own: list[dict[str, Any]] = [{"model": model, **settings, **scores_of(records, jobs[model, i])} for i, settings in enumerate(grid)]
         best = max(own, key=criterion)  # of equals the first
         found[model] = {key: best[key] for key in ("lr", "tau")}
         edges[model] = [key for key, values in GRID.items() if best[key] in (min(values), max(values))]
         for run in own:
-            print(f"{MODELS[model].title:<22}{run['lr']:>8g}{run['tau']:>7g}{run['helpful']:>9.3f}{run['harmless']:>10.3f}{criterion(run):>7.3f}"
-                  + " <- picked" * (run is best))  # fmt: skip
+            print(f"{MODELS[model].title:<22}{run['lr']:>8g}{run['tau']:>7g}"
+                  + "".join(f"{statistics.fmean(run[key]):>10.3f}" for key in ("helpful", "harmless"))
+                  + f"{criterion(run):>7.3f}" + " <- picked" * (run is best))  # fmt: skip
         runs += own
     where = {key: value for key, value in surroundings().items() if key in ("versions", "hardware", "started")}
     write_json(options.out / "search.json", {
-        "criterion": "mean of helpful and harmless on the validation requests", "seed": SEARCH_SEED, "steps": options.steps, "grid": GRID,
+        "criterion": "mean of helpful and harmless on the validation requests", "seeds": SEARCH_SEEDS, "steps": options.steps, "grid": GRID,
         "picks": found, "on_the_edge_of_the_grid": edges, "runs": runs, **where})  # fmt: skip
     print("picks on the edge of the grid, beyond which nothing was tried: "
           + "; ".join(f"{MODELS[model].title} {' and '.join(keys)}" for model, keys in edges.items() if keys))
@@ -342,7 +343,7 @@ def search(options: argparse.Namespace) -> None:
 
 
 def criterion(run: Mapping[str, Any]) -> float:
-    return float(run["helpful"] + run["harmless"]) / 2
+    return statistics.fmean([*run["helpful"], *run["harmless"]])
 
 
 def figure1(options: argparse.Namespace) -> None:
@@ -449,7 +450,7 @@ def crossing(places: Sequence[float], values: Sequence[float]) -> float:
     return math.nan
 
 
-COMMANDS = {"search": (search, (SEARCH_SEED,)), "figure1": (figure1, SEEDS), "tradeoff": (tradeoff, SEEDS[:1]), "noise": (noise, SEEDS),
+COMMANDS = {"search": (search, SEARCH_SEEDS), "figure1": (figure1, SEEDS), "tradeoff": (tradeoff, SEEDS[:1]), "noise": (noise, SEEDS),
             "ablations": (ablations, SEEDS)}  # fmt: skip
 
 
