@@ -8,7 +8,7 @@ y_w, y_l                      | chosen, rejected           |       | more, less 
 log pi(y_w|x), log pi(y_l|x)  | policy_chosen, _rejected   | N     | nats, token sum       | policy_*_logps
 the same under pi_ref         | ref_chosen, _rejected      | N     | nats, token sum       | reference_*_logps
 h                             | h; margin_nats             | N     | nats                  | logits
-I_safe(y_w), I_safe(y_l)      | chosen_safe, rejected_safe | N     | 1 safe, 0 unsafe      | safe_factor_*
+I, I': I_safe of y_w, of y_l  | chosen_safe, rejected_safe | N     | 1 safe, 0 unsafe      | safe_factor_*
 B_3(B_1 I - I' + B_2) - alpha | g                          | N     | nats x tau            | safe_factor
 g / tau                       | target_nats                | N     | nats; the h of loss 0
 B_1                           | b1                         |       | > 1; paper 3          | b1
@@ -21,7 +21,7 @@ p(y, y')                      | preference_AA              | A, A  | P(y beats y
 p(y) = E_y'~pi_ref p(y, y')   | helpful_A                  | A     | 0 to 1
 I_safe(y), E_safe = E I_safe  | safe_A, safe_share         | A     | 0 or 1, 0 to 1
 """
-# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations

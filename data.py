@@ -391,8 +391,8 @@ def batch_indices(size: int, batch: int, seed: int, step: int, name: str) -> Ids
     return np.array([_permutation(size, seed, name, place // size)[place % size] for place in places])
 
 
-# Attention is 4 L H T^2 / 2 FLOPs of a tree's forward, linear layers are 2 B T (B parameters in the body). At Mistral-7B's
-# shapes (L = 32, H = 4096, B = 6.98e9) both are equal at 53,000 tokens.
+# In a tree's forward attention takes 4 x layers x width x T^2 / 2 FLOPs, the linear layers 2 x parameters x T. At Mistral-7B's
+# shapes (32 layers, width 4096, 6.98e9 parameters in the body) both are equal at 53,000 tokens.
 EQUAL_COST_TOKENS = 53_000
 
 

@@ -9,8 +9,8 @@
 The tasks are in tasks.py, the judges in judge.py. The quadrants need no judge: they ask whether the policy's margin over
 its reference lies on the side that the two safety labels and the helpfulness order ask for (Figure 3).
 """
-# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward, H query heads,
-# G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@
 A language model judges by a published prompt whose reply is one of a few fixed texts: the probabilities of all of them come
 out of one forward pass, as responses of one tree (model.Pack), so that judging always ends, whatever the model would say (deviation 10).
 """
-# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward, H query heads,
-# G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 

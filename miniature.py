@@ -9,8 +9,8 @@
 Every model is a run of train.py's own `run`, from one SFT model a seed, in a process with one thread; eval.py's `toy_scores`
 judges it. The runs lie in one folder that all commands share: what is finished is not done again.
 """
-# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward, H query heads,
-# G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a step holds: the rows of all streams numbered through, and which of them step n draws, a pure function of (seed, n); and what
 came of them."""
-# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward, H query heads,
-# G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
     python synthetic.py figure1     Figures 1 and 5 on the toy language -> runs/figure1/; this and what follows: miniature.py
     python synthetic.py tradeoff    alpha, tau and B_1; also: noise, ablations, search
 """
-# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations

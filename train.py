@@ -6,8 +6,8 @@
 
 A step is a function of (seed, step) alone: which pairs it holds, and so its loss, is the same on any number of processes.
 """
-# N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward, H query heads,
-# G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
+# H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def reference_logprobs(model: Mistral, name: str, stream: Stream, weights: str, 
 def pair_loss(config: Config, h: Tensor, g: Tensor) -> Tensor:
     """The loss of each pair, [N]."""
     if config.objective == "bfpo":
-        return bfpo_loss(h, g, config.tau)  # §3.3
+        return bfpo_loss(h, g, config.tau)  # Theorem 3.2
     return ipo_loss(h, config.tau) if config.objective == "ipo" else dpo_loss(h, config.tau)
 
 
