@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 900
 TESTS = {  # subject -> the tests that must notice
     "bfpo": ["tests/test_bfpo.py"],
-    "mask": ["tests/test_pack.py", "tests/test_model.py"],
+    "mask": ["tests/test_pack.py", "tests/test_model.py", "-k", "not compile"],
     "schedule": ["tests/test_train.py", "tests/test_data.py", "-k", "learning_rate or batch or moves or permutation"],
     "resume": ["tests/test_runtime.py"],
     "guards": ["-k", "finite or gate or move or clipping or best or changed", "tests/test_train.py"],
     "reference": ["-k", "reused", "tests/test_train.py"],
     "ranks": ["-k", "processes or waits", "tests/test_runtime.py"],
-    "truncation": ["tests/test_data.py", "tests/test_chat.py"],
+    "truncation": ["tests/test_chat.py", "tests/test_data.py", "-k", "truncat"],
     "tasks": ["tests/test_tasks.py"],
     "report": ["tests/test_eval.py"],
 }
@@ -84,6 +84,26 @@ MUTANTS = [
     ("guards", "runtime.py", "if share < 0.1:", "if share < 0:"),
     ("guards", "train.py", "held_out_loss < world.from_main", "held_out_loss > world.from_main"),
     ("guards", "storage.py", "{*kept, best_checkpoint(folder)[1]}", "{*kept}"),
+    # who sees whom in a pack, where its tokens stand, and which row predicts which
+    ("mask", "model.py", "mine = (tree[i] == tree[j]) & ((branch[j] == 0) | (branch[j] == branch[i]))", "mine = tree[i] == tree[j]"),
+    ("mask", "model.py", "mine = (tree[i] == tree[j]) & (", "mine = ("),
+    ("mask", "model.py", "(branch[j] == 0) | (branch[j] == branch[i])", "branch[j] == branch[i]"),
+    ("mask", "model.py", "(positions[j] <= positions[i])", "(positions[j] < positions[i])"),
+    ("mask", "model.py", "(positions[j] > oldest[i])", "(positions[j] >= oldest[i])"),
+    ("mask", "model.py", "(j <= i) & (j > i - window)", "(j <= i) & (j >= i - window)"),
+    ("mask", "model.py", "index - start + before", "index - start"),
+    ("mask", "model.py", "rows = np.where(index == start, prompt_end, index - 1)[scored]", "rows = (index - 1)[scored]"),
+    ("mask", "kernels.py", "max(0, i + ahead + 1 - window)", "max(0, i + ahead + 2 - window)"),
+    ("mask", "kernels.py", "cut = window is not None and end + ahead - window > first", "cut = False"),
+    # what is cut from a pair that is too long
+    ("truncation", "chat.py", "np.concatenate([prompt[:1], prompt[len(prompt) - max_prompt + 1:]])", "prompt[len(prompt) - max_prompt:]"),
+    ("truncation", "chat.py", "prompt[len(prompt) - max_prompt + 1:]", "prompt[len(prompt) - max_prompt:]"),
+    ("truncation", "chat.py", "prompt[len(prompt) - max_prompt + 1:]", "prompt[1:max_prompt]"),
+    ("truncation", "chat.py", "> max_length and len(prompt) > max_prompt", ">= max_length and len(prompt) > max_prompt"),
+    ("truncation", "chat.py", "> max_length and len(prompt) > max_prompt", "> max_length"),
+    ("truncation", "chat.py", "longest = max(map(len, responses))", "longest = min(map(len, responses))"),
+    ("truncation", "chat.py", "response[:max_length - max_prompt]", "response[:max_length - len(prompt)]"),
+    ("truncation", "chat.py", "response[:max_length - max_prompt]", "response[max_prompt - max_length:]"),
     # when the reference's cache may be read
     ("reference", "train.py", "[weights, stream.fingerprint, config.dtype,", "[stream.fingerprint, config.dtype,"),
     ("reference", "train.py", "[weights, stream.fingerprint, config.dtype,", "[weights, config.dtype,"),
