@@ -41,7 +41,7 @@ Lengths = list[tuple[int, int, int]]
 
 def pair_of(tokens: int, share: float) -> tuple[int, int, int]:
     """(prompt, chosen, rejected) of so many tokens in all."""
-    answer = int(tokens * (1 - share) / 2)
+    answer = round(tokens * (1 - share) / 2)
     return tokens - 2 * answer, answer, answer
 
 

@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py without a GPU: what it holds a timing back for, what it counts, and that no part takes the others with it."""
+"""The benchmarks' own logic. gpu.py without a GPU: what it holds a timing back for, what it counts, and that no part takes the others
+with it; what step.py, growth.py and where.py put side by side; what is written where."""
 
 import copy
 import json
@@ -11,11 +12,15 @@ import pytest
 import torch
 from test_flops import CONFIG, LENGTHS, exact_pairs, minimum
 
-from model import Mistral
+import plan
+from model import Config, Mistral
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import common
 import gpu
+import growth
+import step
+import where
 
 TREES = gpu.pairs_of(np.random.default_rng(0), [(40, 30, 12), (1, 1, 1), (7, 20, 33)], CONFIG.vocab_size)
 
@@ -160,3 +165,51 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(fits: int, monkeypatch: py
     else:
         gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", said.update)
         assert said["pairs_at_once"] == fits and said["did_not_fit"] == [2][: 2 - fits] and said["pairs_per_s"] == 3.0
+
+
+# --- step, growth, where ---------------------------------------------------------------------------------------------
+
+
+def test_products_of_a_step_are_the_plan_s_operations() -> None:
+    """Claim: where.py times all the matrix products of a selective step, and no other. Oracle: plan.operations of the same pack."""
+    config = Config(*step.SIZES["30M"], sliding_window=None)
+    trained = frozenset(name for name in config.shapes() if "down_proj" in name)
+    load = plan.Load(config, trained, torch.float32, "cpu", 1, 900, 500, 1, False)
+    timed = sum(2.0 * n * a * b for shapes in where.products(config, 900, 500).values() for n, a, b in shapes)
+    assert timed == sum(plan.operations(load))
+
+
+def test_growth_changes_one_thing_at_a_time() -> None:
+    """Claim: pairs have the tokens that the axis says; the longest pair grows at the same real tokens of a step. Oracle: the axis."""
+    points = growth.series()
+    assert all(sum(pair) == 600 for pairs in points["share"].values() for pair in pairs)
+    assert all(abs(pair[0] - 6 * place) <= 1 for place, pairs in points["share"].items() for pair in pairs)
+    assert all(sum(pair) == place for place, pairs in points["length"].items() for pair in pairs)
+    for place, pairs in points["longest"].items():
+        assert abs(sum(map(sum, pairs)) - 2400) <= 3 and abs(max(map(sum, pairs)) - 24 * place) <= 1
+    assert [len(pairs) for pairs in points["pairs"].values()] == list(growth.PAIRS)
+    assert points["pairs"][4] == points["pairs"][16][:4]
+
+
+def test_a_sharded_step_is_measured(tmp_path: Path) -> None:
+    """Claim: growth.py's own process group trains, and gives seconds on the clock and of all processors; the picture is drawn.
+    Oracle: two processes use at least about what one of them does on the clock."""
+    common.write_model(tmp_path / "model", Config(*growth.MODEL))
+    point = growth.sharded(tmp_path, 2)
+    assert point["place"] == 2 and 0 < 0.5 * point["wall_s"] < point["cpu_s"]
+    growth.draw([point, *({"series": name, "place": place, "side": side, "cpu_s": 1.0, "memory_mib": 2.0}
+                          for name, places in growth.series().items() for place in places for side in (step.OURS, step.BEST))],
+                tmp_path / "growth.png")  # fmt: skip
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_figures_of_one_script_leave_the_others_in_results_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: record replaces its own entry alone, with where it was measured. Oracle: the file."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
+    common.record("load", {"rounds": [1]})
+    common.record("step", {"runs": 1})
+    common.record("step", {"runs": 2})
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["load"]["rounds"] == [1] and found["step"]["runs"] == 2
+    assert found["step"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
