@@ -386,7 +386,7 @@ def test_gate_passes_for_the_other_objectives(
 
 def test_cached_reference_gives_the_gradient_of_a_live_second_model(inputs: Path, world: World, finished: Path) -> None:
     """Claim: a step's loss and gradient with the cached reference are those with a live pi_ref. Oracle: a second model, the file's rows."""
-    config = replace(train.parse(flags(inputs, inputs / "unused")), dtype="float32")
+    config = replace(train.parse(flags(inputs, inputs / "unused")), dtype="float32", pack_tokens=1024)
     chat = train.Chat(inputs / "model")
     streams, _ = train.open_streams(config, chat, world)
     model, trained = train.build(config, inputs / "model", world)
