@@ -69,8 +69,8 @@ def label(chosen_safe: Tensor, rejected_safe: Tensor, alpha: float = 0.5, b1: fl
     """g = (b1 I_safe(y_w) - I_safe(y_l)) / (b1 - 1) - alpha, a float tensor of the labels' shape.
 
     At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2 (Figure 3).
-    Labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool and int give torch's default dtype.
-    ValueError: any other label (NaN included), two shapes, b1 <= 1, a setting that is not finite.
+    The safety labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool and int give torch's default
+    dtype. ValueError: any other safety label (NaN included), two shapes, b1 <= 1, a setting that is not finite.
     """
     _check_label_settings(alpha, b1)
     _check_shapes(chosen_safe=chosen_safe, rejected_safe=rejected_safe)

@@ -311,9 +311,9 @@ def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def search(options: argparse.Namespace) -> None:
     """Every objective on the same grid of learning rates and tau, two seeds, scored on validation requests; writes search.json.
 
-    The criterion is the mean of helpfulness and harmlessness over the seeds, the same for all: the yardstick on which they are
-    compared. For DPO on helpfulness or on safety, whose purpose is one of the two, it is the kindest: each may gain on its own
-    axis what it does not lose on the other.
+    The criterion is the mean of helpfulness and harmlessness on the worse of the seeds, the same for all: a setting that one seed
+    cannot bear is no setting. For DPO on helpfulness or on safety, whose purpose is one of the two, it is the kindest: each may
+    gain on its own axis what it does not lose on the other.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     grid = [{"lr": lr, "tau": tau} for lr in GRID["lr"] for tau in GRID["tau"]]
@@ -322,7 +322,7 @@ def search(options: argparse.Namespace) -> None:
                          for seed in SEARCH_SEEDS] for model in searched for i, settings in enumerate(grid)}  # fmt: skip
     records = run_all([job for group in jobs.values() for job in group], options.jobs)
     runs, found, edges = [], {}, {}
-    print(f"{'model':<22}{'lr':>8}{'tau':>7}{'helpful':>10}{'harmless':>10}{'mean':>7}")
+    print(f"{'model':<22}{'lr':>8}{'tau':>7}{'helpful':>10}{'harmless':>10}{'worse seed':>12}")
     for model in searched:
         own: list[dict[str, Any]] = [{"model": model, **settings, **scores_of(records, jobs[model, i])} for i, settings in enumerate(grid)]
         best = max(own, key=criterion)  # of equals the first
@@ -331,19 +331,19 @@ def search(options: argparse.Namespace) -> None:
         for run in own:
             print(f"{MODELS[model].title:<22}{run['lr']:>8g}{run['tau']:>7g}"
                   + "".join(f"{statistics.fmean(run[key]):>10.3f}" for key in ("helpful", "harmless"))
-                  + f"{criterion(run):>7.3f}" + " <- picked" * (run is best))  # fmt: skip
+                  + f"{criterion(run):>12.3f}" + " <- picked" * (run is best))  # fmt: skip
         runs += own
     where = {key: value for key, value in surroundings().items() if key in ("versions", "hardware", "started")}
     write_json(options.out / "search.json", {
-        "criterion": "mean of helpful and harmless on the validation requests", "seeds": SEARCH_SEEDS, "steps": options.steps, "grid": GRID,
-        "picks": found, "on_the_edge_of_the_grid": edges, "runs": runs, **where})  # fmt: skip
+        "criterion": "mean of helpful and harmless on the validation requests of the worse seed", "seeds": SEARCH_SEEDS,
+        "steps": options.steps, "grid": GRID, "picks": found, "on_the_edge_of_the_grid": edges, "runs": runs, **where})  # fmt: skip
     print("picks on the edge of the grid, beyond which nothing was tried: "
           + "; ".join(f"{MODELS[model].title} {' and '.join(keys)}" for model, keys in edges.items() if keys))
     print(f"wrote {options.out}/search.json; pass it to the other commands with --record")
 
 
 def criterion(run: Mapping[str, Any]) -> float:
-    return statistics.fmean([*run["helpful"], *run["harmless"]])
+    return min(map(statistics.fmean, zip(run["helpful"], run["harmless"], strict=True)))
 
 
 def figure1(options: argparse.Namespace) -> None:

@@ -116,7 +116,7 @@ ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 PKU = "PKU-Alignment/PKU-SafeRLHF@ff7ba91063016c78a225b0f74e1c0860bb18230f"
 RECIPES: dict[str, dict[str, Any]] = {
     # the toy language's preference stage; its own tau because its answers are 10 to 30 tokens long, not hundreds
-    "toy": {"tau": 0.25, "lr": 1e-4, "epochs": 2, "max_length": 128, "max_prompt": 64, "log_every": 25},
+    "toy": {"tau": 0.25, "lr": 5e-5, "epochs": 2, "max_length": 128, "max_prompt": 64, "log_every": 25},
     "sft": {"objective": "sft", "model": "mistralai/Mistral-7B-v0.1", "sft": (ULTRACHAT, f"{PKU}[:20%]"), "lr": 1e-5,
             "max_length": 2048},
     "bfpo": {"model": "runs/sft/model", "safety": (f"{PKU}[:30000]",), "helpfulness": (f"{ULTRAFEEDBACK}[:30000]",)},

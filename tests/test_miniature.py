@@ -211,20 +211,25 @@ def test_a_stop_lets_the_models_save(tmp_path: Path) -> None:
 # --- the search and its record ---------------------------------------------------------------------------------------
 
 
-def test_search_picks_the_best_mean_and_the_gentlest_of_equals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Claim: each model's pick has the highest mean of both scores on validation requests. Oracle: scores made up here, with a tie."""
+def test_search_picks_what_is_best_on_its_worse_seed_and_the_gentlest_of_equals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Claim: each model's pick has the highest mean of both scores on validation requests, on the seed where that is lower. Oracle:
+    scores made up here, with a tie, and a setting that is better on average and worse on its worse seed."""
+    def helpful(job: Job) -> float:
+        if job.model != "bfpo" or dict(job.settings)["tau"] != 0.25 or dict(job.settings)["lr"] == 2.5e-5:
+            return 0.5
+        return 0.8 if dict(job.settings)["lr"] == 5e-5 else {42: 1.0, 43: 0.7}[job.seed]
+
     def scores(jobs: list[Job], workers: int) -> dict[Job, dict[str, float]]:
         assert all(job.split == "validation" and job.seed in miniature.SEARCH_SEEDS for job in jobs)
-        return {job: {"helpful": 1.0 if job.model == "bfpo" and dict(job.settings) == {"lr": 1e-4, "tau": 0.25} else 0.5, "harmless": 0.5}
-                for job in jobs}  # fmt: skip
+        return {job: {"helpful": helpful(job), "harmless": 0.5} for job in jobs}
 
     monkeypatch.setattr(miniature, "run_all", scores)
     synthetic.main(["search", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "search.json").read_text())
-    assert found["picks"].pop("bfpo") == {"lr": 1e-4, "tau": 0.25}
+    assert found["picks"].pop("bfpo") == {"lr": 5e-5, "tau": 0.25}
     assert set(map(str, found["picks"].values())) == {str({"lr": 2.5e-5, "tau": 0.5})}
     assert len(found["runs"]) == 5 * len(miniature.GRID["lr"]) * len(miniature.GRID["tau"])
-    assert found["on_the_edge_of_the_grid"]["bfpo"] == ["lr"] and found["on_the_edge_of_the_grid"]["dpo_mix"] == ["lr", "tau"]
+    assert found["on_the_edge_of_the_grid"]["bfpo"] == [] and found["on_the_edge_of_the_grid"]["dpo_mix"] == ["lr", "tau"]
 
 
 def test_committed_search_is_whole_and_its_picks_are_its_best() -> None:
@@ -235,8 +240,8 @@ def test_committed_search_is_whole_and_its_picks_are_its_best() -> None:
     for model, pick in found["picks"].items():
         runs = [run for run in found["runs"] if run["model"] == model]
         assert len({(run["lr"], run["tau"]) for run in runs}) == len(runs) == 9
-        total = [sum(run["helpful"] + run["harmless"]) for run in runs]
-        assert [each for each, run in zip(total, runs, strict=True) if {"lr": run["lr"], "tau": run["tau"]} == pick] == [max(total)]
+        worse = [min(a + b for a, b in zip(run["helpful"], run["harmless"], strict=True)) for run in runs]
+        assert [each for each, run in zip(worse, runs, strict=True) if {"lr": run["lr"], "tau": run["tau"]} == pick] == [max(worse)]
     assert set(found["picks"]) == set(miniature.MODELS) - set(miniature.ABLATIONS)
     recipe = miniature.train.RECIPES["toy"]  # `python train.py` trains BFPO at what was picked for it
     assert {"lr": recipe["lr"], "tau": recipe["tau"]} == found["picks"]["bfpo"]
