@@ -3,7 +3,7 @@
     python synthetic.py search       each objective's learning rate and tau, on validation requests -> runs/search/
     python synthetic.py figure1      Figures 1 and 5: DPO on helpfulness, safety and the naive mix, BFPO; IPO -> runs/figure1/
     python synthetic.py tradeoff     alpha, tau and B_1 against helpfulness and harmlessness (Proposition 3.3) -> runs/tradeoff/
-    python synthetic.py noise        wrong safety labels, BFPO and DPO on the naive mix -> runs/noise/
+    python synthetic.py noise        wrong safety labels: BFPO, DPO and IPO on the naive mix -> runs/noise/
     python synthetic.py ablations    selective fine-tuning and the buffer -> runs/ablations/
 
 Every model is a run of train.py's own `run`, from one SFT model a seed, in a process with one thread; eval.py's `toy_scores`
@@ -381,12 +381,12 @@ NOISE = (0.0, 0.1, 0.2)
 
 
 def noise(options: argparse.Namespace) -> None:
-    """BFPO and DPO on the naive mix with 0, 10 and 20 % of the safety labels wrong, at the settings picked on right ones."""
-    settings, models = picks(options), ("bfpo", "dpo_mix")
+    """BFPO, and DPO and IPO on the naive mix, with 0, 10 and 20 % of the safety labels wrong, at the settings picked on right ones."""
+    settings, rivals = picks(options), ("dpo_mix", "ipo_mix")
     variants = {f"{model} {share:.0%}": Variant(f"{share:.0%}", model, settings[model], share, MODELS[model].title)
-                for model in models for share in NOISE}  # fmt: skip
-    claims = [Claim(f"with {share:.0%} wrong labels BFPO is more {score} than DPO on the mix", score, f"bfpo {share:.0%}",
-                    f"dpo_mix {share:.0%}") for share in NOISE for score in ("helpful", "harmless")]  # fmt: skip
+                for model in ("bfpo", *rivals) for share in NOISE}  # fmt: skip
+    claims = [Claim(f"with {share:.0%} wrong labels (d) is more {score} than {MODELS[rival].title[:3]}", score, f"bfpo {share:.0%}",
+                    f"{rival} {share:.0%}") for rival in rivals for share in NOISE for score in ("helpful", "harmless")]  # fmt: skip
     compare(options, "noise.png", "Wrong safety labels", variants, claims)
 
 
