@@ -299,7 +299,8 @@ def scatter(points: Sequence[Point], path: Path, *, start: Point | None = None, 
                 axes.annotate("", (point.helpful, point.harmless), (start.helpful, start.harmless), zorder=1,
                               arrowprops={"arrowstyle": "->", "color": GREY, "shrinkA": 8, "shrinkB": 10, "linewidth": 0.9})
     axes.margins(0.16)
-    axes.set(xlabel=axis_words[0], ylabel=axis_words[1])
+    left, bottom = (max(limits[0], -0.08) for limits in (axes.get_xlim(), axes.get_ylim()))  # an error bar may reach below 0, a share not
+    axes.set(xlabel=axis_words[0], ylabel=axis_words[1], xlim=(left, None), ylim=(bottom, None))
     axes.set_title(title, fontsize=12, loc="left")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=10)

@@ -286,10 +286,26 @@ def test_flags_named_are_in_a_programs_help(monkeypatch: pytest.MonkeyPatch, cap
 def test_files_named_are_there() -> None:
     """Claim: each program, picture and text that the README names in this repository is in it. Oracle: the folder."""
     made = re.compile(r"runs/|(run|data|done|report|log|results|table|curves|changed)\.(?!py)")  # by a command: tested above
-    names = re.findall(r"`(?:python )?([\w/.-]+\.(?:py|png|toml|cff|json|txt))[` ]", README) + re.findall(r"\]\((\w[\w/.]+\.png)\)", README)
+    names = re.findall(r"`(?:python )?([\w/.-]+\.(?:py|png|toml|cff|json|txt))[` ]", README)
+    names += re.findall(r"\]\((\w[\w/.]+\.(?:png|md))\)", README)
     names = [name for name in names if not made.match(name)]
     assert {"bfpo.py", "figures/figure4.png", "CITATION.cff"} <= set(names)
     assert [name for name in names if not (ROOT / name).is_file()] == []
+
+
+def test_numbers_quoted_are_those_of_the_committed_tables() -> None:
+    """Claim: in a paragraph that points at a table in figures/, every number of three decimals is in that table; the search's picks and
+    scores are those of its record. Oracle: the files that the commands wrote."""
+    paragraphs = {name: text for text in README.split("\n- ") for name in re.findall(r"\]\((figures/\w+\.md)\)", text)}
+    assert paragraphs.keys() == {f"figures/{name}.md" for name in miniature.COMMANDS.keys() - {"search"}}
+    for name, text in paragraphs.items():
+        numbers, table = re.findall(r"\d\.\d{3}\b", text), (ROOT / name).read_text(encoding="utf-8")
+        assert numbers and [number for number in numbers if number not in table] == [], name
+    record = json.loads((ROOT / "figures/search.json").read_text())
+    for model, pick in record["picks"].items():
+        (run,) = [run for run in record["runs"] if run["model"] == model and {key: run[key] for key in pick} == pick]
+        scores = " / ".join(f"{sum(run[key]) / len(run[key]):.3f}" for key in ("helpful", "harmless"))
+        assert f"{pick['lr']:.1e}".replace(".0e", "e").replace("e-0", "e-") + f", {pick['tau']} ({scores})" in FLAT, model
 
 
 def rows_of(header: str) -> list[list[str]]:
