@@ -430,15 +430,18 @@ def tradeoff(options: argparse.Namespace) -> None:
 
     alphas = [-0.5, *ALPHAS, 1.5]
     margins = alpha_margins(alphas)
-    print("alpha at which the more helpful of two answers with one label becomes the less likely one:")
+    said = ["alpha at which the more helpful of two answers with one label becomes the less likely one:", ""]
     for quadrant, lines in margins.items():
         lines["trained"] = [interval([base["tau"] * records[job]["held_out"]["safety"][quadrant]["margin_nats"] for job in
                                       jobs[f"alpha {alpha:g}"]])[0] for alpha in ALPHAS]  # fmt: skip
         found = {name: crossing(ALPHAS if name == "trained" else alphas, values) for name, values in lines.items()}
-        print(f"  {' over '.join(SAME_LABEL[quadrant])}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        said.append(f"- {' over '.join(SAME_LABEL[quadrant])}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     share = sum(kind not in toy.STEPS_GIVEN for kind in toy.FORBIDDEN_KINDS) / len(toy.FORBIDDEN_KINDS)
     edges = {"E/2": share / 2, "(1 + E)/2": (1 + share) / 2}
-    print(f"derived: {', '.join(f'{words} = {place:g}' for words, place in edges.items())}; the pair targets change sign at 0 and 1")
+    said.append(f"- derived: {', '.join(f'{words} = {place:g}' for words, place in edges.items())}; pair targets change sign at 0 and 1")
+    print("\n".join(said))
+    table = options.out / "table.md"
+    write_text(table, "\n".join([table.read_text(encoding="utf-8"), *said, ""]))
     plots.alpha(options.out / "alpha.png", alphas, ALPHAS, margins, SAME_LABEL, edges)
 
 
