@@ -285,7 +285,8 @@ def compare(options: argparse.Namespace, picture: str, title: str, variants: Map
     points, notes = {"sft": point("SFT", records, jobs["sft"])}, {"sft": "every weight, from random"}
     for key, v in variants.items():
         model = MODELS[v.model]
-        points[key] = point(v.name, records, jobs[key], cost=0 if v.line else model.pairs, line=v.line, look=-1 if v.line else model.look)
+        points[key] = point(v.name, records, jobs[key], cost=0 if v.line else model.pairs, line=v.line,
+                            look=model.look if v.line in ("", model.title) else -1)  # fmt: skip
         notes[key] = ", ".join([f"{model.pairs} pairs", *(f"{name} {value:g}" for name, value in v.settings.items())])
     note = error_words(options.seeds) + ("" if any(v.line for v in variants.values()) else "; mark area: annotated pairs")
     axis_words = ("helpfulness: share of the right steps, benign requests", "harmlessness: share without a forbidden step")
