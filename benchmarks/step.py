@@ -1,6 +1,6 @@
 """One training step of the selective recipe: this project beside TRL's DPOTrainer on the same checkpoint, pairs, precision and threads.
 
-    python benchmarks/step.py --write               # every run, 15 minutes; results.json
+    python benchmarks/step.py --write               # every run, half an hour; results.json
     python benchmarks/step.py --runs 4M-float32     # one of them
 
 Both sides run their own training loop, data to optimizer, each in a process of its own that waits between steps: a round is a few steps
@@ -445,8 +445,8 @@ def main() -> None:
                 write_model(folder / "model", Config(*SIZES[size]))
             results[run] = measure(size, dtype, RUNS[run], options, folder)
             print(table(run, results[run]), flush=True)
-    if options.write:
-        record("step", {"threads": 1, "pairs_a_step": options.batch, "rounds": options.rounds, "runs": results})
+            if options.write:  # what is measured is kept, whatever becomes of the next run
+                record("step", {"threads": 1, "pairs_a_step": options.batch, "rounds": options.rounds, "runs": results})
 
 
 if __name__ == "__main__":
