@@ -48,7 +48,7 @@ from model import Config
 # vocabulary, width, feed-forward, layers, query heads, key heads, head size.
 SIZES = {"30M": (2000, 512, 1792, 8, 8, 2, 64), "4M": (500, 256, 896, 4, 4, 1, 64)}
 OURS, WHOLE, DEFAULT, BEST, BY_ONE = "ours", "ours, one pack", "TRL default", "TRL best", "TRL best, by one"
-RUNS = {"30M-float32": (OURS, WHOLE, DEFAULT, BEST, BY_ONE), "4M-float32": (OURS, DEFAULT, BEST), "30M-bfloat16": (OURS, DEFAULT, BEST)}
+RUNS = {"30M-float32": (OURS, WHOLE, DEFAULT, BEST, BY_ONE), "4M-float32": (OURS, DEFAULT, BEST), "4M-bfloat16": (OURS, DEFAULT, BEST)}
 BETA = 0.1
 LR = 1e-9  # an optimizer's step costs the same at any rate; at this one the policy stays the reference, which is checked after a step
 # Largest relative error of a gradient tensor. fp32: rounding in sums of thousands of terms leaves 1e-6 to 1e-5; one token lost or
