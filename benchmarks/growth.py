@@ -98,7 +98,7 @@ def measure(folder: Path, points: dict[str, dict[int, Lengths]]) -> list[dict[st
                               "memory_mib": answers[f"{side} memory"][i]["memory_mib"]})  # fmt: skip
                 print("{series:10} {place:6} {side:10} {tokens:7.0f} tokens a pair {cpu_s:8.3f} cpu_s a pair {memory_mib:8.0f} MiB".format(
                     **found[-1]), flush=True)  # fmt: skip
-    return found
+    return sorted(found, key=lambda point: (list(LABELS).index(point["series"]), point["side"] != OURS, point["place"]))
 
 
 def work(folder: Path, steps: int) -> None:
