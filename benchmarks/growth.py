@@ -142,12 +142,13 @@ def sharded(folder: Path, processes: int) -> dict[str, Any]:
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
     """Seconds of a pair above, memory below, over each series' places; processes: seconds of all processors, and on the clock."""
-    figure, panels = plots.canvas(15, 6, 2, len(LABELS))
-    for column, (name, words) in enumerate(LABELS.items()):
-        time_axes, memory_axes = panels[column], panels[column + len(LABELS)]
+    labels = {name: words for name, words in LABELS.items() if any(point["series"] == name for point in points)}
+    figure, panels = plots.canvas(3 * len(labels), 6, 2, len(labels))
+    for column, (name, words) in enumerate(labels.items()):
+        time_axes, memory_axes = panels[column], panels[column + len(labels)]
         for side, (color, marker, line, *_) in zip((OURS, BEST), plots.LOOKS, strict=False):
             mine = [point for point in points if point["series"] == name and point["side"] == side]
-            if not mine:
+            if not mine:  # processes: ours alone
                 continue
             places = [point["place"] for point in mine]
             time_axes.plot(places, [point["cpu_s"] for point in mine], color=color, marker=marker, linestyle=line, label=side)
@@ -168,8 +169,8 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
                 axes.set_ylim(bottom=0)
         time_axes.legend(frameon=False, fontsize=8)
     panels[0].set(ylabel="processor seconds a pair")
-    panels[len(LABELS)].set(ylabel="peak memory over the model, MiB")
-    panels[-1].set_visible(False)
+    panels[len(labels)].set(ylabel="peak memory over the model, MiB")
+    panels[-1].set_visible("processes" not in labels)
     plots.save(figure, path)
 
 
