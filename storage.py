@@ -103,7 +103,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, 
 def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str) -> Tensor:
     """The tensor of this shape that `path` keeps, on the CPU of every rank; else make() of all ranks together, kept from now on.
 
-    make gives the same contiguous tensor on every rank. A damaged file is named and made again.
+    make gives the same contiguous tensor on every rank. A damaged file is named and made again. Of runs that make it at
+    the same time the first to end is kept and used by all: on another number of processes it differs in rounding, and a run
+    that is started again must find the bits it began with.
     """
 
     def sha256_of(values: Tensor) -> str:
@@ -117,17 +119,23 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
             if found.shape == shape and sha256_of(found) == file.metadata()["sha256"]:
                 return found
         world.say(f"{what}: {path} is damaged; computing it again")
+        path.unlink()
         return None
 
-    def keep() -> None:
+    def keep() -> Tensor:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"values": made}, {"sha256": sha256_of(made)})
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (found := read()) is not None:
+                return found
+            write_tensors(path, {"values": made}, {"sha256": sha256_of(made)})
+        return made
 
     if (found := world.from_main(read)) is not None:
         world.say(f"{what}: read from {path}")
         return found
     made = make()
-    world.from_main(keep)
+    made = world.from_main(keep)
     world.say(f"{what}: computed, kept in {path}")
     return made
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import plots
 import runtime
+import storage
 import toy
 import train
 from bfpo import QUADRANTS, bfpo_loss, label, margin
@@ -479,6 +480,18 @@ def test_reference_cache_is_reused_exactly_when_it_may_be(
     output = capsys.readouterr().out
     assert output.count("is damaged; computing it again") == 2 and output.count("computed, kept") == 2
     assert losses(tmp_path / "z") == losses(tmp_path / "a")
+
+
+def test_reference_that_two_runs_compute_at_once_is_one_reference(world: World, tmp_path: Path) -> None:
+    """Claim: of two runs that compute a cached tensor at the same time, in other bits, both use the first one's, and so do later ones."""
+    path, first, second = tmp_path / "cache" / "reference.safetensors", torch.tensor([1.0]), torch.tensor([1.0 + 2**-20])
+
+    def slow() -> torch.Tensor:
+        assert torch.equal(storage.cached_tensor(path, (1,), lambda: first, world, "another run's"), first)
+        return second
+
+    assert torch.equal(storage.cached_tensor(path, (1,), slow, world, "ours"), first)
+    assert torch.equal(storage.cached_tensor(path, (1,), lambda: second, world, "a later run's"), first)
 
 
 def test_stages_chain_by_folder_names(toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
