@@ -15,12 +15,10 @@ import fcntl
 import hashlib
 import heapq
 import json
-import os
-import re
 import reprlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain, islice, pairwise
@@ -31,10 +29,8 @@ import numpy as np
 import torch
 
 from bfpo import QUADRANTS, label
-from chat import Chat as Chat
-from chat import Ids, read_json, truncate
-from chat import Message as Message
-from sources import Source, find_source, sha256, source_rows
+from chat import Chat, Ids, Message, read_json, truncate
+from sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
 
 FORMAT = 4  # of the token cache: count up when the same rows would give other arrays
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
@@ -82,20 +78,6 @@ def find_schema(columns: Sequence[str], stage: str) -> str:
     hint = " (conversations: pass them as --sft)" if "messages" in columns else ""
     wanted = [f"{name}: {', '.join(filter(None, ('prompt', *s.answers, *s.labels, s.better, s.safer)))}" for name, s in known.items()]
     raise ValueError(f"columns must be those of a known schema{hint}, got {', '.join(columns)[:200]}; known: {'; '.join(wanted)}")
-
-
-def checked(row: Mapping[str, Any], name: str, valid: Callable[[Any], Any], wanted: str) -> Any:
-    """A column's value. ValueError names the column that is missing or not `wanted`."""
-    if name not in row:
-        raise ValueError(f"{name} is missing; the row has {', '.join(map(str, row))[:200]}")
-    if not valid(row[name]):
-        raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(row[name])}")
-    return row[name]
-
-
-def text_of(row: Mapping[str, Any], name: str) -> str:
-    return str(checked(row, name, lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
-                      "text (Unicode without lone surrogates)"))  # fmt: skip
 
 
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
@@ -196,7 +178,7 @@ def load_stream(
     found = [find_source(text, stage) for text in sources]
     options = Options(stage, prefer, max_length, max_prompt, held_out)
     key = json.dumps([FORMAT, chat.fingerprint, options, [(source.text, source.identity) for source in found]])
-    root = Path(cache_dir or os.environ.get("BFPO_CACHE") or "~/.cache/bfpo").expanduser().absolute()
+    root = cache_root(cache_dir)
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ import storage
 import tasks
 import toy
 from bfpo import QUADRANTS, label, quadrant_means, quadrant_sums
-from data import Chat, Message, Stream, deal, load_stream
+from chat import Chat, Message
+from data import Stream, deal, load_stream
 from judge import Case, Examiner, Judge, agreements, digest, file_name, labelled_rows, load_judge
 from model import Config, Mistral, Pack, find_model, stored_weights
 from runtime import World

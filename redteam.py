@@ -23,6 +23,7 @@ from eval import Policy, case_of, judged
 from judge import Contest, Examiner, load_judge
 from pairwise import kept_preferences
 from runtime import World
+from sources import sha256
 from tasks import PROTOCOLS, Request, Task
 
 FREE = frozenset({"judge", "pairwise", "ranks", "out", "fresh", "device"})  # may differ when a run goes on
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     safe = [pair["is_modelout1_safe"] + pair["is_modelout2_safe"] for pair in done]
     counts |= {"beyond_the_pairwise_judges_context": len(pairs) - len(done), "pairs": len(done), "both_safe": safe.count(2),
                "one_safe": safe.count(1), "both_unsafe": safe.count(0)}  # fmt: skip
-    order_by = ranks.identity if isinstance(ranks, Examiner) else {"ranks": str(ranks), "sha256": storage.sha256(ranks)}
+    order_by = ranks.identity if isinstance(ranks, Examiner) else {"ranks": str(ranks), "sha256": sha256(ranks)}
     setup = {"model": options.model, **policy.identity, "temperature": protocol.temperature, "top_p": protocol.top_p,
              "max_new_tokens": protocol.max_new_tokens, "seed": options.seed,
              "safety": judge.identity, "helpfulness": order_by}  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bfpo import QUADRANTS, label, quadrant_means, quadrant_sums
 from chat import Chat, Ids
-from data import Stream, batch_indices, describe, load_stream
+from data import Stream, batch_indices, deal, describe, load_stream, spread
 from eval import safety_labels
 from runtime import World
 
@@ -66,6 +66,11 @@ class Rows:
         drawn = (batch_indices(len(stream), batch, seed, step, name)
                  for stream, name in zip(self.streams, self.names, strict=True))  # fmt: skip
         return torch.cat([torch.from_numpy(rows) + start for rows, start in zip(drawn, self.starts, strict=False)])
+
+    def unevenness(self, config: Config, steps: int, world: World) -> float:
+        """How much more than its cheapest rank a step costs its costliest one: the mean of the first hundred steps."""
+        dealt = [self.tokens[self.draw(config.batch, config.seed, step)].tolist() for step in range(min(steps, 100))]
+        return sum(spread(tokens, deal(tokens, world.size, config.pack_tokens)) for tokens in dealt) / len(dealt)
 
     def tree(self, i: int) -> list[Ids]:
         return self.streams[self.stream[i]].tree(i - self.starts[self.stream[i]])

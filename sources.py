@@ -1,4 +1,4 @@
-"""Where rows come from: hub data sets, folders and files, with a place in a file for every row that cannot be read.
+"""Where rows come from: hub data sets, folders and files, with a place in a file for every row that cannot be read. Columns, checked.
 
 A source is NAME[@REVISION][:SPLIT][[START:STOP]], all but the name optional:
     pairs.jsonl     folder     folder:train[:30000]               a local file or folder (it wins over the hub)
@@ -15,9 +15,11 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import re
+import reprlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +65,11 @@ def _from_hub(name: str, split: str | None) -> Path:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_root(folder: str | Path | None) -> Path:
+    """Where tokenised data and reference log-probabilities are kept: in this folder, else $BFPO_CACHE, else ~/.cache/bfpo."""
+    return Path(folder or os.environ.get("BFPO_CACHE") or "~/.cache/bfpo").expanduser().absolute()
 
 
 def find_source(text: str, stage: str) -> Source:
@@ -157,3 +164,17 @@ def source_rows(source: Source, most_test: int) -> tuple[int, Iterator[tuple[str
     training = islice(chain.from_iterable(map(read_rows, source.training)), kept.start, kept.stop)
     test = islice(chain.from_iterable(map(read_rows, source.test)), most_test)
     return len(kept) + min(tests, most_test), chain(((*row, False) for row in training), ((*row, True) for row in test))
+
+
+def checked(row: Mapping[str, Any], name: str, valid: Callable[[Any], Any], wanted: str) -> Any:
+    """A column's value. ValueError names the column that is missing or not `wanted`."""
+    if name not in row:
+        raise ValueError(f"{name} is missing; the row has {', '.join(map(str, row))[:200]}")
+    if not valid(row[name]):
+        raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(row[name])}")
+    return row[name]
+
+
+def text_of(row: Mapping[str, Any], name: str) -> str:
+    return str(checked(row, name, lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
+                      "text (Unicode without lone surrogates)"))  # fmt: skip

@@ -34,17 +34,13 @@ from torch.distributed.tensor import DTensor
 
 from model import write_safetensors
 from runtime import World, duration
+from sources import sha256
 
 MANIFEST = "manifest.json"
 CHECKPOINT_FILE_BYTES = 2**28  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
 SHARED_DISK_S = 30.0  # how long a network disk may take to show a node what another one wrote
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:

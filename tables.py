@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import data
 import sources
 
 Row = Mapping[str, Any]
@@ -17,16 +16,16 @@ Row = Mapping[str, Any]
 
 def text(row: Row, *names: str) -> str:
     """The text of the first of these columns that the row has."""
-    return data.text_of(row, next((name for name in names if name in row), " or ".join(names)))
+    return sources.text_of(row, next((name for name in names if name in row), " or ".join(names)))
 
 
 def texts(row: Row, name: str) -> tuple[str, ...]:
-    return tuple(data.checked(row, name, lambda found: isinstance(found, list) and all(isinstance(entry, str) for entry in found),
+    return tuple(sources.checked(row, name, lambda found: isinstance(found, list) and all(isinstance(entry, str) for entry in found),
                               "a list of texts"))  # fmt: skip
 
 
 def inside(row: Row, name: str) -> Row:
-    found: Row = data.checked(row, name, lambda found: isinstance(found, dict), "an object")
+    found: Row = sources.checked(row, name, lambda found: isinstance(found, dict), "an object")
     return found
 
 
@@ -39,7 +38,7 @@ def number(row: Row, name: str, low: float = 0, high: float = 1) -> float:
         except (TypeError, ValueError):
             return False
 
-    return float(data.checked(row, name, valid, f"a number from {low} to {high}"))
+    return float(sources.checked(row, name, valid, f"a number from {low} to {high}"))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

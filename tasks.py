@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import tables
-from data import checked
+from sources import checked
 from tables import Row, inside, number, text, texts
 
 Ask = Callable[[Row], "Question | None"]

@@ -33,27 +33,18 @@ from torch.nn.utils import clip_grads_with_norm_
 import plan
 import plots
 import runtime
+import storage
 from bfpo import bfpo_loss, dpo_loss, ipo_loss, label, margin
 from chat import Chat
-from data import Stream, deal, spread
+from data import Stream
 from eval import my_packs, preference_view, quadrant_table, safety_labels, score
 from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
 from rows import Outcome, Rows, open_streams, summarise
 from runtime import StopRequest, World
 from settings import from_command_line, listed, setting
-from storage import (
-    RunFolder,
-    best_checkpoint,
-    cached_tensor,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    save_tensors,
-    sha256,
-    sha256_all,
-    write_json,
-)
+from sources import cache_root, sha256
+from storage import RunFolder
 from toy_run import toy_run
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -204,10 +195,9 @@ def reference_logprobs(model: Mistral, name: str, stream: Stream, weights: str, 
     """
     code = [sha256(Path(__file__).with_name(file)) for file in ("model.py", "kernels.py")]
     key = hashlib.sha256(json.dumps([weights, stream.fingerprint, config.dtype, world.device.type, *code]).encode()).hexdigest()
-    root = Path(config.cache or os.environ.get("BFPO_CACHE") or "~/.cache/bfpo").expanduser()
-    return cached_tensor(root / "reference" / f"{key}.safetensors", (len(stream), 2),
-                         lambda: score(model, stream, world, config.pack_tokens, f"reference, {name}"), world,
-                         f"reference of {len(stream):,} {name} pairs")  # fmt: skip
+    return storage.cached_tensor(cache_root(config.cache) / "reference" / f"{key}.safetensors", (len(stream), 2),
+                                 lambda: score(model, stream, world, config.pack_tokens, f"reference, {name}"), world,
+                                 f"reference of {len(stream):,} {name} pairs")  # fmt: skip
 
 
 def pair_loss(config: Config, h: Tensor, g: Tensor) -> Tensor:
@@ -296,15 +286,13 @@ def optimize(
     world, checkpoints = folder.world, folder.path / "checkpoints"
     optimizer = torch.optim.AdamW(trained.values(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     state = runtime.adam_state(optimizer, trained)
-    first = load_checkpoint(checkpoints, state, world)
+    first = storage.load_checkpoint(checkpoints, state, world)
     for moments in optimizer.state.values():
         moments["step"].fill_(first)
     if first:
         world.say(f"resuming after step {first} of {steps}")
     if world.size > 1:
-        dealt = [rows.tokens[rows.draw(config.batch, config.seed, step)].tolist() for step in range(min(steps, 100))]
-        uneven = sum(spread(tokens, deal(tokens, world.size, config.pack_tokens)) for tokens in dealt) / len(dealt)
-        world.say(f"a step costs its costliest rank {uneven:.1%} more than its cheapest, on average")
+        world.say(f"a step costs its costliest rank {rows.unevenness(config, steps, world):.1%} more than its cheapest, on average")
     if config.objective != "sft":
         world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first, steps, config.log_every)
@@ -339,11 +327,11 @@ def optimize(
             if config.eval_every and done % config.eval_every == 0 and done < steps:
                 figures, held_out_loss = evaluate()
                 folder.write_row({"step": step, "held_out": figures, "held_out_loss": held_out_loss})
-                if config.keep_best and held_out_loss < world.from_main(partial(best_checkpoint, checkpoints))[0]:
+                if config.keep_best and held_out_loss < world.from_main(partial(storage.best_checkpoint, checkpoints))[0]:
                     least_loss = held_out_loss
             stopping = max(world.gather(stop.requested))
             if done % config.save_every == 0 or done == steps or least_loss is not None or stopping:
-                save_checkpoint(checkpoints, done, state, world, config.keep, least_loss)
+                storage.save_checkpoint(checkpoints, done, state, world, config.keep, least_loss)
             if stopping:
                 world.say(f"stopped after step {done} of {steps}; the same command, without --fresh, goes on from here")
                 sys.exit(128 + stopping)
@@ -354,10 +342,10 @@ def optimize(
 
 def export_best(trained: dict[str, Tensor], last_loss: float, export: Callable[[Path], None], folder: RunFolder) -> None:
     """Write best/, the model of the least held-out loss, unless that is the last one. The model then holds those weights."""
-    loss, path = folder.world.from_main(partial(best_checkpoint, folder.path / "checkpoints"))
+    loss, path = folder.world.from_main(partial(storage.best_checkpoint, folder.path / "checkpoints"))
     if path is None or last_loss <= loss:
         folder.world.say(f"best: the last step, held-out loss {last_loss:.6g}")
-    elif read_checkpoint(path, {f"weight.{name}": parameter.detach() for name, parameter in trained.items()}, folder.world) is None:
+    elif storage.read_checkpoint(path, {f"weight.{name}": parameter.detach() for name, parameter in trained.items()}, folder.world) is None:
         folder.world.say(f"best: checkpoint {path} is damaged; best/ is not written")
     else:
         folder.world.say(f"best: {path.name}, held-out loss {loss:.6g} against {last_loss:.6g} of the last step")
@@ -397,9 +385,9 @@ def run(config: Config, world: World) -> dict[str, Any]:
 
     model, trained = build(config, source, world)
     files = [source / "config.json", *sorted(source.glob("*.safetensors"))]
-    weights = hashlib.sha256(json.dumps(sha256_all(files, world)).encode()).hexdigest()
+    weights = hashlib.sha256(json.dumps(storage.sha256_all(files, world)).encode()).hexdigest()
     folder.create(settings, {"weights": weights, **{name: stream.fingerprint for name, stream in streams.items()}}, config.fresh)
-    world.from_main(lambda: write_json(folder.path / "data.json", {name: stream.report for name, stream in streams.items()}))
+    world.from_main(lambda: storage.write_json(folder.path / "data.json", {name: stream.report for name, stream in streams.items()}))
     references: list[dict[str, Tensor]] = [{}, {}]  # of the training and the held-out streams
     if config.objective != "sft":
         references = [{name: reference_logprobs(model, name, stream, weights, config, world) for name, stream in part.items()}
@@ -412,7 +400,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     export = partial(model.save_pretrained, dtype=DTYPES[config.dtype], like=source, chat_template=chat.exported_template)
     export(folder.path / "model")
     if config.export_changed:
-        save_tensors(folder.path / "changed.safetensors", trained, DTYPES[config.dtype], world)
+        storage.save_tensors(folder.path / "changed.safetensors", trained, DTYPES[config.dtype], world)
     if config.keep_best:
         export_best(trained, loss, export, folder)
     world.from_main(lambda: plots.curves(folder.rows(), folder.path / "curves.png"))

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import bfpo
 import data
-from data import Chat, Pair, batch_indices, cost, deal, describe, load_stream
+from chat import Chat
+from data import Pair, batch_indices, cost, deal, describe, load_stream
 from sources import find_source
 
 ROOT = Path(__file__).parent.parent
@@ -248,7 +249,8 @@ def test_unfit_sources_are_refused(source, words, chat, tmp_path, monkeypatch):
 
 HUB_SCRIPT = """
 import sys
-from data import Chat, load_stream
+from chat import Chat
+from data import load_stream
 chat = Chat(sys.argv[1])
 for source in sys.argv[2:]:
     try:

@@ -22,7 +22,7 @@ import torch
 import eval as evaluation
 import report
 import toy
-from data import Chat
+from chat import Chat
 from model import Config, Mistral
 
 ROOT = Path(__file__).parent.parent

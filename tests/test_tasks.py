@@ -21,7 +21,7 @@ import eval as evaluation
 import runtime
 import tables
 import tasks
-from data import Chat
+from chat import Chat
 from model import Config, Mistral
 from tasks import PROTOCOLS, TASKS, Question
 
