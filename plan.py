@@ -124,7 +124,9 @@ def moments(load: Load) -> dict[str, Moment]:
             largest = max(largest, part)
     trained = sum(shard_trained)
     fixed: Moment = {"frozen weights": e * (sum(shard) - trained), "trained weights, fp32": 4 * trained, "Adam moments, fp32": 8 * trained}
-    root, block = e * whole[-1], e * whole[0] * (1 if load.shards == 1 else 2)  # gathered; with more ranks the next one is on its way
+    sharded = load.shards > 1 or e < 4  # runtime.shard leaves other models as they are
+    root, here = sharded * e * whole[-1], sharded * e * whole[0]  # gathered
+    ahead = here * (load.shards > 1)  # the next block, on its way
     saved = saved_bytes(load)
     kept = [e * T * D] * L if load.checkpoint_blocks else saved[:L]
     earlier = 4 * trained if load.packs > 1 else 0  # gradients of the packs before
@@ -138,22 +140,22 @@ def moments(load: Load) -> dict[str, Moment]:
     head_trains = load.head() in load.trained
     rows = min(S, max(1, HEAD_CHUNK["cuda" if head_trains else load.device] // V))
     head = e * V * D if head_trains else 0  # its gradient waits for the embedding's
-    note("the head", earlier, root + block - e * whole[0], sum(kept) + saved[-1], 8 * rows * V + head + 2 * S * D * e)
+    note("the head", earlier, root + ahead, sum(kept) + saved[-1], 8 * rows * V + head + 2 * S * D * e)
     pointwise = 2 if load.device == "cpu" and e == 4 else 6  # of SwiGLUDown's backward: all rows at once where MLP_ROWS does not cut them
     for i in reversed(range(L)):
         rows = S if i == L - 1 else T
         down = e * D * F if f"model.layers.{i}.mlp.down_proj.weight" in load.trained else 0
-        waiting = 4 * whole_trained[i + 1] if i < L - 1 else 0  # the last reduction's input, freed by the next
+        waiting = sharded * 4 * whole_trained[i + 1] if i < L - 1 else 0  # the last reduction's input, freed by the next
         now = max(earlier, 4 * sum(shard_trained[i + 1 : L]))
         below = sum(kept[:i]) + load.checkpoint_blocks * kept[i]
-        note(f"backward of block {i}", now, root + block, below + saved[i], rows * e * (pointwise * F + D) + waiting + down + head)
+        note(f"backward of block {i}", now, root + here + ahead, below + saved[i], rows * e * (pointwise * F + D) + waiting + down + head)
         fresh = 4 * shard_trained[i]
-        reduction = 4 * whole_trained[i] + max(e * whole_trained[i] - (0 if earlier else fresh), fresh if earlier else 0)
+        reduction = sharded * (4 * whole_trained[i] + max(e * whole_trained[i] - (0 if earlier else fresh), fresh if earlier else 0))
         note(f"gradients of block {i}", max(earlier, 4 * sum(shard_trained[i:L])), root, below, reduction + head + T * D * e)
     inside = max(earlier, 4 * sum(shard_trained[:L]))
-    note("the embedding's gradient", inside, root, 0, e * whole_trained[-1] + 4 * whole_trained[0])
+    note("the embedding's gradient", inside, root, 0, e * whole_trained[-1] + sharded * 4 * whole_trained[0])
     fresh = 4 * shard_trained[-1]
-    reduction = 4 * whole_trained[-1] + max(e * whole_trained[-1] - (0 if earlier else fresh), fresh if earlier else 0)
+    reduction = sharded * (4 * whole_trained[-1] + max(e * whole_trained[-1] - (0 if earlier else fresh), fresh if earlier else 0))
     note("gradients outside the blocks", 4 * trained, 0, 0, reduction)
     note("the optimizer", 4 * trained, 0, 0, 4 * trained if cuda else 8 * largest)  # foreach on a GPU, a tensor at a time on a CPU
     if not cuda:

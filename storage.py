@@ -30,10 +30,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from model import write_safetensors
-from runtime import World, duration
+from runtime import World, duration, local_part
 from sources import sha256
 
 MANIFEST = "manifest.json"
@@ -163,7 +162,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
             shutil.rmtree(aside)
 
     world.from_main(begin)
-    ends = accumulate((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors.values())
+    ends = accumulate(local_part(tensor).nbytes for tensor in tensors.values())
     files = {name: 1 + (end - 1) // CHECKPOINT_FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), files, save_distributed=True))

@@ -284,7 +284,7 @@ def pairs_of_steps(scale: Scale, steps: int) -> dict[str, Stream]:
 def randomise(model: Mistral, _: Any) -> None:
     torch.manual_seed(0)
     for p in model.parameters():
-        local: Any = p.to_local()  # type: ignore[attr-defined]
+        local = runtime.local_part(p)
         local.fill_(1.0) if p.dim() == 1 else local.normal_(0, 0.02)
 
 

@@ -150,7 +150,7 @@ def serve_ours(side: str, folder: Path, dtype: str, steps: list[list[Pair]], cha
     reference = score(model, stream, world, config.pack_tokens, "reference")
     rows = Rows({"safety": stream}, {"safety": reference}, None)  # type: ignore[arg-type]  # what a row says matters to errors alone
     train.forward_backward(model, config, rows, rows.draw(batch, config.seed, 0), world)
-    gradients = {name: p.grad.full_tensor() for name, p in trained.items()}  # type: ignore[union-attr]
+    gradients = {name: runtime.local_part(p.grad) for name, p in trained.items() if p.grad is not None}
     save_file(gradients | {"reference": reference[places]}, folder / f"{dtype}-{side}.safetensors")
     for p in trained.values():
         p.grad = None

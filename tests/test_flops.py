@@ -258,6 +258,8 @@ def work(world: World, lengths: Sequence[Sequence[int]]) -> tuple[Counter[str], 
     rows, config, model = rows_of(lengths), config_for(len(lengths), 10**6), selective_model("meta")
     ours, bytecodes = str(Path(train.__file__).parent), 0
 
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 reports bytecodes if some frame asks for them before the tracing begins
+
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal bytecodes
         if not frame.f_code.co_filename.startswith(ours) or frame.f_code.co_filename == __file__:
