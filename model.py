@@ -12,12 +12,11 @@ It knows nothing of labels or of training. Parameters carry the checkpoint's nam
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +25,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private; the same on torch 2.11 to 2.13
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from chat import read_json
 from kernels import BlockedAttention, SwiGLUDown, blocked_plan, row_logprobs
 from sources import snapshot
+from weights import fill, slices, write_safetensors
 
 PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one width
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
@@ -361,36 +359,11 @@ def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
     return folder
 
 
-@torch.no_grad()
-def fill(parameter: Tensor, whole: Any) -> None:
-    """parameter <- whole, a tensor or a safetensors slice; of a parameter sharded by FSDP2, this rank's part alone is read."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole[:])
-        return
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if parameter.to_local().numel():
-        parameter.to_local().copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
-
-
 def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
     """Name -> safetensors slice, read when indexed, of every tensor that the architecture asks for. Reads the files' headers alone.
 
     ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor."""
-    folder = Path(folder)
-    index, stored = folder / "model.safetensors.index.json", dict[str, Any]()
-    weight_map = read_json(index).get("weight_map") if index.is_file() else {"every one": "model.safetensors"}
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} must hold a weight_map from tensors to files, got {weight_map!r}")
-    for path in (folder / file for file in sorted(set(map(str, weight_map.values())))):
-        if path.parent != folder or not path.is_file():
-            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-            raise ValueError(f"{path} must be a file of {folder}, got {others or 'no weights'} there; only whole safetensors are read")
-        try:
-            handle = safe_open(path, framework="pt")
-            names = [name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118 (the tables of old Llamas)
-            stored |= {name: handle.get_slice(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} must be a whole safetensors file, got: {error}; fetch it again") from error
+    stored = slices(Path(folder))
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= stored.keys():
         if not torch.equal(stored["lm_head.weight"][:], stored["model.embed_tokens.weight"][:]):
             raise ValueError(f"{folder}: lm_head.weight must equal model.embed_tokens.weight, which config.json ties, got another tensor")
@@ -410,25 +383,6 @@ def load_weights(model: Mistral, folder: str | Path) -> None:
     stored = stored_weights(model.config, folder)
     for name, parameter in model.named_parameters():
         fill(parameter, stored[name])
-
-
-@torch.no_grad()
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, writes: bool = True) -> None:
-    """Writes tensors in `dtype`, one in memory at a time: safetensors' save_file wants a whole file's at once, and copies them. Every rank
-    calls it with sharded ones, which are gathered; the one that `writes` writes."""
-    entries, end = dict[str, Any](__metadata__={"format": "pt"}), 0
-    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
-    for name, tensor in tensors.items():
-        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end := end + tensor.numel() * dtype.itemsize]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
-    with open(path, "wb") if writes else contextlib.nullcontext() as file:
-        if file:
-            file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if file:
-                file.write(whole.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 class Mistral(nn.Module):

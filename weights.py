@@ -1,0 +1,69 @@
+"""Weights in safetensors files, a tensor or a part of one in memory at a time. What is sharded by FSDP2 is read shard by shard, and
+gathered tensor by tensor where it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private; the same on torch 2.11 to 2.13
+
+from chat import read_json
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Any) -> None:
+    """parameter <- whole, a tensor or a safetensors slice; of a parameter sharded by FSDP2, this rank's part alone is read."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole[:])
+        return
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if parameter.to_local().numel():
+        parameter.to_local().copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
+
+
+def slices(folder: Path) -> dict[str, Any]:
+    """Name -> safetensors slice, read when indexed, of every tensor in the files of a checkpoint folder. Reads their headers alone.
+
+    ValueError names a file that is damaged, missing or outside the folder."""
+    index, stored = folder / "model.safetensors.index.json", dict[str, Any]()
+    weight_map = read_json(index).get("weight_map") if index.is_file() else {"every one": "model.safetensors"}
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} must hold a weight_map from tensors to files, got {weight_map!r}")
+    for path in (folder / file for file in sorted(set(map(str, weight_map.values())))):
+        if path.parent != folder or not path.is_file():
+            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+            raise ValueError(f"{path} must be a file of {folder}, got {others or 'no weights'} there; only whole safetensors are read")
+        try:
+            handle: Any = safe_open(path, framework="pt")
+            names = [name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118 (the tables of old Llamas)
+            stored |= {name: handle.get_slice(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} must be a whole safetensors file, got: {error}; fetch it again") from error
+    return stored
+
+
+@torch.no_grad()
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, writes: bool = True) -> None:
+    """Writes tensors in `dtype`, one in memory at a time: safetensors' save_file wants a whole file's at once, and copies them. Every rank
+    calls it with sharded ones, which are gathered; the one that `writes` writes."""
+    entries, end = dict[str, Any](__metadata__={"format": "pt"}), 0
+    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
+    for name, tensor in tensors.items():
+        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end := end + tensor.numel() * dtype.itemsize]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    with open(path, "wb") if writes else contextlib.nullcontext() as file:
+        if file:
+            file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if file:
+                file.write(whole.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
