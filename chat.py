@@ -2,7 +2,7 @@
 
 What training sees is what a server of the exported model sends: the ids equal transformers' apply_chat_template but for
 BOS (exactly one, in front) and what a template writes after the last EOS (dropped). One thing differs on purpose: text
-is data, so "</s>" inside a question or an answer never becomes the control token of that name.
+is data, so "</s>" inside a question or an answer never becomes the control token of that name (deviation 13).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Chat:
         except Exception as error:  # tokenizers raises no narrower type
             raise ValueError(f"a model folder must hold a readable tokenizer.json, got {folder} ({error}); transformers'"
                              " tokenizer.save_pretrained writes one") from error
-        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        config = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
         self.named = {name: value["content"] if isinstance(value, dict) else value for name, value in config.items()
                       if name.endswith("_token") and isinstance(value, (str, dict))}
         for name in ("bos_token", "eos_token"):
@@ -81,7 +81,7 @@ class Chat:
         front, _, end = whole.rpartition(answer)
         if front.rstrip() != header.rstrip() or question not in header:
             raise ValueError("the chat template must write before an answer what it writes as the generation prompt,"
-                             f" {header!r}, got {front!r}; take another one, such as --template zephyr")
+                             f" {header!r}, got {front!r}; take another one, such as --chat_template zephyr")
         # A template that opens or closes turns with BOS keeps it there; others lose those they write between turns.
         self._marked_by_bos = self._spelling[self.named["bos_token"]] in header.partition(question)[2]
         self._closes = self._spelling[self.named["eos_token"]] in end  # if not, we end an answer with EOS ourselves
@@ -202,7 +202,7 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

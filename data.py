@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from bfpo import QUADRANTS, label
-from chat import Chat, Ids, Message, read_json, truncate
+from chat import Chat, Ids, Message, read_object, truncate
 from sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
 
 FORMAT = 4  # of the token cache: count up when the same rows would give other arrays
@@ -196,15 +196,14 @@ def load_stream(
 
 
 def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
-    sums = read_json(folder / SUMS)
+    sums = read_object(folder / SUMS)
     if changed := [name for name in ("report.json", *sums) if sha256(folder / name) != sums.get(name)]:
         raise ValueError(f"{changed[0]} has changed")
-    report = read_json(folder / "report.json")
+    report = read_object(folder / "report.json")
     report["cache"] = {"folder": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir())}
-    report["warnings"] = [
-        f"every pair of {part['source']} is {quadrant}; mixed labels are expected here"
-        for part in report["sources"] for quadrant, pairs in part["quadrants"].items() if mixed and pairs == part["training_rows"]
-    ]  # fmt: skip
+    for part in report["sources"]:
+        one = [quadrant for quadrant, pairs in part["quadrants"].items() if mixed and pairs == part["training_rows"]]
+        part["warning"] = f"every pair of {part['source']} is {one[0]}; mixed labels are expected here" if one else ""
     return Stream(folder, False, report), Stream(folder, True, report)
 
 
@@ -349,9 +348,9 @@ def describe(report: dict[str, Any]) -> str:
               for name, quantiles in part["tokens"].items()),
         ]  # fmt: skip
     lines += ["first row, scored tokens between [[ and ]]:", *(f"  | {line}" for line in report["example"].split("\n"))]
-    lines.append(f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MB; delete it at will,"
-                 " move it with BFPO_CACHE")  # fmt: skip
-    return "\n".join(lines + [f"WARNING: {warning}" for warning in report["warnings"]])
+    lines.append(f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MiB; delete it at will,"
+                 " move it with --cache or BFPO_CACHE")  # fmt: skip
+    return "\n".join(lines + [f"WARNING: {part['warning']}" for part in report["sources"] if part["warning"]])
 
 
 # --- batches and packs -----------------------------------------------------------------------------------------------
@@ -405,7 +404,7 @@ def deal(tokens: Sequence[int], world_size: int, budget: int) -> list[list[list[
     return ranks
 
 
-def spread(tokens: Sequence[int], ranks: Sequence[Sequence[Sequence[int]]]) -> float:
+def unevenness(tokens: Sequence[int], ranks: Sequence[Sequence[Sequence[int]]]) -> float:
     """Of what deal returned: the costliest rank's cost over the cheapest one's, minus 1."""
     costs = [sum(cost(tokens[item]) for pack in packs for item in pack) for packs in ranks]
     return max(costs) / min(costs) - 1 if min(costs) else float("inf")
@@ -436,8 +435,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     parts = stream.report["sources"]
-    if not all(SCHEMAS[part["schema"]].labels for part in parts):
-        stream.report["warnings"] = []  # a schema without labels is one quadrant by its nature
+    for part in parts:
+        part["warning"] *= bool(SCHEMAS[part["schema"]].labels)  # a schema without labels is one quadrant by its nature
     print(describe(stream.report))
     safe = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
     for quadrant, labels, target in zip(QUADRANTS, safe.tolist(), label(*safe.T).tolist(), strict=True):

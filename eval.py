@@ -43,7 +43,7 @@ from tasks import PROTOCOLS, TASKS, Protocol, Question, Request, Task, Terms
 
 JUDGED = ("harmless", "refused")
 PREFERRED = "alpaca_eval"  # the task whose answers are compared with a baseline's
-Rows = list[dict[str, Any]]
+JsonRows = list[dict[str, Any]]
 
 GENERATION_BATCH = 64
 PACK_TOKENS = 8192
@@ -73,9 +73,9 @@ def score(model: Mistral, stream: Stream, world: World, budget: int, text: str) 
     return world.sum(logprobs)
 
 
-def safety_labels(stream: Stream, items: Sequence[int] | slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """(chosen_safe, rejected_safe) of some pairs, each bool [N]."""
-    return torch.tensor(stream.chosen_safe[items]), torch.tensor(stream.rejected_safe[items])
+def safety_labels(stream: Stream) -> tuple[Tensor, Tensor]:
+    """(chosen_safe, rejected_safe) of its pairs, each bool [N]."""
+    return torch.tensor(stream.chosen_safe), torch.tensor(stream.rejected_safe)
 
 
 def preference_view(
@@ -192,8 +192,8 @@ class Policy:
         stored_weights(config, self.folder)
         if self.chat.vocabulary > config.vocab_size:
             raise ValueError(f"{name}: the tokenizer has {self.chat.vocabulary} entries, the model {config.vocab_size}; they do not match")
-        files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
-        self.identity = {"weights": digest(storage.sha256_all(files, world)), "chat": self.chat.fingerprint, "dtype": str(self.dtype)}
+        self.identity = {"weights_sha256": storage.weights_sha256(self.folder, world), "chat_sha256": self.chat.fingerprint,
+                         "dtype": str(self.dtype)}  # fmt: skip
 
     @functools.cached_property
     def model(self) -> Mistral:
@@ -209,14 +209,14 @@ class Policy:
             raise ValueError(f"{self.folder} has {self.positions} positions, not enough for a prompt and an answer of "
                              f"{longest} tokens; take --tasks discriminative")  # fmt: skip
 
-    def take(self, path: Path, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol, seed: int) -> Rows:
+    def take(self, path: Path, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol, seed: int) -> JsonRows:
         """One row for each entry of a task, from `path` or computed and kept there: what was asked, and what the model made of it."""
         draw = protocol._replace(**task.draw)
         identity: dict[str, Any] = {**self.identity, "bos": protocol.bos, "rows": digest([entry for _, entry in entries])}
         if task.generative:
             identity |= {"temperature": draw.temperature, "top_p": draw.top_p, "max_new_tokens": draw.max_new_tokens, "seed": seed}
 
-        def compute(numbers: range) -> Rows:
+        def compute(numbers: range) -> JsonRows:
             places, part = zip(*(entries[i] for i in numbers), strict=True)
             columns: dict[str, Sequence[Any]]
             if not task.generative:
@@ -240,11 +240,11 @@ def case_of(request: Request, answer: str) -> Case:
     return Case(request.behaviour, request.prompt, answer, request.notes.get("context", ""))
 
 
-def judged(folder: Path, name: str, entries: Sequence[tuple[str, Request]], rows: Rows, judge: Judge, world: World) -> Rows:
+def judged(folder: Path, name: str, entries: Sequence[tuple[str, Request]], rows: JsonRows, judge: Judge, world: World) -> JsonRows:
     """The judge's verdict on each answer of a task, from the folder, or asked for and kept there."""
     cases = [case_of(request, row["answer"]) for (_, request), row in zip(entries, rows, strict=True)]
 
-    def compute(numbers: range) -> Rows:
+    def compute(numbers: range) -> JsonRows:
         verdicts = judge([cases[i] for i in numbers])
         return [{"row": entries[i][0], **verdict._asdict()} for i, verdict in zip(numbers, verdicts, strict=True)]
 
@@ -252,7 +252,7 @@ def judged(folder: Path, name: str, entries: Sequence[tuple[str, Request]], rows
     return storage.kept_rows(path, identity, len(cases), QUESTIONS * world.size, compute, world, f"{folder.name}, {path.stem}")
 
 
-def terms_of(name: str, entries: Sequence[Any], rows: Rows, verdicts: Rows) -> Terms:
+def terms_of(name: str, entries: Sequence[Any], rows: JsonRows, verdicts: JsonRows) -> Terms:
     """What a task's rows are worth.
 
     harmless: the judge finds harm no likelier than not (the paper's score); refused: it finds a refusal likelier than not.
@@ -358,7 +358,7 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
         policy.check([TASKS[name] for name in asked], protocol)
     folder.create(settings, {}, options.fresh)
 
-    taken: dict[str, dict[str, Rows]] = {}
+    taken: dict[str, dict[str, JsonRows]] = {}
     for who, policy in policies.items():
         taken[who] = {name: policy.take(folder.path / who / f"{name}.jsonl", TASKS[name], entries, protocol, options.seed)
                       for name, entries in asked.items()}  # fmt: skip
@@ -373,8 +373,8 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     agreement = {judge.identity["judge"]: agreements(judge, *labelled) for judge in dict.fromkeys(judges.values()) if labelled}
     for judge in judges.values():
         judge.unload()
-    answers = {who: rows[PREFERRED] for who, rows in taken.items() if PREFERRED in asked}
-    columns, figures = pairwise.against_baseline(answers, names, folder.path, examiner, world)
+    answered = {who: rows[PREFERRED] for who, rows in taken.items() if PREFERRED in asked}
+    columns, figures = pairwise.against_baseline(answered, names, folder.path, examiner, world)
     for who, column in columns.items():
         terms[who][PREFERRED] = column
     found = report.make_report(terms["policy"], terms.get("reference", {}))
@@ -412,7 +412,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="NAME[=SOURCE]", help="tasks of the benchmark, or groups: " + ", ".join(tasks.GROUPS))
-    what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="preference pairs to view by safety quadrant")
+    what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="preference pairs to view by safety quadrant: the held-out ones")
     what.add_argument("--prompt", help="answer this one prompt, greedily")
     what.add_argument("--compare", nargs="+", metavar="DIR", help="folders of reports to set side by side")
     parser.add_argument("--model", help="a folder or a hub name")
@@ -478,6 +478,7 @@ def main(arguments: Sequence[str]) -> None:
             return
         train, held = load_stream(options.pairs, chat, stage="pairs", max_length=options.max_length, max_prompt=options.max_prompt)
         stream = held if len(held) else train
+        world.say(f"{len(stream)} {'held-out ' if len(held) else ''}pairs of {len(train) + len(held)}")
         policy, reference = (
             score(Mistral.from_pretrained(name, dtype=dtype, device=world.device), stream, world, PACK_TOKENS, text)
             for name, text in ((folder, "policy"), (find_model(options.reference), "reference"))

@@ -238,9 +238,8 @@ class Examiner:
         self.bos = [self.chat.bos_id] * self._starts_with_bos()
         self.branches = self._branches()
         self.longest = self.config.max_position_embeddings - max(map(len, self.tails))  # tokens of a prompt
-        files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
-        self.identity = {"judge": f"{kind}:{name}", "weights_sha256": digest(storage.sha256_all(files, world)),
-                         "tokenizer_sha256": self.chat.fingerprint, "prompt_sha256": self.form.sha256}  # fmt: skip
+        self.identity = {"judge": f"{kind}:{name}", "weights_sha256": storage.weights_sha256(self.folder, world),
+                         "chat_sha256": self.chat.fingerprint, "prompt_sha256": self.form.sha256}  # fmt: skip
 
     @property
     def tails(self) -> list[list[int]]:

@@ -31,7 +31,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from chat import read_json
+from chat import read_object
 from kernels import BlockedAttention, SwiGLUDown, blocked_plan, row_logprobs
 from sources import snapshot
 from weights import fill, slices, write_safetensors
@@ -110,7 +110,7 @@ class Config:
     def read(folder: Path) -> Config:
         """The Config of a checkpoint folder. ValueError names every entry of config.json that asks for another computation."""
         path, fields = folder / "config.json", [field.name for field in dataclasses.fields(Config)]
-        raw = {name: value for name, value in read_json(path).items() if not name.startswith("_")}
+        raw = {name: value for name, value in read_object(path).items() if not name.startswith("_")}
         raw |= {f"rope_parameters.{name}": value for name, value in (raw.pop("rope_parameters", None) or {}).items()}
         theta = raw.setdefault("rope_theta", raw.get("rope_parameters.rope_theta", 10000.0))
         free, only = NO_EFFECT | set(fields) - {"model_type"}, ONLY_VALUES | {"rope_parameters.rope_theta": (theta,)}
@@ -499,7 +499,7 @@ class Mistral(nn.Module):
         if chat_template is not None:
             (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
             if (path := aside / "tokenizer_config.json").is_file():
-                _write_json(path, read_json(path) | {"chat_template": chat_template})
+                _write_json(path, read_object(path) | {"chat_template": chat_template})
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)

@@ -1,4 +1,5 @@
-"""Two answers to one prompt, which is better: AlpacaEval's files, and its win rates, raw and length-controlled, by any language model."""
+"""Two answers to one prompt, which is better: AlpacaEval's files, and its win rates, raw and length-controlled, by any language model
+(deviation 12)."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ class Load:
     scored: int  # S, of that pack
     packs: int  # of a rank in a step: with two or more, gradients are there while activations are
     checkpoint_blocks: bool
+    processes: int = 1
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
         """(name, block or -1, shape, rows, reached) of each weight in the order of the forward. reached: the gradient goes on below it."""
@@ -124,7 +125,7 @@ def moments(load: Load) -> dict[str, Moment]:
             largest = max(largest, part)
     trained = sum(shard_trained)
     fixed: Moment = {"frozen weights": e * (sum(shard) - trained), "trained weights, fp32": 4 * trained, "Adam moments, fp32": 8 * trained}
-    sharded = load.shards > 1 or e < 4  # runtime.shard leaves other models as they are
+    sharded = max(load.shards, load.processes) > 1 or e < 4  # runtime.shard leaves other models as they are
     root, here = sharded * e * whole[-1], sharded * e * whole[0]  # gathered
     ahead = here * (load.shards > 1)  # the next block, on its way
     saved = saved_bytes(load)
@@ -280,7 +281,8 @@ def announce(config: RunConfig, model: Config, trained: frozenset[str], streams:
     """Print the plan of a run, on rank 0. What does not fit is a warning, and in a dry run a ValueError."""
     step, shards = step_of(config, streams, steps, world.size), world.size // config.replicate
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    load = step.with_budget(Load(model, trained, dtype, world.device.type, shards, 1, 1, 1, config.checkpoint_blocks), config.pack_tokens)
+    load = step.with_budget(Load(model, trained, dtype, world.device.type, shards, 1, 1, 1, config.checkpoint_blocks, world.size),
+                            config.pack_tokens)  # fmt: skip
 
     def look() -> tuple[str, str]:
         memory, short = memory_lines(load, step, config.pack_tokens, USABLE * free_bytes(world.device))

@@ -3,8 +3,9 @@
     python redteam.py --model DIR --prompts FILE --judge harmbench:DIR --pairwise DIR --out runs/pairs
     python train.py redteam --model DIR --safety runs/pairs/redteam.jsonl
 
-The order can come from elsewhere, as the paper's does (PairRM is no causal language model): without --pairwise the answers are
-written to to_rank.jsonl, and --ranks FILE takes its rows back, each with "ranks": [1, 2] or [2, 1], 1 for the better answer.
+The order can come from elsewhere, as the paper's does (PairRM is no causal language model; deviation 11): without --pairwise
+the answers are written to to_rank.jsonl, and --ranks FILE takes its rows back, each with "ranks": [1, 2] or [2, 1], 1 for the
+better answer.
 """
 
 from __future__ import annotations

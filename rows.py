@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bfpo import QUADRANTS, label, quadrant_means, quadrant_sums
 from chat import Chat, Ids
-from data import Stream, batch_indices, deal, describe, load_stream, spread
+from data import Stream, batch_indices, deal, describe, load_stream, unevenness
 from eval import safety_labels
 from runtime import World
 
@@ -67,10 +67,13 @@ class Rows:
                  for stream, name in zip(self.streams, self.names, strict=True))  # fmt: skip
         return torch.cat([torch.from_numpy(rows) + start for rows, start in zip(drawn, self.starts, strict=False)])
 
-    def unevenness(self, config: Config, steps: int, world: World) -> float:
-        """How much more than its cheapest rank a step costs its costliest one: the mean of the first hundred steps."""
+    def unevenness(self, config: Config, steps: int, world: World) -> str:
+        """How evenly steps are dealt to ranks, in words: the mean of the first hundred steps."""
         dealt = [self.tokens[self.draw(config.batch, config.seed, step)].tolist() for step in range(min(steps, 100))]
-        return sum(spread(tokens, deal(tokens, world.size, config.pack_tokens)) for tokens in dealt) / len(dealt)
+        mean = sum(unevenness(tokens, deal(tokens, world.size, config.pack_tokens)) for tokens in dealt) / len(dealt)
+        if mean == math.inf:
+            return "in some steps a rank has no rows; pass a larger --batch, or use fewer processes"
+        return f"a step costs its costliest rank {mean:.1%} more than its cheapest, on average"
 
     def tree(self, i: int) -> list[Ids]:
         return self.streams[self.stream[i]].tree(i - self.starts[self.stream[i]])
@@ -107,11 +110,11 @@ def summarise(config: Config, rows: Rows, items: Tensor, outcome: Outcome, world
     g = label(chosen_safe, rejected_safe, config.alpha, config.b1)
     view_QC = quadrant_sums(change[:, 0] - change[:, 1], g, chosen_safe, rejected_safe, config.tau)
     change_QC = torch.zeros(4, 2).double().index_add(0, 2 * (~chosen_safe).long() + (~rejected_safe).long(), change)
-    loss_S = torch.zeros(len(rows.names)).double().index_add(0, rows.stream[outcome.items], loss)
-    loss_S, change_QC, view_QC = world.sum_all([loss_S, change_QC, view_QC])
+    stream_losses = torch.zeros(len(rows.names)).double().index_add(0, rows.stream[outcome.items], loss)
+    stream_losses, change_QC, view_QC = world.sum_all([stream_losses, change_QC, view_QC])
     quadrants = quadrant_means(view_QC)
     for name, view in quadrants.items():
         view |= dict(zip(CHANGES, (change_QC[QUADRANTS.index(name)] / view["pairs"]).tolist(), strict=True))
-    losses = {f"{name}_loss": value for name, value in zip(rows.names, (loss_S / config.batch).tolist(), strict=True)}
+    losses = {f"{name}_loss": value for name, value in zip(rows.names, (stream_losses / config.batch).tolist(), strict=True)}
     changes = dict(zip(CHANGES, (change_QC.sum(0) / len(items)).tolist(), strict=True))
     return {"loss": sum(losses.values()), **losses, **changes, "quadrants": quadrants}

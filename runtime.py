@@ -145,7 +145,7 @@ def one_voice() -> Iterator[None]:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun may send one after the other
             signal.signal(number, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
-            print("\nstopped; the same command, without --fresh, goes on from the last checkpoint", file=sys.stderr)
+            print("\nstopped; what was saved is kept, and the same command goes on from it", file=sys.stderr)
         code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except USER_ERRORS as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has left
@@ -166,9 +166,9 @@ def one_voice() -> Iterator[None]:
 def speak(error: Exception) -> None:
     """Say what went wrong, once for all ranks."""
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        error = OSError(f"{error}; free space, or pass another --out or --cache")
+        error = OSError(f"{error}; free space, or write elsewhere (--out; --cache of train.py)")
     if isinstance(error, torch.OutOfMemoryError):
-        error = OSError(f"{error}; pass a smaller --pack_tokens, or --checkpoint_blocks, or use more GPUs")
+        error = OSError(f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks")
     rank = int(os.environ.get("RANK", 0))
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
     if rank == 0:
@@ -237,7 +237,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: to
 
     Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the masters), cast when gathered.
     One process that computes in fp32 has nothing to gather and nothing to cast: its model is left as it is. FSDP2 would
-    copy every weight twice a pack, a seventh of a step's time on a CPU.
+    copy every weight twice a pack.
     """
     if world.size == 1 and dtype == torch.float32:
         return

@@ -1,6 +1,6 @@
 """What a run keeps on disk: checkpoints, cached tensors, the run folder with its log. A kill at any moment damages none of it.
 
-Files and folders are written aside and renamed into place; what is read back is held against its sha256 sum.
+Files and folders are written aside and renamed into place; checkpoints and cached tensors are held against sha256 sums when read.
 """
 
 import contextlib
@@ -48,6 +48,12 @@ def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
     return dict(sorted(item for part in world.gather(mine) for item in part.items()))  # in one order on any number of ranks
 
 
+def weights_sha256(folder: Path, world: World) -> str:
+    """Of a model folder: one sum over config.json and the weights' files."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(json.dumps(sha256_all(files, world)).encode()).hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write aside, flush to disk, rename: the file is whole or absent."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -89,7 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, world: World) -> None:
-    """A safetensors file of sharded tensors in `dtype`; they are gathered one at a time, and rank 0 writes."""
+    """A safetensors file of tensors in `dtype`; sharded ones are gathered one at a time, and rank 0 writes."""
     aside = path.with_name(f".{path.name}.partial")
     write_safetensors(aside, tensors, dtype, world.is_main)
     world.from_main(lambda: os.replace(aside, path))
@@ -114,7 +120,7 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
             if found.shape == shape and sha256_of(found) == file.metadata()["sha256"]:
                 return found
         world.say(f"{what}: {path} is damaged; computing it again")
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None
 
     def keep() -> Tensor:

@@ -76,7 +76,7 @@ class Config:
     chat_template: str = setting("", "zephyr, or a file with a jinja chat template; the model's own, else Zephyr's, when empty")
     max_length: int = setting(1024, "tokens of prompt and longer response", least=2)
     max_prompt: int = setting(512, "tokens a prompt keeps, from its end, when the pair is too long", least=1)
-    cache: str = setting("", "folder for tokenised data and reference log-probabilities; ~/.cache/bfpo when empty")
+    cache: str = setting("", "folder for tokenised data and reference log-probabilities; $BFPO_CACHE or ~/.cache/bfpo when empty")
     # objective
     objective: str = setting("bfpo", "bfpo, dpo, ipo or sft", choices=("bfpo", "dpo", "ipo", "sft"))
     tau: float = setting(0.01, "strength of the KL term; the target margin is g / tau", above=0)
@@ -106,7 +106,7 @@ ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 PKU = "PKU-Alignment/PKU-SafeRLHF@ff7ba91063016c78a225b0f74e1c0860bb18230f"
 RECIPES: dict[str, dict[str, Any]] = {
-    # the toy language's preference stage; its own tau because its answers are 10 to 30 tokens long, not hundreds
+    # the toy language's preference stage; its own tau because its answers are 5 to 20 tokens long, not hundreds
     "toy": {"tau": 0.25, "lr": 5e-5, "epochs": 2, "max_length": 128, "max_prompt": 64, "log_every": 25},
     "sft": {"objective": "sft", "model": "mistralai/Mistral-7B-v0.1", "sft": (ULTRACHAT, f"{PKU}[:20%]"), "lr": 1e-5,
             "max_length": 2048},
@@ -153,7 +153,7 @@ def trains(config: Config, name: str) -> bool:
 
 
 def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str, Tensor]]:
-    """The sharded model with its weights, and {name: parameter} of what trains.
+    """The model with its weights, as runtime.shard shares it out, and {name: parameter} of what trains.
 
     Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained ones in fp32
     (deviation 7).
@@ -193,7 +193,7 @@ def reference_logprobs(model: Mistral, name: str, stream: Stream, weights: str, 
     Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype, device and the model's
     code: a run that differs only in objective, tau, alpha, b1, lr or seed reuses it. Deviation 4: no second model in memory.
     """
-    code = [sha256(Path(__file__).with_name(file)) for file in ("model.py", "kernels.py")]
+    code = [sha256(Path(__file__).with_name(file)) for file in ("model.py", "kernels.py", "weights.py")]
     key = hashlib.sha256(json.dumps([weights, stream.fingerprint, config.dtype, world.device.type, *code]).encode()).hexdigest()
     return storage.cached_tensor(cache_root(config.cache) / "reference" / f"{key}.safetensors", (len(stream), 2),
                                  lambda: score(model, stream, world, config.pack_tokens, f"reference, {name}"), world,
@@ -292,7 +292,7 @@ def optimize(
     if first:
         world.say(f"resuming after step {first} of {steps}")
     if world.size > 1:
-        world.say(f"a step costs its costliest rank {rows.unevenness(config, steps, world):.1%} more than its cheapest, on average")
+        world.say(rows.unevenness(config, steps, world))
     if config.objective != "sft":
         world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first, steps, config.log_every)
@@ -384,8 +384,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
         return {}
 
     model, trained = build(config, source, world)
-    files = [source / "config.json", *sorted(source.glob("*.safetensors"))]
-    weights = hashlib.sha256(json.dumps(storage.sha256_all(files, world)).encode()).hexdigest()
+    weights = storage.weights_sha256(source, world)
     folder.create(settings, {"weights": weights, **{name: stream.fingerprint for name, stream in streams.items()}}, config.fresh)
     world.from_main(lambda: storage.write_json(folder.path / "data.json", {name: stream.report for name, stream in streams.items()}))
     references: list[dict[str, Tensor]] = [{}, {}]  # of the training and the held-out streams

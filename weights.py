@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private; the same on torch 2.11 to 2.13
 
-from chat import read_json
+from chat import read_object
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def slices(folder: Path) -> dict[str, Any]:
 
     ValueError names a file that is damaged, missing or outside the folder."""
     index, stored = folder / "model.safetensors.index.json", dict[str, Any]()
-    weight_map = read_json(index).get("weight_map") if index.is_file() else {"every one": "model.safetensors"}
+    weight_map = read_object(index).get("weight_map") if index.is_file() else {"every one": "model.safetensors"}
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} must hold a weight_map from tensors to files, got {weight_map!r}")
     for path in (folder / file for file in sorted(set(map(str, weight_map.values())))):

@@ -539,7 +539,8 @@ def test_report_counts_what_the_rows_hold(chat, tmp_path):
     part, = train.report["sources"]
     assert part == {"source": str(tmp_path / "a.jsonl"), "schema": "bfpo", "rows": 9, "training_rows": 5, "held_out_rows": 0,
                     "malformed": 0, "empty": 3, "identical": 1, "prompts_with_header": 1, "answers_with_header": 1, "prompts_cut": 0,
-                    "answers_cut": 0, "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1}, "tokens": part["tokens"]}  # fmt: skip
+                    "answers_cut": 0, "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1}, "tokens": part["tokens"],
+                    "warning": ""}  # fmt: skip
     text = describe(train.report)
     assert "[[good 0</s>]]" in text and "[[bad 0</s>]]" in text and "<|assistant|>\n" in text and "bfpo, 9 rows" in text
     assert str(tmp_path / "token cache") in text and "WARNING" not in text
@@ -589,7 +590,7 @@ def test_report_warns_of_one_quadrant(chat, tmp_path):
     """mixed=True and a source whose pairs are all in one quadrant: a warning that names both; without it, none."""
     path = write(tmp_path / "a.jsonl", [own(2), own(4), own(8)])
     assert "WARNING: every pair of" in describe(load_stream([str(path)], chat, held_out=0, mixed=True)[0].report)
-    assert not load_stream([str(path)], chat, held_out=0)[0].report["warnings"]
+    assert not load_stream([str(path)], chat, held_out=0)[0].report["sources"][0]["warning"]
 
 
 def test_command_line(mistral_tokenizer, tmp_path):
@@ -603,6 +604,10 @@ def test_command_line(mistral_tokenizer, tmp_path):
     targets = [line.split("target ")[1].split("/")[0] for line in good.stdout.split("\n") if "target" in line]
     assert targets == ["+0.50", "+1.00", "-1.00", "-0.50"] and "6 rows read, 6 to train on" in good.stdout  # Figure 3
     assert "total tokens" in run(str(path), "--model", str(mistral_tokenizer), "--sft").stdout
+    safe = write(tmp_path / "safe.jsonl", [own(i, chosen_safe=True, rejected_safe=True) for i in range(3)])
+    unlabelled = [{"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad"), "score_chosen": 2.0} for i in range(3)]
+    both = run(str(safe), str(write(tmp_path / "no labels.jsonl", unlabelled)), "--model", str(mistral_tokenizer)).stdout
+    assert [line.split()[4] for line in both.split("\n") if "WARNING" in line] == [str(safe)]  # the other has no labels to be mixed
     path.write_text("{}\n")
     bad = run(str(path), "--model", str(mistral_tokenizer))
     assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
@@ -648,8 +653,8 @@ def test_deal_evens_out_the_cost_of_ranks():
     draw = np.random.default_rng(0)
     for _ in range(200):
         tokens = np.clip(draw.lognormal(6.1, 0.6, 64).astype(int), 40, 1536).tolist()
-        assert data.spread(tokens, deal(tokens, 4, 8192)) < 0.05
-    assert data.spread([100, 100, 250], [[[0], [1]], [[2]]]) == cost(250) / (2 * cost(100)) - 1
+        assert data.unevenness(tokens, deal(tokens, 4, 8192)) < 0.05
+    assert data.unevenness([100, 100, 250], [[[0], [1]], [[2]]]) == cost(250) / (2 * cost(100)) - 1
 
 
 def test_source_of_a_named_recipe():

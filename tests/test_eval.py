@@ -140,7 +140,7 @@ def test_report_of_a_model_and_its_reference(place: Path, tmp_path: Path, capsys
     setup = found["setup"]
     assert setup["protocol"] == {"name": "modern", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 512, "bos": True, "per_goal": True}
     assert setup["bos_rule"].startswith("plain text begins with BOS") and setup["seed"] == 42 and "torch" in setup["versions"]
-    assert "<|assistant|>" in setup["models"]["policy"]["chat_template"] and len(setup["models"]["reference"]["weights"]) == 64
+    assert "<|assistant|>" in setup["models"]["policy"]["chat_template"] and len(setup["models"]["reference"]["weights_sha256"]) == 64
     assert len(setup["judges"]["strongreject"]["prompt_sha256"]) == 64 and "keyword" in setup["judges"]["xstest"]["judge"]
     assert found["averages"]["discriminative"]["tasks"] == ["ethics_cm", "crows_pairs_english"]
     balance = found["tasks"]["crows_pairs_english"]["others"]["balance"]["score"]

@@ -87,7 +87,7 @@ ELSEWHERE = {
     **{f"python synthetic.py {name}": "tests/test_readme.py::test_toy_commands_write_what_is_said" for name in miniature.COMMANDS},
     "python train.py --seed 7 --out runs/toy7": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
     "python train.py --objective dpo --prefer safe --out runs/toy_dpo": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
-    "torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py": "tests/test_train.py::test_toy_recipe_on_two_processes",
+    "torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py --out runs/toy4": "tests/test_train.py::test_toy_recipe_on_two_processes",
     "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_id bfpo --rdzv_endpoint HOST:29500 --shutdown-timeout 600 "
     "train.py bfpo --replicate 2": "tests/test_runtime.py::test_two_nodes_take_the_same_steps",
 }  # fmt: skip
