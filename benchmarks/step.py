@@ -443,10 +443,10 @@ def main() -> None:
             if not folder.exists():
                 folder.mkdir()
                 write_model(folder / "model", Config(*SIZES[size]))
-            results[run] = measure(size, dtype, RUNS[run], options, folder)
+            results[run] = {"rounds": options.rounds} | measure(size, dtype, RUNS[run], options, folder)
             print(table(run, results[run]), flush=True)
             if options.write:  # what is measured is kept, whatever becomes of the next run
-                record("step", {"threads": 1, "pairs_a_step": options.batch, "rounds": options.rounds, "runs": results})
+                record("step", {"threads": 1, "pairs_a_step": options.batch, "runs": results})
 
 
 if __name__ == "__main__":
