@@ -110,6 +110,7 @@ MUTANTS = [
     ("reference", "train.py", "[weights, stream.fingerprint, config.dtype,", "[weights, stream.fingerprint,"),
     ("reference", "train.py", "[weights, stream.fingerprint, config.dtype,", "[config.lr, weights, stream.fingerprint, config.dtype,"),
     ("reference", "storage.py", 'sha256_of(found) == file.metadata()["sha256"]', "True"),
+    ("reference", "storage.py", "            if (found := read()) is not None:", "            if False:"),
     # several processes
     ("ranks", "train.py", "scale = world.size / ", "scale = 1 / "),
     ("ranks", "runtime.py", "            os._exit(1)\n        time.sleep", "            return\n        time.sleep"),
