@@ -25,7 +25,7 @@ TESTS = {  # subject -> the tests that must notice
     "schedule": ["tests/test_train.py", "tests/test_data.py", "-k", "learning_rate or batch or moves or permutation"],
     "resume": ["tests/test_runtime.py"],
     "guards": ["-k", "finite or gate or move or clipping or best or changed", "tests/test_train.py"],
-    "reference": ["-k", "reused", "tests/test_train.py"],
+    "reference": ["-k", "reused or at_once", "tests/test_train.py"],
     "ranks": ["-k", "processes or waits", "tests/test_runtime.py"],
     "truncation": ["tests/test_chat.py", "tests/test_data.py", "-k", "truncat"],
     "tasks": ["tests/test_tasks.py"],
