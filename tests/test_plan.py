@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import plan
+import runtime
 import train
 from model import Config, Mistral, Pack
 from plan import Load, Step
@@ -74,6 +76,20 @@ def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
     assert plan.needed(replace(load, packs=10)) == plan.needed(load)
     four = plan.fullest(replace(load, shards=4))[1]
     assert four["frozen weights"] == held["frozen weights"] / 4 and four["Adam moments, fp32"] == held["Adam moments, fp32"] / 4
+
+
+def test_layers_are_gathered_where_fsdp2_wraps_the_model() -> None:
+    """Claim: one process in fp32 gathers no layer; shards, copies or bfloat16 do. Oracle: what runtime.shard makes of a model."""
+    world, small = runtime.start("cpu"), Config(61, 32, 48, 2, 4, 2, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Mistral(small)
+        runtime.shard(model, list(model.model.layers), world, dtype)
+        alone = Load(small, trained(small, "down_proj"), dtype, "cpu", 1, 100, 50, 2, False)
+        gathered = max(moment["gathered layers"] for moment in plan.moments(alone).values())
+        assert isinstance(model, FSDPModule) == (dtype == torch.bfloat16) == (gathered > 0)
+    alone = replace(alone, dtype=torch.float32)
+    for more in (replace(alone, shards=2, processes=2), replace(alone, processes=2)):
+        assert max(moment["gathered layers"] for moment in plan.moments(more).values()) > 0
 
 
 def test_what_does_not_fit_is_told_what_to_change() -> None:
