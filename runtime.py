@@ -145,7 +145,7 @@ def one_voice() -> Iterator[None]:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun may send one after the other
             signal.signal(number, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
-            print("\nstopped; what was saved is kept, and the same command goes on from it", file=sys.stderr)
+            print("\nstopped; the same command, without --fresh, goes on from what was saved", file=sys.stderr)
         code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except USER_ERRORS as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has left
