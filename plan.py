@@ -52,7 +52,7 @@ class Load:
     scored: int  # S, of that pack
     packs: int  # of a rank in a step: with two or more, gradients are there while activations are
     checkpoint_blocks: bool
-    processes: int = 1
+    processes: int = 1  # of the run: FSDP2 wraps copies of a model too
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
         """(name, block or -1, shape, rows, reached) of each weight in the order of the forward. reached: the gradient goes on below it."""

@@ -233,7 +233,8 @@ class StopRequest:
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """FSDP2 in place: each block is a unit, the rest is the root; compute in `dtype`, reduce gradients in fp32.
+    """FSDP2 in place, where there is something to share or to cast: each block is a unit, the rest is the root; compute in `dtype`,
+    reduce gradients in fp32.
 
     Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the masters), cast when gathered.
     One process that computes in fp32 has nothing to gather and nothing to cast: its model is left as it is. FSDP2 would
