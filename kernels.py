@@ -20,62 +20,75 @@ MLP_ROWS = 256  # rows of the feed-forward's pointwise part that a CPU holds at 
 HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., K] turned by the angles of cos and sin [..., K/2]: its halves (a, b) become (a cos - b sin, b cos + a sin), in fp32."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
+
+
 class BlockedAttention(torch.autograd.Function):
-    """Attention of a pack on a CPU: a block of rows at a time against the keys it may see, scores computed again in the backward. A plan
-    lists (spans, blocks): the tokens of the spans are the keys of the blocks, each (rows, the keys they see, hidden); hidden [rows, 1, c]
-    masks the last c of these. Faster than two SDPA calls a pair: a group's query heads are rows of one product, and nothing masked is
-    computed but at the diagonal."""
+    """Attention of a pack on a CPU, rotation included: a block of rows at a time against the keys it may see, scores computed again in the
+    backward. A plan lists (spans, blocks): the tokens of the spans are the keys of the blocks, each (rows, the keys they see, bias); bias
+    [rows, 1, c], 0 or -inf, masks the last c of these. Faster than two SDPA calls a pair: a group's query heads are rows of one product,
+    and nothing masked is computed but at the diagonal. Inside, the group comes first: q [G, T H/G, K], k and v [G, T, K]."""
 
     @staticmethod
-    def _gather(x: Tensor, spans: Any) -> Tensor:
-        return torch.cat([x[span] for span in spans]).transpose(0, 1).float()  # [G, keys, K]
+    def _group_first(x: Tensor, G: int, tables: tuple[Tensor, ...] = ()) -> Tensor:
+        x = x.unflatten(1, (G, -1)).transpose(0, 1)  # [T, H, K] -> [G, T, H/G, K]
+        return (rotated(x, *tables).to(x.dtype) if tables else x).flatten(1, 2)
 
     @staticmethod
-    def _by_group(x: Tensor, G: int) -> Tensor:
-        n, H, K = x.shape
-        return x.reshape(n, G, H // G, K).transpose(0, 1).reshape(G, -1, K).float()  # [n, H, K] -> [G, n H/G, K]
+    def _token_first(x: Tensor, T: int) -> Tensor:
+        return x.unflatten(1, (T, -1)).transpose(0, 1).flatten(1, 2)  # and back
 
     @staticmethod
-    def _by_row(x: Tensor, n: int) -> Tensor:
-        return x.view(len(x), n, -1, x.shape[-1]).transpose(0, 1).reshape(n, -1, x.shape[-1])  # and back
+    def _keys(x: Tensor, spans: Any) -> Tensor:
+        """What x [G, T, K] holds of these tokens, in fp32: itself where it can be."""
+        return (x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, span] for span in spans], 1)).float()
 
     @staticmethod
-    def _probabilities(q: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
+    def _probabilities(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
         scores = torch.baddbmm(q.new_empty(()), q, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-        if hidden is not None:
-            scores.view(len(q), len(hidden), -1, keys.shape[1])[..., -hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
+        if bias is not None:
+            scores.unflatten(1, (len(bias), -1))[..., -bias.shape[-1] :].add_(bias)
         return scores.softmax(-1)
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Any, plan: Any) -> Tensor:
+        this, (T, H, _), G = BlockedAttention, q.shape, k.shape[1]
+        q, k, v = this._group_first(q, G, tables[:2]), this._group_first(k, G, tables[2:]), this._group_first(v, G)
         ctx.save_for_backward(q, k, v)
-        this, ctx.plan, out = BlockedAttention, plan, torch.empty_like(q)
+        ctx.tables, ctx.plan, ctx.T, R, out = tables, plan, T, H // G, torch.empty_like(q, dtype=torch.float32)
         for spans, blocks in plan:
-            keys, values = this._gather(k, spans), this._gather(v, spans)
-            for rows, seen, hidden in blocks:
-                p = this._probabilities(this._by_group(q[rows], len(keys)), keys[:, seen], hidden)
-                out[rows] = this._by_row(torch.bmm(p, values[:, seen]), rows.stop - rows.start)
-        return out
+            keys, values = this._keys(k, spans), this._keys(v, spans)
+            for rows, seen, bias in blocks:
+                block = slice(rows.start * R, rows.stop * R)
+                p = this._probabilities(q[:, block].float(), keys[:, seen], bias)
+                torch.bmm(p, values[:, seen], out=out[:, block])
+        return this._token_first(out, T).to(q.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        this, (q, k, v) = BlockedAttention, ctx.saved_tensors
-        scale, dq = q.shape[-1] ** -0.5, torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        this, (q, k, v), (cos, sin, cos_keys, sin_keys) = BlockedAttention, ctx.saved_tensors, ctx.tables
+        scale, R, dout = q.shape[-1] ** -0.5, q.shape[1] // ctx.T, this._group_first(grads[0], len(q))
+        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for spans, blocks in ctx.plan:
-            keys, values = this._gather(k, spans), this._gather(v, spans)
-            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for rows, seen, hidden in blocks:
-                q_block, dout = (this._by_group(x[rows], len(keys)) for x in (q, grads[0]))
-                p = this._probabilities(q_block, keys[:, seen], hidden)
-                dvalues[:, seen].baddbmm_(p.mT, dout)
-                dscores = torch.ops.aten._softmax_backward_data(torch.bmm(dout, values[:, seen].mT), p, -1, p.dtype)
+            keys, values, dkeys, dvalues = (this._keys(x, spans) for x in (k, v, dk, dv))
+            for rows, seen, bias in blocks:
+                block = slice(rows.start * R, rows.stop * R)
+                q_block, dout_block = q[:, block].float(), dout[:, block].float()
+                p = this._probabilities(q_block, keys[:, seen], bias)
+                dvalues[:, seen].baddbmm_(p.mT, dout_block)
+                dscores = torch.ops.aten._softmax_backward_data(torch.bmm(dout_block, values[:, seen].mT), p, -1, p.dtype)
                 dkeys[:, seen].baddbmm_(dscores.mT, q_block, alpha=scale)
-                dq[rows] = this._by_row(torch.bmm(dscores, keys[:, seen]), rows.stop - rows.start).mul_(scale)
-            for x, dx in ((dk, dkeys), (dv, dvalues)):
-                for span, part in zip(spans, dx.split([span.stop - span.start for span in spans], 1), strict=True):
-                    x[span] += part.transpose(0, 1)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+                dq[:, block].baddbmm_(dscores, keys[:, seen], alpha=scale)
+            if len(spans) > 1:
+                for x, dx in ((dk, dkeys), (dv, dvalues)):
+                    for span, part in zip(spans, dx.split([span.stop - span.start for span in spans], 1), strict=True):
+                        x[:, span] = part
+        dq, dk, dv = (this._token_first(x, T) for x, T in ((dq, ctx.T), (dk, k.shape[1]), (dv, k.shape[1])))
+        dq, dk = rotated(dq, cos, -sin), rotated(dk, cos_keys, -sin_keys)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor], rows: Tensor, scored: bool,
@@ -90,8 +103,9 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
     plan, token, row = list[Any](), 0, 0  # of a group: its first key and query
 
     def block(row: int, end: int, keys: Tensor, first: int, masked: int) -> tuple[slice, slice, Tensor | None]:
-        hidden = ~sees(0, 0, rows[row:end, None], keys[masked:]).unsqueeze(1) if masked < len(keys) else None
-        return slice(row, end), slice(first, len(keys)), hidden
+        seen = sees(0, 0, rows[row:end, None], keys[masked:]).unsqueeze(1) if masked < len(keys) else None
+        bias = None if seen is None else torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+        return slice(row, end), slice(first, len(keys)), bias
 
     for group in filter(None, groups):
         T = sum(map(sum, group))
@@ -112,42 +126,77 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
                 first = max(0, i + ahead + 1 - window) if window else 0
                 cut = window is not None and end + ahead - window > first  # some rows do not see the first keys
                 blocks.append(block(i, end, keys[: end + ahead], first, first if cut else i + ahead + 1))
-            plan.append(((slice(token, token + prompt), slice(start, start + length)), blocks))
+            apart = (slice(token, token + prompt), slice(start, start + length))
+            plan.append((apart if b else (slice(token, start + length),), blocks))
             start, row = start + length, stop
         token = start
     return plan
 
 
-class SwiGLUDown(torch.autograd.Function):
-    """(silu(gate) * up) @ weight.T of [..., F], keeping gate and up alone: the pointwise part is computed again in the backward, on a CPU
-    a few rows at a time, so that it stays in the cache and nothing more of size T x F is made than the two gradients."""
+class SwiGLU(torch.autograd.Function):
+    """(silu(x @ gate.T) * (x @ up.T)) @ down.T of [..., D], weights [F, D], [F, D] and [D, F]. Keeps the two inner products, and x where
+    gate or up trains. The rest is computed again in the backward, on a CPU a few rows at a time, so that it stays in the cache."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        out = gate.new_empty(*gate.shape[:-1], len(weight))
-        gate_TF, up_TF, out_TD = (x.flatten(0, -2) for x in (gate, up, out))
-        rows = MLP_ROWS if gate.device.type == "cpu" and gate.dtype == torch.float32 else max(1, len(gate_TF))
-        ctx.parts = [slice(i, i + rows) for i in range(0, len(gate_TF), rows)]
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        x_TD = x.flatten(0, -2)
+        gate_TF, up_TF, out_TD = F.linear(x_TD, gate), F.linear(x_TD, up), torch.empty_like(x_TD)
+        ctx.save_for_backward(x_TD if any(ctx.needs_input_grad[1:3]) else None, gate_TF, up_TF, gate, up, down)
+        rows = MLP_ROWS if x.device.type == "cpu" and x.dtype == torch.float32 else max(1, len(x_TD))
+        ctx.parts = [slice(i, i + rows) for i in range(0, len(x_TD), rows)]
         for part in ctx.parts:
-            out_TD[part] = F.linear(F.silu(gate_TF[part]).mul_(up_TF[part]), weight)
-        return out
+            out_TD[part] = F.linear(F.silu(gate_TF[part]).mul_(up_TF[part]), down)
+        return out_TD.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gate, up, weight), need = ctx.saved_tensors, ctx.needs_input_grad
-        dgate, dup = (torch.empty_like(x) if need[0] or need[1] else None for x in (gate, up))
-        dweight = torch.zeros_like(weight) if need[2] else None
-        gate_TF, up_TF, dout_TD = (x.flatten(0, -2) for x in (gate, up, grads[0]))
+        (x_TD, gate_TF, up_TF, *weights), (wanted, *trained) = ctx.saved_tensors, ctx.needs_input_grad
+        dout_TD, (gate, up, down) = grads[0].flatten(0, -2), weights
+        dx_TD = torch.empty_like(dout_TD) if wanted else None
+        dgate, dup, ddown = (torch.zeros_like(w) if needed else None for w, needed in zip(weights, trained, strict=True))
         for part in ctx.parts:
-            silu = F.silu(gate_TF[part])
-            if dweight is not None:
-                dweight.addmm_(dout_TD[part].mT, silu * up_TF[part])
-            if dgate is not None and dup is not None:
-                dhidden = dout_TD[part] @ weight
-                dgate.flatten(0, -2)[part] = torch.ops.aten.silu_backward(dhidden * up_TF[part], gate_TF[part])
-                dup.flatten(0, -2)[part] = dhidden.mul_(silu)
-        return dgate, dup, dweight
+            silu, up_part, dout = F.silu(gate_TF[part]), up_TF[part], dout_TD[part]
+            if ddown is not None:
+                ddown.addmm_(dout.mT, silu * up_part)
+            if not any((wanted, *trained[:2])):
+                continue
+            dhidden = dout @ down
+            dup_part = silu.mul_(dhidden)
+            dgate_part = torch.ops.aten.silu_backward(dhidden.mul_(up_part), gate_TF[part])
+            if dx_TD is not None:
+                dx_TD[part] = (dgate_part @ gate).addmm_(dup_part, up)
+            for dweight, slope in ((dgate, dgate_part), (dup, dup_part)):
+                if dweight is not None:
+                    dweight.addmm_(slope.mT, x_TD[part])
+        return dx_TD if dx_TD is None else dx_TD.view_as(grads[0]), dgate, dup, ddown
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, in a third of the passes that autograd makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, scale), (wanted, trained, _) = ctx.saved_tensors, ctx.needs_input_grad
+        x, dout, dx, dweight = x.float(), grads[0].float(), None, None
+        if wanted:
+            slope = dout * weight
+            along = torch.linalg.vecdot(slope, x).unsqueeze(-1).mul_(scale**3).div_(-x.shape[-1])
+            dx = torch.addcmul(slope.mul_(scale), x, along).to(grads[0].dtype)
+        if trained:
+            dweight = (dout * x).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
+        return dx, dweight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm, by torch's own kernel on a GPU."""
+    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else RMSNorm.apply(x, weight, eps)
 
 
 class RowLogProbs(torch.autograd.Function):

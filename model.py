@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from chat import read_object
-from kernels import BlockedAttention, SwiGLUDown, blocked_plan, row_logprobs
+from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotated, row_logprobs
 from sources import snapshot
 from weights import fill, slices, write_safetensors
 
@@ -224,18 +224,12 @@ def visible(pack: Pack, window: int | None) -> Callable[[Any, Any, Any, Any], Te
     return mask_mod
 
 
-def rotary(positions: Tensor, config: Config) -> Callable[[Tensor], Tensor]:
-    """The rotation of x [..., T, heads, K] by positions [..., T]. Its fp32 tables are made here (to_empty would lose a buffer) and
-    are closed over (FSDP2 would cast them as an argument of a block)."""
+def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T]. fp32, and made here: to_empty would lose a
+    buffer, and FSDP2 cast an argument of a block."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
     angle = (positions.float().unsqueeze(-1) * frequency).unsqueeze(-2)
-    cos, sin = angle.cos(), angle.sin()
-
-    def rotate(x: Tensor) -> Tensor:
-        a, b = x.float().chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-    return rotate
+    return angle.cos(), angle.sin()
 
 
 @functools.cache
@@ -247,10 +241,10 @@ def flex_on(kind: str) -> Callable[..., Any] | None:
 def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None) -> Attend:
     """Attention of a pack, its masks made once for all layers: with the scored rows as queries, or all. By FlexAttention if it is given."""
     sees, rows = visible(pack, config.sliding_window), pack.rows if scored else torch.arange(len(pack.tokens), device=pack.tokens.device)
-    rotate, rotate_keys = rotary(pack.positions[rows], config), rotary(pack.positions, config)
+    turns, key_turns = rotary(pack.positions[rows], config), rotary(pack.positions, config)
     if flex is None:
         plan = blocked_plan(pack.lengths, sees, rows, scored, config.sliding_window)
-        return lambda q, k, v: BlockedAttention.apply(rotate(q), rotate_keys(k), v, plan)
+        return lambda q, k, v: BlockedAttention.apply(q, k, v, turns + key_turns, plan)
 
     def rows_see(batch: Any, head: Any, s: Any, j: Any) -> Tensor:
         return sees(batch, head, rows[s], j)
@@ -258,7 +252,7 @@ def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., An
     mask = create_block_mask(rows_see, None, None, len(rows), len(pack.tokens), device=rows.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (rotate(q), rotate_keys(k), v))
+        q, k, v = (x.to(v.dtype).transpose(0, 1).unsqueeze(0) for x in (rotated(q, *turns), rotated(k, *key_turns), v))
         return flex(q, k, v, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
 
     return attend
@@ -267,12 +261,17 @@ def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., An
 linear = functools.partial(nn.Linear, bias=False)
 
 
+class Norm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)  # type: ignore[arg-type]  # given
+
+
 class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         D, inner, self.K = config.hidden_size, config.intermediate_size, config.head_dim
         HK, GK = config.num_attention_heads * self.K, config.num_key_value_heads * self.K
-        self.input_layernorm, self.post_attention_layernorm = (nn.RMSNorm(D, config.rms_norm_eps) for _ in range(2))
+        self.input_layernorm, self.post_attention_layernorm = (Norm(D, config.rms_norm_eps) for _ in range(2))
         projections = {"q_proj": linear(D, HK), "k_proj": linear(D, GK), "v_proj": linear(D, GK), "o_proj": linear(HK, D)}
         self.self_attn: Any = nn.ModuleDict(projections)
         self.mlp: Any = nn.ModuleDict({"gate_proj": linear(D, inner), "up_proj": linear(D, inner), "down_proj": linear(inner, D)})
@@ -285,7 +284,7 @@ class Block(nn.Module):
         heads = self.self_attn.q_proj(queries), self.self_attn.k_proj(normed), self.self_attn.v_proj(normed)
         x = x + self.self_attn.o_proj(attend(*(y.unflatten(-1, (-1, self.K)) for y in heads)).flatten(-2))
         normed = self.post_attention_layernorm(x)
-        return x + SwiGLUDown.apply(self.mlp.gate_proj(normed), self.mlp.up_proj(normed), self.mlp.down_proj.weight)
+        return x + SwiGLU.apply(normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight)
 
 
 def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -317,15 +316,15 @@ class Cache:
         counts, (B, n) = torch.tensor([len(part) for part in parts], device=device), tokens.shape
         positions, row = self.lengths[rows, None] + torch.arange(n, device=device), torch.arange(B, device=device)
         known = torch.arange(int(positions.max()) + 1, device=device)
-        rotate, seen = rotary(positions, config), in_reach(positions.unsqueeze(-1), known, config.sliding_window)
+        turns, seen = rotary(positions, config), in_reach(positions.unsqueeze(-1), known, config.sliding_window)
         G, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         mask = seen.repeat_interleave(group, 1).unsqueeze(1)  # a group's query heads are rows of one product with its keys
 
         def attend_with(cached: Tensor) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cached[:, row.unsqueeze(-1), positions] = torch.stack((rotate(k), v))
+                cached[:, row.unsqueeze(-1), positions] = torch.stack((rotated(k, *turns).to(v.dtype), v))
                 keys, values = cached[:, :, : len(known)].transpose(2, 3)
-                grouped = rotate(q).unflatten(2, (G, group)).transpose(1, 2).flatten(2, 3)
+                grouped = rotated(q, *turns).to(v.dtype).unflatten(2, (G, group)).transpose(1, 2).flatten(2, 3)
                 out = F.scaled_dot_product_attention(grouped, keys, values, mask)
                 return out.unflatten(2, (n, group)).transpose(1, 2).flatten(2, 3)
 
@@ -391,7 +390,7 @@ class Mistral(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         D, blocks = config.hidden_size, nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        body = {"embed_tokens": nn.Embedding(config.vocab_size, D), "layers": blocks, "norm": nn.RMSNorm(D, config.rms_norm_eps)}
+        body = {"embed_tokens": nn.Embedding(config.vocab_size, D), "layers": blocks, "norm": Norm(D, config.rms_norm_eps)}
         self.config, self.model = config, cast(Any, nn.ModuleDict(body))
         if not config.tie_word_embeddings:
             self.lm_head = linear(D, config.vocab_size)
@@ -409,11 +408,11 @@ class Mistral(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of sequences [B, T], every token seeing those up to itself."""
         positions, window = torch.arange(tokens.shape[1], device=tokens.device), self.config.sliding_window
-        rotate = rotary(positions, self.config)
+        turns = rotary(positions, self.config)
         mask = in_reach(positions.unsqueeze(-1), positions, window) if window is not None and window < len(positions) else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (rotate(q), rotate(k), v))
+            q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (rotated(q, *turns), rotated(k, *turns), v))
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
 
         x = self.model.embed_tokens(tokens)

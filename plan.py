@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from data import Stream, batch_indices
-from kernels import HEAD_CHUNK
+from kernels import HEAD_CHUNK, MLP_ROWS
 from model import Config
 from runtime import World, duration
 from storage import CHECKPOINT_FILE_BYTES
@@ -82,7 +82,7 @@ def saved_bytes(load: Load) -> list[float]:
     """What autograd keeps of each block between forward and backward, in bytes, and last of what comes after the blocks.
 
     Every tensor that an operation needs again is counted once: the inputs of norms, of trained weights and of the functions of
-    kernels.py. A frozen weight needs no input. On a CPU a norm works in fp32 and is composite: trained, it keeps its output too.
+    kernels.py. A frozen weight needs no input.
     """
     c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
     T, S, D, F = load.tokens, load.scored, c.hidden_size, c.intermediate_size
@@ -93,7 +93,7 @@ def saved_bytes(load: Load) -> list[float]:
         module, trains = name.split(".")[-2], name in load.trained
         flows = reached or trains
         if module.endswith("norm"):
-            kept[block] += rows * D * (e * flows if cuda else 4 * (reached + trains))
+            kept[block] += flows * rows * D * e
         elif module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and trains:
             part = (block, rows if module[0] in "qkv" else -1)
             kept[block] += 0 if part in inputs else rows * D * e
@@ -142,14 +142,14 @@ def moments(load: Load) -> dict[str, Moment]:
     rows = min(S, max(1, HEAD_CHUNK["cuda" if head_trains else load.device] // V))
     head = e * V * D if head_trains else 0  # its gradient waits for the embedding's
     note("the head", earlier, root + ahead, sum(kept) + saved[-1], 8 * rows * V + head + 2 * S * D * e)
-    pointwise = 2 if load.device == "cpu" and e == 4 else 6  # of SwiGLUDown's backward: all rows at once where MLP_ROWS does not cut them
     for i in reversed(range(L)):
         rows = S if i == L - 1 else T
+        pointwise = 3 * F * (min(rows, MLP_ROWS) if load.device == "cpu" and e == 4 else rows)  # of SwiGLU's backward
         down = e * D * F if f"model.layers.{i}.mlp.down_proj.weight" in load.trained else 0
         waiting = sharded * 4 * whole_trained[i + 1] if i < L - 1 else 0  # the last reduction's input, freed by the next
         now = max(earlier, 4 * sum(shard_trained[i + 1 : L]))
         below = sum(kept[:i]) + load.checkpoint_blocks * kept[i]
-        note(f"backward of block {i}", now, root + here + ahead, below + saved[i], rows * e * (pointwise * F + D) + waiting + down + head)
+        note(f"backward of block {i}", now, root + here + ahead, below + saved[i], e * (pointwise + rows * D) + waiting + down + head)
         fresh = 4 * shard_trained[i]
         reduction = sharded * (4 * whole_trained[i] + max(e * whole_trained[i] - (0 if earlier else fresh), fresh if earlier else 0))
         note(f"gradients of block {i}", max(earlier, 4 * sum(shard_trained[i:L])), root, below, reduction + head + T * D * e)

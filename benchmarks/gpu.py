@@ -57,6 +57,7 @@ import plan
 import runtime
 import train
 from eval import score
+from kernels import rotated
 from model import FLEX_BLOCK, Config, Mistral, Pack, flex_on, pack_attend, rotary
 from rows import Rows
 from storage import RunFolder
@@ -288,6 +289,10 @@ def randomise(model: Mistral, _: Any) -> None:
         local.fill_(1.0) if p.dim() == 1 else local.normal_(0, 0.02)
 
 
+def plain_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
 def step(scale: Scale, device: str, say: Say, compiled: bool = False) -> None:
     """The largest pack without checkpointing comes last: where it does not fit, the process ends with it."""
     run, rows = Run(scale, device, scale.timed + 1), list[dict[str, Any]]()
@@ -297,7 +302,7 @@ def step(scale: Scale, device: str, say: Say, compiled: bool = False) -> None:
     cases = [(scale.packs[0], False), (scale.packs[1], False), *((tokens, True) for tokens in scale.packs), (scale.packs[2], False)]
     if compiled:
         cases = cases[:1]
-        model_file.SwiGLUDown = SimpleNamespace(apply=lambda gate, up, weight: F.linear(F.silu(gate) * up, weight))  # type: ignore
+        model_file.SwiGLU = SimpleNamespace(apply=plain_swiglu)  # type: ignore[assignment]
         for block in run.model.model.layers:
             block.compile(dynamic=True)
     for pack_tokens, checkpoint_blocks in cases:
@@ -405,8 +410,8 @@ def attention(scale: Scale, device: str, say: Say) -> None:
         return [torch.randn(*shape, n, config.head_dim, device=where, dtype=torch.bfloat16, requires_grad=True) for n in heads]
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rotate = rotary(torch.arange(q.shape[1], device=where), config)
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q), rotate(k), v))
+        turns = rotary(torch.arange(q.shape[1], device=where), config)
+        q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (rotated(q, *turns), rotated(k, *turns), v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     groups = [lengths[i : i + scale.at_once] for i in range(0, len(lengths), scale.at_once)]

@@ -29,10 +29,10 @@ from rows import Rows
 
 # What the profiler calls the outermost event of each part of a step.
 PARTS = {
-    "q, k, v, o, gate and up: products": ("aten::linear", "MmBackward0", "aten::mm"),
-    "SwiGLU and down_proj": ("SwiGLUDown", "SwiGLUDownBackward"),
+    "gate, up, SwiGLU and down_proj": ("SwiGLU", "SwiGLUBackward"),
+    "q, k, v and o": ("aten::linear", "MmBackward0", "aten::mm"),
     "head on the answers' rows": ("RowLogProbs", "RowLogProbsBackward"),
-    "attention": ("BlockedAttention", "BlockedAttentionBackward"),
+    "attention, rotation included": ("BlockedAttention", "BlockedAttentionBackward"),
     "AdamW": ("Optimizer.step#AdamW.step",),
 }
 
@@ -41,15 +41,17 @@ def products(config: Config, rows: int, scored: int) -> dict[str, list[tuple[int
     """Part -> (rows, in, out) of the matrix products of one pack's forward and backward, as many entries as there are products."""
     D, inner, K = config.hidden_size, config.intermediate_size, config.head_dim
     HK, GK, last = config.num_attention_heads * K, config.num_key_value_heads * K, config.num_hidden_layers - 1
-    linears: list[tuple[int, int, int]] = []
-    down: list[tuple[int, int, int]] = []
+    attention: list[tuple[int, int, int]] = []
+    feed_forward: list[tuple[int, int, int]] = []
     for layer in range(config.num_hidden_layers):
         queries = scored if layer == last else rows
-        both = [(queries, D, HK), (rows, D, GK), (rows, D, GK), (queries, HK, D), (queries, D, inner), (queries, D, inner)]
-        linears += both + [(n, b, a) for n, a, b in both] * (layer > 0)  # nothing trains below the first layer's gate and up
-        down += [(queries, inner, D)] + [(queries, D, inner)] * (layer > 0) + [(D, queries, inner)]  # the last is the weight's gradient
+        heads = [(queries, D, HK), (rows, D, GK), (rows, D, GK), (queries, HK, D)]
+        gate_up_down = [(queries, D, inner), (queries, D, inner), (queries, inner, D)]
+        for part, each in ((attention, heads), (feed_forward, gate_up_down)):
+            part += each + [(n, b, a) for n, a, b in each] * (layer > 0)  # nothing trains below the first layer's down_proj
+        feed_forward.append((D, queries, inner))  # down_proj's gradient
     head = [(scored, D, config.vocab_size), (scored, config.vocab_size, D)]
-    return dict(zip(PARTS, (linears, down, head), strict=False))
+    return dict(zip(PARTS, (feed_forward, attention, head), strict=False))
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -80,7 +82,7 @@ def profiled(step: Callable[[], object]) -> dict[str, float]:
             inside, above = inside or above.name in part_of, above.cpu_parent
         if event.name in part_of and not inside:
             found[part_of[event.name]] += event.cpu_time_total / 1e6
-    return found | {"the rest: norms, rotary, residuals, sums, Python": total - sum(found.values())}
+    return found | {"the rest: norms, residuals, sums, Python": total - sum(found.values())}
 
 
 def main() -> None:

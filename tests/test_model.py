@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralCo
 import kernels
 import model as model_file
 from chat import Chat
-from kernels import BlockedAttention, SwiGLUDown, blocked_plan, row_logprobs
-from model import Config, Mistral, Pack, load_weights, visible
+from kernels import BlockedAttention, RMSNorm, SwiGLU, blocked_plan, row_logprobs
+from model import Config, Mistral, Pack, load_weights, rotary, visible
 
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 512, "initializer_range": 0.2}  # fmt: skip
@@ -226,15 +226,15 @@ def test_logprobs_keep_no_logits_for_the_backward() -> None:
 # The feed-forward.
 
 
-@pytest.mark.parametrize("frozen", [(), (0, 1), (2,), (0,), (1, 2)])
-def test_swiglu_down_gradients(frozen: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("frozen", [(), (0, 1, 2), (1, 2), (3,), (0,), (0, 2, 3), (0, 1, 3)])
+def test_swiglu_gradients(frozen: tuple[int, ...]) -> None:
     """Claim: the fused feed-forward and whichever gradients are asked for. Oracle: float64 autograd of the plain formula (gradcheck's
     analytic twin); rows over several chunks."""
     torch.manual_seed(0)
-    shapes = ((2, 300, 24), (2, 300, 24), (16, 24))
-    ours = [torch.randn(shape).requires_grad_(i not in frozen) for i, shape in enumerate(shapes)]
+    shapes = ((2, 300, 16), (24, 16), (24, 16), (16, 24))
+    ours = [(2 * torch.randn(shape) / shape[-1] ** 0.5).requires_grad_(i not in frozen) for i, shape in enumerate(shapes)]
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
-    got, expected = SwiGLUDown.apply(*ours), (F.silu(exact[0]) * exact[1]) @ exact[2].T
+    got, expected = SwiGLU.apply(*ours), (F.silu(exact[0] @ exact[1].T) * (exact[0] @ exact[2].T)) @ exact[3].T
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     up = torch.randn_like(got)
     got.backward(up)
@@ -243,6 +243,26 @@ def test_swiglu_down_gradients(frozen: tuple[int, ...]) -> None:
         assert (x.grad is None) == (y.grad is None)
         if x.grad is not None:
             torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-4)  # the weight's sums over 600 rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)])
+def test_rms_norm_gradients(frozen: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Claim: the norm and whichever gradients are asked for. Oracle: torch's RMSNorm in float64; bfloat16 rounds results to 8 bits."""
+    torch.manual_seed(0)
+    ours = [torch.randn(shape).to(dtype).requires_grad_(i not in frozen) for i, shape in enumerate(((2, 30, 16), (16,)))]
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
+    got, expected = RMSNorm.apply(*ours, 0.1), F.rms_norm(exact[0], (16,), exact[1], 0.1)
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 2**-8}
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, **near)
+    up = torch.randn_like(got)
+    got.backward(up)
+    expected.backward(up.double())
+    for x, y in zip(ours, exact, strict=True):
+        assert (x.grad is None) == (y.grad is None)
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad.double(), y.grad, **near)
 
 
 def test_frozen_weights_get_no_gradient_and_keep_no_input() -> None:
@@ -257,7 +277,7 @@ def test_frozen_weights_get_no_gradient_and_keep_no_input() -> None:
     T = len(pack.tokens)
     assert shapes.count((T, TINY.intermediate_size)) == 2 * (TINY.num_hidden_layers - 1)  # gate and up
     assert shapes.count((len(pack.rows), TINY.intermediate_size)) == 2  # of the last block, where the other rows stop
-    assert shapes.count((T, 4, 12)) == TINY.num_hidden_layers - 2  # q: neither the first block's (nothing below trains) nor the last's
+    assert shapes.count((2, 2 * T, 12)) == TINY.num_hidden_layers - 2  # q: neither the first block's (nothing below trains) nor the last's
     out.sum().backward()
     assert all((p.grad is not None) == ("down_proj" in name) for name, p in model.named_parameters())
 
@@ -306,18 +326,22 @@ def test_bf16_logprobs_are_near_fp32() -> None:
 @pytest.mark.parametrize("window", [None, 20, 70])
 @pytest.mark.parametrize("scored", [False, True])
 def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool) -> None:
-    """Claim: the CPU's plan computes what `visible` says, forward and backward, over small, shared and long blocks. Oracle: SDPA with the
-    dense mask in float64."""
+    """Claim: the CPU's plan computes what `visible` says, forward and backward, over small, shared and long blocks, of rotated queries and
+    keys. Oracle: SDPA with the dense mask in float64, (a, b) turned as the complex number a + bi."""
     torch.manual_seed(0)
     lengths = [(100, 70, 90), (3, 4, 5), (1, 1, 1), (64, 1, 64), (10, 200, 1), (2, 5), (130, 7), (1, 129, 2, 66)]
     pack = Pack.build([[[0] * n for n in sizes] for sizes in lengths])
     rows = pack.rows if scored else torch.arange(len(pack.tokens))
     sees = visible(pack, window)
     mask = sees(0, 0, rows[:, None], torch.arange(len(pack.tokens))[None])
-    ours = [torch.randn(n, heads, 8).requires_grad_() for n, heads in ((len(rows), 4), (len(pack.tokens), 2), (len(pack.tokens), 2))]
+    T, K = len(pack.tokens), TINY.head_dim
+    ours = [torch.randn(n, heads, K).requires_grad_() for n, heads in ((len(rows), 4), (T, 2), (T, 2))]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    got = BlockedAttention.apply(*ours, blocked_plan(pack.lengths, sees, rows, scored, window))
-    expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in exact), mask, enable_gqa=True).transpose(0, 1)
+    turns, key_turns = rotary(pack.positions[rows], TINY), rotary(pack.positions, TINY)
+    got = BlockedAttention.apply(*ours, turns + key_turns, blocked_plan(pack.lengths, sees, rows, scored, window))
+    turned = [torch.view_as_real(torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.complex(*(t.double() for t in at)))
+              .movedim(-1, -2).flatten(-2) for x, at in zip(exact, (turns, key_turns), strict=False)]  # fmt: skip
+    expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (*turned, exact[2])), mask, enable_gqa=True).transpose(0, 1)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     up = torch.randn_like(got)
     got.backward(up)
