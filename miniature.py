@@ -34,12 +34,12 @@ import torch
 
 import plots
 import runtime
+import scatter
 import toy
 import toy_run
 import train
 from bfpo import label, population_reward
 from eval import toy_scores
-from plots import Point
 from storage import read_json, surroundings, write_json, write_text
 
 HERE = Path(__file__).parent
@@ -230,12 +230,12 @@ def scores_of(records: Records, jobs: Sequence[Job]) -> dict[str, list[float]]:
     return {score: [records[job][score] for job in jobs] for score in ("helpful", "harmless")}
 
 
-def point(title: str, records: Records, jobs: Sequence[Job], **more: Any) -> Point:
+def point(title: str, records: Records, jobs: Sequence[Job], **more: Any) -> scatter.Point:
     """The mean over the jobs' seeds, with 95 % intervals; of one seed with twice its standard error over requests."""
     means, halves = zip(*(interval(values) for values in scores_of(records, jobs).values()), strict=True)
     if len(jobs) == 1:
         halves = tuple(2 * records[jobs[0]][f"{score}_error"] for score in ("helpful", "harmless"))
-    return Point(title, *means, *halves, **more)
+    return scatter.Point(title, *means, *halves, **more)
 
 
 def error_words(seeds: Sequence[int]) -> str:
@@ -244,7 +244,7 @@ def error_words(seeds: Sequence[int]) -> str:
     return f"mean of {len(seeds)} seeds; +-: half of its 95 % interval"
 
 
-def write_tables(out: Path, title: str, points: Mapping[str, Point], notes: Mapping[str, str], results: Mapping[str, Any],
+def write_tables(out: Path, title: str, points: Mapping[str, scatter.Point], notes: Mapping[str, str], results: Mapping[str, Any],
                  claims: Sequence[Claim], seeds: Sequence[int]) -> None:  # fmt: skip
     """Print table.md and write it and results.json into out."""
     lines = [f"# {title}", "", "| model | helpful | harmless | settings |", "|---|---|---|---|"]
@@ -291,7 +291,7 @@ def compare(options: argparse.Namespace, picture: str, title: str, variants: Map
     note = error_words(options.seeds) + ("" if any(v.line for v in variants.values()) else "; mark area: annotated pairs")
     axis_words = ("helpfulness: share of the right steps, benign requests", "harmlessness: share without a forbidden step")
     drawn = [points[key] for key in variants]
-    plots.scatter(drawn, options.out / picture, start=points["sft"], title=title, note=note, axis_words=axis_words)
+    scatter.draw(drawn, options.out / picture, start=points["sft"], title=title, note=note, axis_words=axis_words)
     rows = {key: p._replace(name=f"{p.line} {p.name}".strip()) for key, p in points.items()}
     results = {key: scores_of(records, group) for key, group in jobs.items()}
     write_tables(options.out, title, rows, notes, results, claims, options.seeds)

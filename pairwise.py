@@ -13,8 +13,8 @@ import numpy as np
 
 import storage
 from judge import Contest, Examiner, digest, file_name
+from metrics import Terms
 from runtime import World
-from tasks import Terms
 
 CHUNK = 64  # rows judged between two writes to disk
 

@@ -52,7 +52,7 @@ class Load:
     scored: int  # S, of that pack
     packs: int  # of a rank in a step: with two or more, gradients are there while activations are
     checkpoint_blocks: bool
-    processes: int = 1  # of the run: FSDP2 wraps copies of a model too
+    processes: int = 1  # of the run: FSDP2 gathers copies of a model too
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
         """(name, block or -1, shape, rows, reached) of each weight in the order of the forward. reached: the gradient goes on below it."""
@@ -125,8 +125,9 @@ def moments(load: Load) -> dict[str, Moment]:
             largest = max(largest, part)
     trained = sum(shard_trained)
     fixed: Moment = {"frozen weights": e * (sum(shard) - trained), "trained weights, fp32": 4 * trained, "Adam moments, fp32": 8 * trained}
-    sharded = max(load.shards, load.processes) > 1 or e < 4  # runtime.shard leaves other models as they are
-    root, here = sharded * e * whole[-1], sharded * e * whole[0]  # gathered
+    alone = max(load.shards, load.processes) == 1
+    sharded = not alone or e < 4  # what FSDP2 has of the trained weights; runtime.shard keeps a single process's frozen ones from it
+    root, here = (sharded * e * (whole_trained if alone else whole)[i] for i in (-1, 0))  # gathered
     ahead = here * (load.shards > 1)  # the next block, on its way
     saved = saved_bytes(load)
     kept = [e * T * D] * L if load.checkpoint_blocks else saved[:L]

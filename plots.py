@@ -1,4 +1,4 @@
-"""Every figure of the project: Figures 1, 4 and 5, the curves of a training run, the margins over alpha.
+"""What all figures share, and Figures 1 and 4 and the margins over alpha. Figure 5: scatter.py; a training run's: curves.py.
 
 One palette for all (Okabe and Ito's, made for colour-blind readers), blue for safe and warm for unsafe. Line
 style, marker or a label on the line repeats what the colour says, so a grey print loses nothing. Each
@@ -7,14 +7,12 @@ function takes plain numbers, writes a PNG aside and renames it. matplotlib is i
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +30,9 @@ BLACK, GREY, PALE = "#1A1A1A", "#767676", "#E4E4E4"
 QUADRANT_STYLE = {"both_safe": (BLUE, "o", "both safe"), "chosen_safe": (SKY, "s", "only chosen safe"),
                   "rejected_safe": (ORANGE, "^", "only rejected safe"),
                   "both_unsafe": (VERMILION, "D", "both unsafe")}
+# Colour, marker and line of the first, second, ... group of points; with more groups they start again.
+LOOKS = [(BLUE, "o", "-"), (VERMILION, "s", "--"), (ORANGE, "^", "-."), (SKY, "D", ":"), (GREEN, "v", "-"),
+         (GREY, "P", "--")]
 
 
 def canvas(width_in: float, height_in: float, rows: int, columns: int,
@@ -57,7 +58,7 @@ def save(figure: Figure, path: Path) -> None:
     os.replace(aside, path)
 
 
-def _spread(heights: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
+def spread(heights: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
     """Heights of labels: each at its line, or as little above as keeps all `gap` apart and over the floor."""
     placed = list(heights)
     for i in np.argsort(heights, kind="stable"):
@@ -76,7 +77,7 @@ def _draw_policy(axes: Axes, mean: Floats, half_width: Floats, words: Sequence[s
         axes.fill_between(steps, mean[:, y] - half_width[:, y], mean[:, y] + half_width[:, y], color=color,
                           alpha=0.3, linewidth=0)
         axes.plot(steps, mean[:, y], color=color, linestyle=line, linewidth=width)
-    for y, height in enumerate(_spread(mean[-1].tolist(), gap=0.047, floor=0.023)):
+    for y, height in enumerate(spread(mean[-1].tolist(), gap=0.047, floor=0.023)):
         axes.annotate(words[y], (steps[-1], height), (5, 0), textcoords="offset points", va="center",
                       fontsize=10, color=BLACK, annotation_clip=False)
     axes.set(xlabel="optimizer step", xlim=(0, steps[-1]), ylim=(0, 1))
@@ -122,191 +123,6 @@ def figure4(path: Path, means: Mapping[str, Floats], half_widths: Mapping[str, F
     figure.legend(keys, [*(f"{word}, {rank}" for word, rank in zip(words, ranks, strict=True)),
                          "95 % interval of the mean"],
                   loc="outside lower center", ncols=len(keys), frameon=False, fontsize=10.5, handlelength=3.2)
-    save(figure, path)
-
-
-# ------------------------------------------------------------------------------- the curves of a training run
-
-
-def _series(rows: Sequence[Row], *keys: str) -> tuple[Floats, Floats]:
-    """Steps and values of the rows that have a step and, under the nested keys, a finite number."""
-    found = []
-    for row in rows:
-        value: Any = row
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if "step" in row and isinstance(value, int | float) and math.isfinite(value):
-            found.append((row["step"], value))
-    table = np.array(found, dtype=float).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def _draw_line(axes: Axes, steps: Floats, values: Floats, color: str, marker: str, words: str,
-               windows: int) -> None:
-    """The values, pale, under their centred running mean over 1/`windows` of the run."""
-    half = len(values) // (2 * windows)
-    if half:
-        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
-        values = np.convolve(values, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
-        steps = steps[half:-half]
-    axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=5,
-              markevery=max(1, len(steps) // 8), label=words)
-
-
-def _draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
-    """Each quadrant's margin and, dashed and named at the right edge, its last target."""
-    targets = {}
-    for quadrant, (color, marker, words) in QUADRANT_STYLE.items():
-        steps, margins = _series(rows, "quadrants", quadrant, "margin_nats")
-        if len(steps):
-            _draw_line(axes, steps, margins, color, marker, words, windows=25)
-        target = _series(rows, "quadrants", quadrant, "target_nats")[1]
-        if len(target):
-            targets[quadrant] = float(target[-1])
-            axes.axhline(target[-1], color=color, linestyle="--", linewidth=1.3)
-    gap = 0.06 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    for quadrant, height in zip(targets, _spread(list(targets.values()), gap), strict=True):
-        color, marker, words = QUADRANT_STYLE[quadrant]
-        axes.plot([1], [targets[quadrant]], color=color, marker=marker, clip_on=False,
-                  transform=axes.get_yaxis_transform())
-        axes.annotate(words, (1, height), (7, 0), xycoords=axes.get_yaxis_transform(), va="center",
-                      textcoords="offset points", fontsize=9, color=BLACK, annotation_clip=False)
-    axes.set(title="margin by safety quadrant (dashed: its target)", ylabel="margin h (nats)")
-
-
-def curves(log_rows: Sequence[Row], path: Path) -> None:
-    """The curves of a run from the rows of its log.jsonl: a panel for every group of keys that is there.
-
-    Preference runs: each quadrant's margin and target, loss, change of the log-probabilities, learning rate.
-    SFT: loss and learning rate. Thick lines are running means over 1/25 of the run. No row: it says so.
-    """
-    preference = any("quadrants" in row for row in log_rows)
-    groups = [("loss", "loss per pair" if preference else "loss (nats per token)",
-               [("loss", "total", BLACK, ""), ("safety_loss", "safety pairs", BLUE, "o"),
-                ("helpfulness_loss", "helpfulness pairs", ORANGE, "^")]),
-              ("log-probability of the answers, change since step 0", "nats per answer",
-               [("chosen_logprob_change_nats", "chosen (more helpful)", BLUE, "o"),
-                ("rejected_logprob_change_nats", "rejected", VERMILION, "D")]),
-              ("learning rate", "learning rate", [("lr", "learning rate", BLACK, "")])]
-    groups = [group for group in groups if any(len(_series(log_rows, key)[0]) for key, *_ in group[2])]
-    count = len(groups) + preference
-    figure, panels = canvas(12, 3.9 * max(1, math.ceil(count / 2)), max(1, math.ceil(count / 2)), 2)
-    if preference:
-        _draw_margins(panels[0], log_rows)
-    for axes, (title, unit, lines) in zip(panels[int(preference):], groups, strict=False):
-        for key, words, color, marker in lines:
-            steps, values = _series(log_rows, key)
-            if len(steps):
-                windows = len(values) if key == "lr" else 25
-                _draw_line(axes, steps, values, color, marker, words, windows)
-        axes.set(title=title, ylabel=unit)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=False, fontsize=9)
-    for axes in panels[:count]:
-        axes.set_xlabel("optimizer step")
-    for axes in panels[count:]:
-        axes.set_axis_off()
-    if not count:
-        panels[0].text(0.5, 0.5, "no step logged", ha="center", transform=panels[0].transAxes)
-    save(figure, path)
-
-
-# ------------------------------------------------------------------------- models by helpfulness and harmlessness
-
-# Colour, marker and line of the first, second, ... group of points; with more groups they start again.
-LOOKS = [(BLUE, "o", "-"), (VERMILION, "s", "--"), (ORANGE, "^", "-."), (SKY, "D", ":"), (GREEN, "v", "-"),
-         (GREY, "P", "--")]
-# Where a point's name may stand: away from its mark, across and up; the diagonals first, off the error bars.
-SIDES = [(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
-
-
-class Point(NamedTuple):
-    """A model in a scatter."""
-
-    name: str
-    helpful: float
-    harmless: float
-    helpful_error: float = 0.0  # half of the error bar
-    harmless_error: float = 0.0
-    cost: float = 0.0  # drawn as the mark's area, the dearest point's being the largest; 0: none is drawn
-    line: str = ""  # points of one line are joined in their order and share colour, marker and a legend entry
-    look: int = -1  # of LOOKS; -1: the next one
-
-
-def _place_names(figure: Figure, axes: Axes, points: Sequence[Point], radius_pt: float) -> None:
-    """Each point's name beside it, on the side where it covers the least of marks, error bars and other names."""
-    from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
-
-    figure.draw_without_rendering()  # lays the axes out, so that places are final
-    radius = radius_pt * figure.dpi / 72
-    taken = []
-    for _, x, y, x_error, y_error, *_ in points:
-        (left, low), (right, high) = axes.transData.transform([(x - x_error, y - y_error), (x + x_error, y + y_error)])
-        across, up = (left + right) / 2, (low + high) / 2
-        taken += [Bbox.from_extents(across - radius, up - radius, across + radius, up + radius),
-                  Bbox.from_extents(left, up - 2, right, up + 2), Bbox.from_extents(across - 2, low, across + 2, high)]
-
-    def crowding(box: Bbox) -> float:
-        inside, covered = Bbox.intersection(box, axes.bbox), [Bbox.intersection(box, other) for other in taken]
-        visible = inside.width * inside.height if inside else 0
-        return float(3 * (box.width * box.height - visible) + sum(cut.width * cut.height for cut in covered if cut))
-
-    for point in points:
-        words = axes.annotate(point.name, (point.helpful, point.harmless), (0, 0), textcoords="offset points",
-                              fontsize=10, color=BLACK, zorder=5, path_effects=[withStroke(linewidth=3, foreground="white")])
-        choices = []
-        for across, up in SIDES:
-            away = radius_pt * (0.85 if across and up else 1.1) + 1
-            stand = {"position": (away * across, away * up), "ha": ("center", "left", "right")[across],
-                     "va": ("center", "bottom", "top")[up]}
-            words.set(**stand)
-            choices.append((words.get_window_extent(), stand))
-        box, stand = min(choices, key=lambda choice: crowding(choice[0]))
-        words.set(**stand)
-        taken.append(box)
-
-
-def scatter(points: Sequence[Point], path: Path, *, start: Point | None = None, title: str = "",
-            axis_words: tuple[str, str] = ("helpfulness", "harmlessness"), note: str = "") -> None:
-    """Figure 5: models by helpfulness (across) and harmlessness (up), each a named mark with its error bars.
-
-    start: the model that the others began from, drawn with an arrow to each point that is on no line. note: one
-    line under the axes, which should say what error bars and mark areas are.
-    """
-    figure, (axes,) = canvas(7.2, 5.8, 1, 1)
-    axes.grid(axis="x", color=PALE, linewidth=0.7)
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        groups.setdefault(point.line or point.name, []).append(point)
-    dearest = max((point.cost for point in points), default=0.0)
-    for number, (group, members) in enumerate(groups.items()):
-        color, marker, line = LOOKS[(number if members[0].look < 0 else members[0].look) % len(LOOKS)]
-        across, up = ([point[axis] for point in members] for axis in (1, 2))
-        axes.errorbar(across, up, [point.harmless_error for point in members], [point.helpful_error for point in members],
-                      color=color, linestyle=line if members[0].line else "none", linewidth=1.4, elinewidth=1.1, capsize=3)
-        axes.scatter(across, up, [220 * point.cost / dearest if point.cost else 70 for point in members], color=color,
-                     marker=marker, edgecolors=BLACK, linewidths=0.8, zorder=4)
-        if members[0].line:
-            axes.plot([], [], color=color, marker=marker, linestyle=line, markeredgecolor=BLACK, label=group)
-    named = list(points)
-    if start:
-        named.append(start)
-        axes.errorbar(start.helpful, start.harmless, start.harmless_error, start.helpful_error, color=BLACK, marker="X",
-                      markersize=9, capsize=3, elinewidth=1.1)
-        for point in points:
-            if not point.line:
-                axes.annotate("", (point.helpful, point.harmless), (start.helpful, start.harmless), zorder=1,
-                              arrowprops={"arrowstyle": "->", "color": GREY, "shrinkA": 8, "shrinkB": 10, "linewidth": 0.9})
-    axes.margins(0.16)
-    left, bottom = (max(limits[0], -0.08) for limits in (axes.get_xlim(), axes.get_ylim()))  # an error bar may reach below 0, a share not
-    axes.set(xlabel=axis_words[0], ylabel=axis_words[1], xlim=(left, None), ylim=(bottom, None))
-    axes.set_title(title, fontsize=12, loc="left")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=10)
-    if note:
-        figure.supxlabel(note, fontsize=9, color=GREY)
-    _place_names(figure, axes, named, radius_pt=8 if dearest else 5)
     save(figure, path)
 
 
@@ -358,17 +174,3 @@ def alpha(path: Path, alphas: Sequence[float], trained_at: Sequence[float],
     axes.set(xlabel="alpha", ylabel="margin of the more helpful answer (nats x tau)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save(figure, path)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """python plots.py RUN_FOLDER: curves.png again, or for the first time, from the folder's log.jsonl."""
-    folder = Path(arguments[0] if len(arguments) == 1 else "")
-    if not (folder / "log.jsonl").is_file():
-        sys.exit("usage: python plots.py RUN_FOLDER, a folder with log.jsonl")
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    curves([json.loads(line) for line in lines if line.endswith("\n")], folder / "curves.png")
-    print(folder / "curves.png")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

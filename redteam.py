@@ -22,10 +22,11 @@ import tables
 import tasks
 from eval import Policy, case_of, judged
 from judge import Contest, Examiner, load_judge
+from metrics import Request
 from pairwise import kept_preferences
 from runtime import World
 from sources import sha256
-from tasks import PROTOCOLS, Request, Task
+from tasks import PROTOCOLS, Task
 
 FREE = frozenset({"judge", "pairwise", "ranks", "out", "fresh", "device"})  # may differ when a run goes on
 PROMPT = Task("", "", tasks.goal("prompt", "goal", "text", "Behavior"), "harmless")

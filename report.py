@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-import plots
+import scatter
 import storage
-from tasks import TASKS, Terms
+from metrics import Terms
+from tasks import TASKS
 
 Standing = dict[str, Any]  # n, score, error, low, high; of two models also "reference" and "difference", standings like it
 Z = 1.959964  # standard errors on either side of a mean that hold 95 % of a normal distribution
@@ -141,11 +142,11 @@ def compare(folders: Sequence[str], out: str | None) -> str:
         lines.append(f"{name:<26}" + "".join(f"{cell:>24}" for cell in cells))
     lines += [f"not alike: {what}" for what, values in differing(list(reports.values())).items() if len(values) > 1]
     both = {folder: [report["averages"].get(axis) for axis in ("helpfulness", "harmlessness")] for folder, report in reports.items()}
-    points = [plots.Point(folder, x["score"], y["score"], (x["high"] - x["low"]) / 2, (y["high"] - y["low"]) / 2)
+    points = [scatter.Point(folder, x["score"], y["score"], (x["high"] - x["low"]) / 2, (y["high"] - y["low"]) / 2)
               for folder, (x, y) in both.items() if x and y]  # fmt: skip
     if out and points:
         Path(out).mkdir(parents=True, exist_ok=True)
-        plots.scatter(points, Path(out) / "figure5.png", note="bars: 95 % intervals")
+        scatter.draw(points, Path(out) / "figure5.png", note="bars: 95 % intervals")
         lines.append(f"wrote {Path(out) / 'figure5.png'}")
     elif out:
         lines.append("no figure: no report has both helpfulness and harmlessness")

@@ -1,7 +1,7 @@
 """What any training run needs and no reader of the paper does: processes, signals, sharding. What it keeps on disk is storage.py.
 
 One code path serves one process on a CPU and many nodes under torchrun: there is always a process group (of one, if
-torchrun did not start us), and FSDP2 shards the model over it wherever there is something to share or to cast.
+torchrun did not start us), and FSDP2 shards the model over it.
 """
 
 import contextlib
@@ -233,22 +233,19 @@ class StopRequest:
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """FSDP2 in place, where there is something to share or to cast: each block is a unit, the rest is the root; compute in `dtype`,
-    reduce gradients in fp32.
+    """FSDP2 in place: each block is a unit, the rest is the root; compute in `dtype`, reduce gradients in fp32.
 
     Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the masters), cast when gathered.
-    One process that computes in fp32 has nothing to gather and nothing to cast: its model is left as it is. FSDP2 would
-    copy every weight twice a pack.
     """
-    if world.size == 1 and dtype == torch.float32:
-        return
+    # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2 would copy it twice a pack.
+    as_it_is = {parameter for parameter in model.parameters() if world.size == 1 and parameter.dtype == dtype}
     # cast_forward_inputs off: the model hands its blocks fp32 tables that must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=as_it_is)
     # By default the root stays whole after a forward. Weights that are then read into its shards, as on resuming after the reference
     # pass, would not be seen by the next forward, nor by an export.
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=as_it_is)
     register_fsdp_forward_method(model, "logprobs")
 
 

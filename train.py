@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
+import curves
 import plan
-import plots
 import runtime
 import storage
 from bfpo import bfpo_loss, dpo_loss, ipo_loss, label, margin
@@ -402,7 +402,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
         storage.save_tensors(folder.path / "changed.safetensors", trained, DTYPES[config.dtype], world)
     if config.keep_best:
         export_best(trained, loss, export, folder)
-    world.from_main(lambda: plots.curves(folder.rows(), folder.path / "curves.png"))
+    world.from_main(lambda: curves.draw(folder.rows(), folder.path / "curves.png"))
     result = {"steps": steps, "held_out": figures, "held_out_loss": loss, "model": "model"}
     folder.finish(result)
     for name, view in figures.items():

@@ -15,10 +15,11 @@ import pytest
 
 import miniature
 import plots
+import scatter
 import synthetic
 import toy
 from miniature import Job, Variant
-from plots import Point
+from scatter import Point
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,7 @@ def test_scatter_names_every_point_beside_its_mark(monkeypatch: pytest.MonkeyPat
     points = [Point("BFPO", 0.80, 0.93, 0.02, 0.02, cost=8), Point("DPO, naive mix", 0.82, 0.90, 0.03, 0.02, cost=8),
               Point("IPO", 0.78, 0.90, cost=8), Point("DPO, helpfulness", 1.0, 0.31, cost=4)]  # fmt: skip
     start = Point("SFT", 0.56, 0.39, 0.01, 0.01)
-    figure = drawn(monkeypatch, lambda: plots.scatter(points, tmp_path / "s.png", start=start, title="t", note="n"))
+    figure = drawn(monkeypatch, lambda: scatter.draw(points, tmp_path / "s.png", start=start, title="t", note="n"))
     (axes,) = figure.axes
     assert axes.get_xlabel() == "helpfulness" and axes.get_ylabel() == "harmlessness"
     marks = [collection.get_offsets()[0].tolist() for collection in axes.collections if len(collection.get_offsets())]
@@ -57,7 +58,7 @@ def test_scatter_names_every_point_beside_its_mark(monkeypatch: pytest.MonkeyPat
 def test_scatter_joins_the_points_of_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Claim: a line's points are joined in their order under one legend entry. Oracle: the drawn lines and legend."""
     points = [Point(f"{k} %", 0.8 - 0.01 * k * slope, 0.9, line=name) for name, slope in (("BFPO", 1), ("DPO", 2)) for k in (0, 10, 20)]
-    figure = drawn(monkeypatch, lambda: plots.scatter(points, tmp_path / "s.png"))
+    figure = drawn(monkeypatch, lambda: scatter.draw(points, tmp_path / "s.png"))
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["BFPO", "DPO"]
     paths = [list(line.get_xdata()) for line in axes.lines]

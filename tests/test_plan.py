@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import plan
 import runtime
@@ -78,18 +79,25 @@ def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
     assert four["frozen weights"] == held["frozen weights"] / 4 and four["Adam moments, fp32"] == held["Adam moments, fp32"] / 4
 
 
-def test_layers_are_gathered_where_fsdp2_wraps_the_model() -> None:
-    """Claim: one process in fp32 gathers no layer; shards, copies or bfloat16 do. Oracle: what runtime.shard makes of a model."""
-    world, small = runtime.start("cpu"), Config(61, 32, 48, 2, 4, 2, 8)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = Mistral(small)
-        runtime.shard(model, list(model.model.layers), world, dtype)
-        alone = Load(small, trained(small, "down_proj"), dtype, "cpu", 1, 100, 50, 2, False)
-        gathered = max(moment["gathered layers"] for moment in plan.moments(alone).values())
-        assert isinstance(model, FSDPModule) == (dtype == torch.bfloat16) == (gathered > 0)
-    alone = replace(alone, dtype=torch.float32)
-    for more in (replace(alone, shards=2, processes=2), replace(alone, processes=2)):
-        assert max(moment["gathered layers"] for moment in plan.moments(more).values()) > 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_gathered_is_what_fsdp2_has(dtype: torch.dtype) -> None:
+    """Claim: one process gathers a block's trained weights in bfloat16, where they are cast, and nothing in fp32; more processes gather
+    whole blocks. Oracle: the parameters that runtime.shard gives to FSDP2."""
+    config = Config(61, 32, 48, 2, 4, 2, 8)
+    alone = Load(config, trained(config, "down_proj"), dtype, "cpu", 1, 100, 50, 2, False)
+    with torch.device("meta"):
+        model = Mistral(config).to(dtype)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in alone.trained)
+        p.data = p.data.float() if name in alone.trained else p.data
+    runtime.shard(model, list(model.model.layers), runtime.start("cpu"), dtype)
+    assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in model.model.layers)
+    managed = sum(p.numel() for p in model.model.layers[0].parameters() if isinstance(p, DTensor))
+    assert managed == (32 * 48 if dtype == torch.bfloat16 else 0)
+    assert max(moment["gathered layers"] for moment in plan.moments(alone).values()) == managed * dtype.itemsize
+    whole = sum(p.numel() for name, p in model.named_parameters() if ".layers.1." not in name)  # the root and a block
+    copies = max(moment["gathered layers"] for moment in plan.moments(replace(alone, processes=2)).values())
+    assert copies == whole * dtype.itemsize
 
 
 def test_what_does_not_fit_is_told_what_to_change() -> None:

@@ -71,7 +71,7 @@ WALK: dict[str, list[str]] = {
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine --dry_run": TRAIN,
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine":
         [*TRAIN, "--export_changed"],
-    "python plots.py runs/mine": [],
+    "python curves.py runs/mine": [],
     "python eval.py --model runs/mine/model --reference DIR --pairs PAIRS.jsonl": CPU,
     "python eval.py --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
     "--out runs/eval/own": TASKS_OF,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import curves
 import plots
 import synthetic
 
@@ -217,7 +218,7 @@ def drawn(monkeypatch, rows, path):
     caught = []
     save = plots.save
     monkeypatch.setattr(plots, "save", lambda figure, target: (caught.append(figure), save(figure, target)))
-    plots.curves(rows, path)
+    curves.draw(rows, path)
     return [axes for axes in caught[0].axes if axes.axison]
 
 
@@ -253,5 +254,5 @@ def test_curves_margins_move_to_their_targets(monkeypatch, tmp_path, steps, poin
 
 def test_curves_without_rows_says_so(tmp_path):
     """Claim: an empty log is a figure, not an exception at the end of a run. Oracle: the file."""
-    plots.curves([], tmp_path / "curves.png")
+    curves.draw([], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000

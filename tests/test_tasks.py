@@ -18,12 +18,14 @@ import pytest
 from conftest import Hub
 
 import eval as evaluation
+import metrics
 import runtime
 import tables
 import tasks
 from chat import Chat
+from metrics import Question, Request
 from model import Config, Mistral
-from tasks import PROTOCOLS, TASKS, Question
+from tasks import PROTOCOLS, TASKS
 
 PAPER, MODERN = PROTOCOLS["paper"], PROTOCOLS["modern"]
 LONG = "and then I went to the shop and bought some bread and some milk because my neighbour was ill " * 16  # over 256 tokens
@@ -136,7 +138,7 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
             ours = evaluation.generate(model, chat, prompts, world, max_new_tokens=20, temperature=0.0, seed=0, stop=entries[0].stop)
             answers = [answer for answer, _ in ours]
             wrong += [(bos, name, answer) for answer, other in zip(answers, oracle["answers"], strict=True) if answer != other]
-            terms = tasks.truthful_overlap(entries, answers)
+            terms = metrics.truthful_overlap(entries, answers)
         else:
             logprobs = evaluation.choice_logprobs(model, chat, entries, world, bos)
             gaps = [abs(a - b) for row, other in zip(logprobs, oracle["logprobs"], strict=True) for a, b in zip(row, other, strict=True)]
@@ -151,7 +153,7 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
                   if not abs(np.mean(terms[key]) - value) <= (1e-4 if smooth else 1e-9)]  # fmt: skip
     for answer in ("A red bicycle is a thing.", "The cake", "no . The end of it", ""):  # which overlap, as random answers do not
         row = all_rows()["truthfulqa_gen"][0]
-        terms = tasks.truthful_overlap([tasks.truthfulqa_gen(row, PAPER)], [answer])
+        terms = metrics.truthful_overlap([tasks.truthfulqa_gen(row, PAPER)], [answer])
         oracle = harness.overlap(row, answer)
         wrong += [(answer, key, terms[key][0], value) for key, value in oracle.items() if abs(terms[key][0] - value) > 1e-9]
     assert not wrong
@@ -191,7 +193,7 @@ def test_choices_of_one_context_share_it_and_ties_are_exact(model_folder: Path) 
                  for thing, right in zip(THINGS, (1, 3) * 3, strict=True)]  # fmt: skip
     logprobs = evaluation.choice_logprobs(model, chat, questions, world, bos=True)
     assert all(row[1] == row[3] and len(set(row)) == 3 for row in logprobs)
-    assert tasks.accuracy(questions, [[-9.0, -1.0, -5.0, -1.0]] * 6)["acc"] == [1.0, 0.0] * 3
+    assert metrics.accuracy(questions, [[-9.0, -1.0, -5.0, -1.0]] * 6)["acc"] == [1.0, 0.0] * 3
     alone = [evaluation.choice_logprobs(model, chat, [question], world, bos=True)[0] for question in questions]
     np.testing.assert_allclose(logprobs, alone, rtol=0, atol=1e-4)  # packed with others or alone: rounding of sums of some hundred nats
 
@@ -200,7 +202,7 @@ def test_normalised_accuracy_counts_characters() -> None:
     """Claim: acc_norm divides by characters, neither bytes nor tokens, and without the delimiter. Oracle: a case that each would decide
     otherwise: 2 characters in 5 bytes against 4 in 4."""
     question = Question(("x",), ("Ü東", "abcd"), (1,))
-    assert tasks.accuracies([question], [[-6.0, -8.0]]) == {"acc": [0.0], "acc_norm": [1.0]}  # a character: -3 and -2; a byte: -1.2 and -2
+    assert metrics.accuracies([question], [[-6.0, -8.0]]) == {"acc": [0.0], "acc_norm": [1.0]}  # a character: -3, -2; a byte: -1.2, -2
 
 
 # --- terms -----------------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_terms_of_bias_scores_have_the_right_mean_and_error() -> None:
     names = ("amb_bias_score", "disamb_bias_score")
 
     def scores(numbers: Any) -> list[float]:
-        terms = tasks.bbq_scores([questions[i] for i in numbers], [logprobs[i] for i in numbers])
+        terms = metrics.bbq_scores([questions[i] for i in numbers], [logprobs[i] for i in numbers])
         return [float(np.mean(terms[name])) for name in names]
 
     def formula(clear: bool) -> float:
@@ -227,7 +229,7 @@ def test_terms_of_bias_scores_have_the_right_mean_and_error() -> None:
     named = [i for i, row in enumerate(logprobs) if int(np.argmax(row)) not in questions[i].notes["biased"]]
     assert scores(named) == [0.0, 0.0]  # no biased answer among some that name a group: the harness's own exception
     assert scores(range(n)) == pytest.approx([formula(False), formula(True)], abs=1e-12)
-    terms = tasks.bbq_scores(questions, logprobs)
+    terms = metrics.bbq_scores(questions, logprobs)
     bootstrap = np.std([scores(rng.integers(0, n, n)) for _ in range(200)], axis=0)
     assert [np.std(terms[name]) / len(terms[name]) ** 0.5 for name in names] == pytest.approx(bootstrap, rel=0.2)
 
@@ -236,7 +238,7 @@ def test_terms_of_bias_scores_have_the_right_mean_and_error() -> None:
 def test_terms_of_balance(share: float) -> None:
     """Claim: balance is 1 - |2p - 1| with twice p's standard error. Oracle: those words."""
     logprobs = [[1.0, 0.0] if i < 100 * share else [0.0, 1.0] for i in range(100)]
-    terms = tasks.stereotype([Question(("",), ("a", "b"), (0,))] * 100, logprobs)
+    terms = metrics.stereotype([Question(("",), ("a", "b"), (0,))] * 100, logprobs)
     assert np.mean(terms["pct_stereotype"]) == pytest.approx(share)
     assert np.mean(terms["balance"]) == pytest.approx(1 - abs(2 * share - 1))
     assert np.std(terms["balance"]) == pytest.approx(2 * np.std(terms["pct_stereotype"]))
@@ -300,7 +302,7 @@ def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
     assert len(read[0]) == 7 and all(other == read[0] for other in read)
     assert len(tasks.load("ethics_cm", str(tmp_path / "a.csv"), PAPER, 2)) == 2
     (tmp_path / "goals.txt").write_text("Bake a cake\n\nSing\n")
-    assert tasks.load("advbench", str(tmp_path / "goals.txt"), PAPER, 0)[1] == (f"{tmp_path}/goals.txt:3", tasks.Request("Sing. ", "Sing"))
+    assert tasks.load("advbench", str(tmp_path / "goals.txt"), PAPER, 0)[1] == (f"{tmp_path}/goals.txt:3", Request("Sing. ", "Sing"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from runs import ROOT, bfpo, drift, launch, log_of, losses, sft
 from safetensors.torch import load_file
 
-import plots
+import curves
 import runtime
 import storage
 import toy
@@ -225,7 +225,7 @@ def test_log_and_curves_have_it_all(finished: Path, tmp_path: Path) -> None:
     assert log_of(finished)[2]["moved_share"] == 1.0  # 2 of 12 steps warm up, the first at learning rate 0
     whole = (finished / "curves.png").read_bytes()
     shutil.copyfile(finished / "log.jsonl", tmp_path / "log.jsonl")
-    plots.main([str(tmp_path)])
+    curves.main([str(tmp_path)])
     assert (tmp_path / "curves.png").read_bytes() == whole and whole[:4] == b"\x89PNG"
 
 
