@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTENTION_BLOCK = 64  # query rows whose scores a CPU holds at once
-MLP_ROWS = 256  # rows of the feed-forward's pointwise part that a CPU holds at once
+MLP_ROWS = 512  # rows of the feed-forward's pointwise part that a CPU holds at once
 HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
 
 

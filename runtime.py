@@ -5,6 +5,7 @@ torchrun did not start us), and FSDP2 shards the model over it.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import select
@@ -32,6 +33,7 @@ Result = TypeVar("Result")
 USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 SPEAK_GRACE_S = 20.0  # how long a failing rank waits for rank 0 to report the same error
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 ANSWER_S = 20.0  # how long a rank waits for the others' sign of life after a SIGTERM
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -88,6 +90,15 @@ class World:
         return values
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one, unless the environment says otherwise. By default it gives it back, and the
+    kernel zeroes every page again: 1 to 6 % of a step's time on a CPU. The most that a process holds stays the same."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt and not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
 def start(device: str = "auto", replicate: int = 1) -> World:
     """Join the process group that torchrun describes, or make a group of one; pick the device; lay out the mesh.
 
@@ -107,6 +118,8 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(where)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         if "RANK" in os.environ:
