@@ -1,5 +1,5 @@
-"""The three computations that decide a training step's time and memory, as autograd functions: the attention of a pack on a CPU, the
-feed-forward's second half, and log-probabilities without logits. Each equals a formula of one line, its test's oracle. Imports torch alone.
+"""The computations that decide a training step's time and memory, as autograd functions: the attention of a pack on a CPU, the
+feed-forward, the norm, and log-probabilities without logits. Each equals a formula of one line, its test's oracle. Imports torch alone.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
@@ -101,10 +101,15 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
             groups.append([])
         groups[-1].append(sizes)
     plan, token, row = list[Any](), 0, 0  # of a group: its first key and query
+    diagonal: dict[tuple[int, int], Tensor] = {}  # blocks of one response that mask nothing but the future are alike
 
-    def block(row: int, end: int, keys: Tensor, first: int, masked: int) -> tuple[slice, slice, Tensor | None]:
-        seen = sees(0, 0, rows[row:end, None], keys[masked:]).unsqueeze(1) if masked < len(keys) else None
-        bias = None if seen is None else torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
+    def block(row: int, end: int, keys: Tensor, first: int, masked: int, alike: bool = False) -> tuple[slice, slice, Tensor | None]:
+        size = end - row, len(keys) - masked
+        bias = diagonal.get(size) if alike else None
+        if bias is None and size[1]:
+            bias = torch.zeros(size).masked_fill_(~sees(0, 0, rows[row:end, None], keys[masked:]), -math.inf).unsqueeze(1)
+            if alike:
+                diagonal[size] = bias
         return slice(row, end), slice(first, len(keys)), bias
 
     for group in filter(None, groups):
@@ -125,7 +130,7 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
                 end = min(i + ATTENTION_BLOCK, stop)
                 first = max(0, i + ahead + 1 - window) if window else 0
                 cut = window is not None and end + ahead - window > first  # some rows do not see the first keys
-                blocks.append(block(i, end, keys[: end + ahead], first, first if cut else i + ahead + 1))
+                blocks.append(block(i, end, keys[: end + ahead], first, first if cut else i + ahead + 1, not cut))
             apart = (slice(token, token + prompt), slice(start, start + length))
             plan.append((apart if b else (slice(token, start + length),), blocks))
             start, row = start + length, stop

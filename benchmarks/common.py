@@ -107,3 +107,12 @@ def record(name: str, figures: dict[str, Any]) -> None:
     aside = RESULTS.with_suffix(".aside")
     aside.write_text(json.dumps(dict(sorted((known | {name: surroundings() | figures}).items())), indent=1) + "\n", encoding="utf-8")
     os.replace(aside, RESULTS)
+
+
+def record_part(name: str, kind: str, part: str, figures: dict[str, Any], **shared: Any) -> None:
+    """Puts figures, with the command and date, under `part` of the `kind` that the entry `name` has. Other parts stay if they were taken on
+    this hardware with these versions."""
+    here = surroundings()
+    before = json.loads(RESULTS.read_text(encoding="utf-8")).get(name, {}) if RESULTS.exists() else {}
+    kept = before.get(kind, {}) if all(before.get(key) == here[key] for key in ("hardware", "versions")) else {}
+    record(name, shared | {kind: kept | {part: {key: here[key] for key in ("command", "date")} | figures}})

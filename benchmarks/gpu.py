@@ -45,11 +45,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Stream, draw_lengths, pairs_of, record, surroundings
+from common import Stream, draw_lengths, pairs_of, record_part
 from torch import Tensor
 
 import model as model_file
@@ -527,15 +526,6 @@ def run_part(part: str, tiny: bool, folder: Path, limit: float) -> dict[str, Any
     return figures | {"part_s": time.perf_counter() - start}
 
 
-def keep(part: str, figures: dict[str, Any]) -> None:
-    """Merge a part into results.json's "gpu"; parts of another GPU or other versions leave it."""
-    here, path = surroundings(), common.RESULTS
-    before = json.loads(path.read_text(encoding="utf-8")).get("gpu", {}) if path.exists() else {}
-    same = all(before.get(key) == here[key] for key in ("hardware", "versions"))
-    mine = figures | {key: here[key] for key in ("command", "date")}
-    record("gpu", {"parts": (before.get("parts", {}) if same else {}) | {part: mine}})
-
-
 def measure(chosen: Sequence[str], tiny: bool, seconds: float, done: Callable[[str, dict[str, Any]], None]) -> dict[str, dict[str, Any]]:
     """Part -> figures, `check` first; each is given to `done` at once. After a check that does not agree nothing else is measured."""
     end, found, refused = time.monotonic() + seconds, dict[str, dict[str, Any]](), ""
@@ -614,7 +604,7 @@ def main() -> None:
     def done(part: str, figures: dict[str, Any]) -> None:
         print(table({part: figures}), flush=True)
         if options.write:
-            keep(part, figures)
+            record_part("gpu", "parts", part, figures)
 
     found = measure(options.parts, options.tiny, 60 * options.minutes, done)
     print(f"\n{table(found)}")

@@ -38,7 +38,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from common import MALLOC, Pair, Stream, anonymous_mib, draw_lengths, pairs_of, parameters_of, record, write_model
+from common import MALLOC, Pair, Stream, anonymous_mib, draw_lengths, pairs_of, parameters_of, record_part, write_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -435,7 +435,6 @@ def main() -> None:
     if options.worker:
         serve(options.worker, Path(options.folder), options.dtype, options.kinds)
         return
-    results = {}
     with tempfile.TemporaryDirectory() as top:
         for run in options.runs:
             size, dtype = run.split("-")
@@ -443,10 +442,10 @@ def main() -> None:
             if not folder.exists():
                 folder.mkdir()
                 write_model(folder / "model", Config(*SIZES[size]))
-            results[run] = {"rounds": options.rounds} | measure(size, dtype, RUNS[run], options, folder)
-            print(table(run, results[run]), flush=True)
+            result = {"rounds": options.rounds} | measure(size, dtype, RUNS[run], options, folder)
+            print(table(run, result), flush=True)
             if options.write:  # what is measured is kept, whatever becomes of the next run
-                record("step", {"threads": 1, "pairs_a_step": options.batch, "runs": results})
+                record_part("step", "runs", run, result, threads=1, pairs_a_step=options.batch)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ with it; what step.py, growth.py and where.py put side by side; what is written 
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_parts_are_reported_each_for_itself(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(gpu, "worker_command", command)
     monkeypatch.setitem(gpu.PARTS, "attention", (gpu.attention, 6))
-    found = gpu.measure(["step", "train20", "attention", "profile", "compiled"], True, 300, gpu.keep)
+    found = gpu.measure(["step", "train20", "attention", "profile", "compiled"], True, 300, partial(common.record_part, "gpu", "parts"))
     assert list(found) == ["check", "step", "train20", "attention", "profile", "compiled"]
     assert found["check"]["disagreement"] == "" and len(found["check"]["rows"]) == 20
     assert found["train20"]["failed"] == "row 2: exit code -9" and found["train20"]["rows"] == [1]
@@ -136,13 +137,13 @@ def test_nothing_is_timed_after_a_check_that_fails(monkeypatch: pytest.MonkeyPat
 def test_parts_of_other_hardware_leave_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: figures of one machine and its versions are never listed under another's. Oracle: a record whose GPU is another."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
-    gpu.keep("step", {"a": 1})
-    gpu.keep("trl_best", {"b": 2})
+    common.record_part("gpu", "parts", "step", {"a": 1})
+    common.record_part("gpu", "parts", "trl_best", {"b": 2})
     written = json.loads(common.RESULTS.read_text(encoding="utf-8"))
     assert set(written["gpu"]["parts"]) == {"step", "trl_best"} and written["gpu"]["parts"]["step"]["a"] == 1
     written["gpu"]["hardware"]["gpu"] = "another"
     common.RESULTS.write_text(json.dumps(written), encoding="utf-8")
-    gpu.keep("trl_best", {"b": 3})
+    common.record_part("gpu", "parts", "trl_best", {"b": 3})
     assert set(json.loads(common.RESULTS.read_text(encoding="utf-8"))["gpu"]["parts"]) == {"trl_best"}
 
 
