@@ -177,31 +177,32 @@ class SwiGLU(torch.autograd.Function):
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, in a third of the passes that autograd makes of it."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, by a third of the passes that autograd makes of it. Nothing here
+    is changed in place and returned, nor cast to what it is: torch 2.11 compiles a gradient of zeros for that."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (norm.square() / x.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale * weight).to(x.dtype)  # not in place: torch 2.11 would compile a gradient of zeros
+        return x * scale * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight, scale), (wanted, trained, _) = ctx.saved_tensors, ctx.needs_input_grad
-        x, dout, dx, dweight = x.float(), grads[0].float(), None, None
+        (dout,), exact, dx, dweight = grads, x.float(), None, None
         if wanted:
             slope = dout * weight
-            along = torch.linalg.vecdot(slope, x).unsqueeze(-1).mul_(scale**3).div_(-x.shape[-1])
-            dx = torch.addcmul(slope.mul_(scale), x, along).to(grads[0].dtype)
+            along = torch.linalg.vecdot(slope, exact).unsqueeze(-1).mul_(scale**3).div_(-x.shape[-1])
+            dx = torch.addcmul(slope.mul_(scale), exact, along).to(x.dtype)
         if trained:
-            dweight = (dout * x).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
+            dweight = (dout * exact).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dweight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm, by torch's own kernel on a GPU."""
-    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else RMSNorm.apply(x, weight, eps).to(x.dtype)
 
 
 class RowLogProbs(torch.autograd.Function):
