@@ -101,15 +101,15 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
             groups.append([])
         groups[-1].append(sizes)
     plan, token, row = list[Any](), 0, 0  # of a group: its first key and query
-    diagonal: dict[tuple[int, int], Tensor] = {}  # blocks of one response that mask nothing but the future are alike
+    biases: dict[tuple[int, int], Tensor] = {}  # blocks of a response that have the same size mask alike
 
     def block(row: int, end: int, keys: Tensor, first: int, masked: int, alike: bool = False) -> tuple[slice, slice, Tensor | None]:
         size = end - row, len(keys) - masked
-        bias = diagonal.get(size) if alike else None
+        bias = biases.get(size) if alike else None
         if bias is None and size[1]:
             bias = torch.zeros(size).masked_fill_(~sees(0, 0, rows[row:end, None], keys[masked:]), -math.inf).unsqueeze(1)
             if alike:
-                diagonal[size] = bias
+                biases[size] = bias
         return slice(row, end), slice(first, len(keys)), bias
 
     for group in filter(None, groups):
@@ -130,7 +130,7 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
                 end = min(i + ATTENTION_BLOCK, stop)
                 first = max(0, i + ahead + 1 - window) if window else 0
                 cut = window is not None and end + ahead - window > first  # some rows do not see the first keys
-                blocks.append(block(i, end, keys[: end + ahead], first, first if cut else i + ahead + 1, not cut))
+                blocks.append(block(i, end, keys[: end + ahead], first, first if cut else i + ahead + 1, alike=True))
             apart = (slice(token, token + prompt), slice(start, start + length))
             plan.append((apart if b else (slice(token, start + length),), blocks))
             start, row = start + length, stop

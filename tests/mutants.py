@@ -22,6 +22,7 @@ TIMEOUT_S = 900
 TESTS = {  # subject -> the tests that must notice
     "bfpo": ["tests/test_bfpo.py"],
     "mask": ["tests/test_pack.py", "tests/test_model.py", "-k", "not compile"],
+    "kernels": ["tests/test_model.py", "-k", "blocked or swiglu or rms_norm"],
     "schedule": ["tests/test_train.py", "tests/test_data.py", "-k", "learning_rate or batch or moves or permutation"],
     "resume": ["tests/test_runtime.py"],
     "guards": ["-k", "finite or gate or move or clipping or best or changed", "tests/test_train.py"],
@@ -95,6 +96,18 @@ MUTANTS = [
     ("mask", "model.py", "rows = np.where(index == start, prompt_end, index - 1)[scored]", "rows = (index - 1)[scored]"),
     ("mask", "kernels.py", "max(0, i + ahead + 1 - window)", "max(0, i + ahead + 2 - window)"),
     ("mask", "kernels.py", "cut = window is not None and end + ahead - window > first", "cut = False"),
+    # the autograd functions
+    ("kernels", "kernels.py", "rotated(dq, cos, -sin)", "rotated(dq, cos, sin)"),
+    ("kernels", "kernels.py", "rotated(dk, cos_keys, -sin_keys)", "dk"),
+    ("kernels", "kernels.py", "torch.addcmul(b * cos, a, sin)", "torch.addcmul(b * cos, a, sin, value=-1)"),
+    ("kernels", "kernels.py", "                        x[:, span] = part", "                        x[:, span] += part"),
+    ("kernels", "kernels.py", "            if len(spans) > 1:", "            if False:"),
+    ("kernels", "kernels.py", "alike: bool = False", "alike: bool = True"),
+    ("kernels", "kernels.py", "((dgate, dgate_part), (dup, dup_part))", "((dgate, dup_part), (dup, dgate_part))"),
+    ("kernels", "kernels.py", "(dgate_part @ gate).addmm_(dup_part, up)", "dgate_part @ gate"),
+    ("kernels", "kernels.py", ".div_(-x.shape[-1])", ".div_(x.shape[-1])"),
+    ("kernels", "kernels.py", "mul_(scale**3)", "mul_(scale**2)"),
+    ("kernels", "kernels.py", "(dout * exact).mul_(scale)", "dout * exact"),
     # what is cut from a pair that is too long
     ("truncation", "chat.py", "np.concatenate([prompt[:1], prompt[len(prompt) - max_prompt + 1:]])", "prompt[len(prompt) - max_prompt:]"),
     ("truncation", "chat.py", "prompt[len(prompt) - max_prompt + 1:]", "prompt[len(prompt) - max_prompt:]"),

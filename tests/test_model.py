@@ -329,7 +329,7 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
     """Claim: the CPU's plan computes what `visible` says, forward and backward, over small, shared and long blocks, of rotated queries and
     keys. Oracle: SDPA with the dense mask in float64, (a, b) turned as the complex number a + bi."""
     torch.manual_seed(0)
-    lengths = [(100, 70, 90), (3, 4, 5), (1, 1, 1), (64, 1, 64), (10, 200, 1), (2, 5), (130, 7), (1, 129, 2, 66)]
+    lengths = [(100, 70, 90), (3, 4, 5), (1, 1, 1), (64, 1, 64), (10, 200, 1), (2, 5), (130, 7), (1, 129, 2, 66), (5, 5, 5)]
     pack = Pack.build([[[0] * n for n in sizes] for sizes in lengths])
     rows = pack.rows if scored else torch.arange(len(pack.tokens))
     sees = visible(pack, window)
