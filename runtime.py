@@ -92,7 +92,7 @@ class World:
 
 def keep_freed_memory() -> None:
     """Has glibc keep what a step frees for the next one, unless the environment says otherwise. By default it gives it back, and the
-    kernel zeroes every page again: 1 to 6 % of a step's time on a CPU. The most that a process holds stays the same."""
+    kernel zeroes every page again, which costs a CPU's step a few percent. The most that a process holds stays the same."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt and not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

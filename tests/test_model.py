@@ -223,7 +223,18 @@ def test_logprobs_keep_no_logits_for_the_backward() -> None:
     assert max(n for n in sizes if n != weights) <= len(pack.tokens) * config.intermediate_size < len(pack.rows) * config.vocab_size / 20
 
 
-# The feed-forward.
+# The feed-forward and the norm.
+
+
+def agree(ours: list[torch.Tensor], exact: list[torch.Tensor], got: torch.Tensor, expected: torch.Tensor, **near: float) -> None:
+    """The gradients of one slope by ours are those by exact, none where none is asked for."""
+    slope = torch.randn_like(got)
+    got.backward(slope)
+    expected.backward(slope.double())
+    for x, y in zip(ours, exact, strict=True):
+        assert (x.grad is None) == (y.grad is None)
+        if x.grad is not None and y.grad is not None:
+            torch.testing.assert_close(x.grad.double(), y.grad, **near)
 
 
 @pytest.mark.parametrize("frozen", [(), (0, 1, 2), (1, 2), (3,), (0,), (0, 2, 3), (0, 1, 3)])
@@ -236,13 +247,7 @@ def test_swiglu_gradients(frozen: tuple[int, ...]) -> None:
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
     got, expected = SwiGLU.apply(*ours), (F.silu(exact[0] @ exact[1].T) * (exact[0] @ exact[2].T)) @ exact[3].T
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    up = torch.randn_like(got)
-    got.backward(up)
-    expected.backward(up.double())
-    for x, y in zip(ours, exact, strict=True):
-        assert (x.grad is None) == (y.grad is None)
-        if x.grad is not None:
-            torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-4)  # the weight's sums over 600 rows
+    agree(ours, exact, got, expected, rtol=1e-5, atol=1e-4)  # the weight's sums over 600 rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -256,17 +261,11 @@ def test_rms_norm_gradients(frozen: tuple[int, ...], dtype: torch.dtype) -> None
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 2**-8}
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, **near)
-    up = torch.randn_like(got)
-    got.backward(up)
-    expected.backward(up.double())
-    for x, y in zip(ours, exact, strict=True):
-        assert (x.grad is None) == (y.grad is None)
-        if x.grad is not None:
-            torch.testing.assert_close(x.grad.double(), y.grad, **near)
+    agree(ours, exact, got, expected, **near)
 
 
 def test_frozen_weights_get_no_gradient_and_keep_no_input() -> None:
-    """Claim: with down_proj alone trained, a block keeps per token q, k, v, gate, up, two norms' input and the rope's: no linear's input.
+    """Claim: with down_proj alone trained, a block keeps per token q, k, v, gate, up, two norms' input: no linear's input.
     Oracle: the bytes autograd saves, by shape, against that list."""
     model, pack = tiny(), Pack.build(TREES)
     for name, p in model.named_parameters():
@@ -343,11 +342,7 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
               .movedim(-1, -2).flatten(-2) for x, at in zip(exact, (turns, key_turns), strict=False)]  # fmt: skip
     expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (*turned, exact[2])), mask, enable_gqa=True).transpose(0, 1)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    up = torch.randn_like(got)
-    got.backward(up)
-    expected.backward(up.double())
-    for x, y in zip(ours, exact, strict=True):
-        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=3e-5)  # sums over hundreds of rows
+    agree(ours, exact, got, expected, rtol=1e-5, atol=3e-5)  # sums over hundreds of rows
 
 
 @pytest.mark.skipif(not CXX, reason="torch.compile needs a C++ compiler")
@@ -380,6 +375,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.device_mesh import init_device_mesh
 import model as model_file
 from model import Config, Mistral, Pack, load_weights
+from safetensors.torch import save_file
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh("cpu", (world,))
@@ -412,7 +408,7 @@ grads = {{name: p.grad.full_tensor() for name, p in model.named_parameters() if 
 model.save_pretrained(out + "/saved", dtype=torch.float32)
 fresh = Mistral(model.config)
 if rank == 0:
-    torch.save((values.detach(), grads), out + "/result.pt")
+    save_file({{"values": values.detach()}} | grads, out + "/result.safetensors")
 model.init_weights(7)
 fresh.init_weights(7)
 for (name, p), q in zip(model.named_parameters(), fresh.parameters()):
@@ -437,7 +433,8 @@ def test_sharded_gradients_equal_the_whole_model(processes: int, mode: str, tmp_
     done = subprocess.run([*command, str(tmp_path / "model"), str(tmp_path), mode], env=os.environ | {"OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    values, grads = torch.load(tmp_path / "result.pt")
+    grads = load_file(tmp_path / "result.safetensors")
+    values = grads.pop("values")
     for name, p in model.named_parameters():
         p.requires_grad_(mode == "all" or "down_proj" in name)
     pack = Pack.build(TREES)
