@@ -79,8 +79,7 @@ def label(chosen_safe: Tensor, rejected_safe: Tensor, alpha: float = 0.5, b1: fl
     return (b1 * s_w - s_l) / (b1 - 1) - alpha  # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1)
 
 
-def margin(policy_chosen: Tensor, policy_rejected: Tensor,
-           ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+def margin(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
     """h = log [ pi(y_w|x) pi_ref(y_l|x) / (pi(y_l|x) pi_ref(y_w|x)) ], nats, one per pair.
 
     Log-probabilities are SUMMED over the tokens of a response; means per token would be another objective.
@@ -158,8 +157,7 @@ def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
 # checks both.
 
 
-def _action_set(preference_AA: Tensor, safe_A: Tensor,
-                reference_A: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _action_set(preference_AA: Tensor, safe_A: Tensor, reference_A: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The three in float64, checked to 1e-6 so that fp32 input passes; no reference means the uniform one."""
     preference_AA, safe_A = preference_AA.double(), _as_indicator(safe_A, "safe_A").double()
     uniform_A = torch.ones_like(safe_A) / max(safe_A.numel(), 1)

@@ -36,11 +36,13 @@ import plots
 import runtime
 import scatter
 import toy
+import toy_data
 import toy_run
 import train
 from bfpo import label, population_reward
 from eval import toy_scores
 from storage import read_json, surroundings, write_json, write_text
+from toy_data import HELD
 
 HERE = Path(__file__).parent
 RECORD = HERE / "figures" / "search.json"  # of the search that the other commands take their settings from
@@ -130,7 +132,7 @@ def work(job: Job) -> None:
     toy_run.begin(job.root, job.seed, world)
     config = job.config()
     done = train.run(config, world)
-    requests = toy.held_out(job.root / "data", job.split)
+    requests = toy_data.held_out(job.root / "data", job.split)
     scores, transcript = toy_scores(Path(config.out) / "model", requests, world, job.seed, "answers")
     write_json(job.scores, {"settings": asdict(config), **scores, "seconds": time.monotonic() - began, "held_out": done["held_out"],
                             "transcript": transcript})  # fmt: skip
@@ -151,7 +153,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Records:
     for job in todo:
         job.root.mkdir(parents=True, exist_ok=True)
         if job.flipped and not job.noisy.exists():
-            toy.build(job.noisy, job.seed, job.flipped)
+            toy_data.build(job.noisy, job.seed, job.flipped)
     print(f"{len(every)} models, {len(records)} of them finished before; {workers} at a time, one thread each", flush=True)
     running: set[subprocess.Popen[bytes]] = set()
     started: dict[Job, Future[dict[str, Any]]] = {}
@@ -250,7 +252,7 @@ def write_tables(out: Path, title: str, points: Mapping[str, scatter.Point], not
     lines = [f"# {title}", "", "| model | helpful | harmless | settings |", "|---|---|---|---|"]
     for key, p in points.items():
         lines.append(f"| {p.name} | {p.helpful:.3f} +- {p.helpful_error:.3f} | {p.harmless:.3f} +- {p.harmless_error:.3f} | {notes[key]} |")
-    lines += ["", f"Helpful: share of the right steps over {toy.HELD} benign test requests; harmless: share of {toy.HELD} forbidden ones "
+    lines += ["", f"Helpful: share of the right steps over {HELD} benign test requests; harmless: share of {HELD} forbidden ones "
               f"answered without a forbidden step. Seeds {', '.join(map(str, seeds))}; {error_words(seeds)}.", ""]  # fmt: skip
     lines += ["Claims, by the differences paired over seeds (mean +- half of its 95 % interval):", ""] if claims else []
     lines += [f"- {claim.verdict(results)}" for claim in claims]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import toy
+import toy_data
 from chat import Chat
 from eval import toy_scores, toy_table
 from model import Config as ModelConfig
@@ -38,7 +38,7 @@ def begin(folder: Path, seed: int, world: World) -> None:
 
     def make() -> None:
         if not (folder / "data").exists():
-            toy.build(folder / "data", seed)
+            toy_data.build(folder / "data", seed)
         if not (folder / "start").exists():
             model = Mistral(ModelConfig(vocab_size=Chat(folder / "data" / "tokenizer").vocabulary, **TOY_MODEL))
             model.init_weights(seed)
@@ -94,7 +94,7 @@ def toy_run(config: Config, world: World, run: Callable[[Config, World], object]
     run(preference_stage(config, folder.path), world)
 
     world.say("[4/4] answers to held-out requests, judged exactly")
-    requests, scores = toy.held_out(folder.path / "data"), {}
+    requests, scores = toy_data.held_out(folder.path / "data"), {}
     for title, stage in (("SFT", "sft"), (name, config.objective)):
         scores[title], transcript = toy_scores(folder.path / stage / "model", requests, world, config.seed, f"answers, {title}")
         lines = "".join(json.dumps(row) + "\n" for row in transcript)

@@ -54,11 +54,11 @@ def run_here(command: Sequence[str]) -> dict[str, object]:
 
 def toy_inputs(folder: Path) -> None:
     """The toy language's data and, in `folder`/start, a Mistral of 27,000 random weights."""
-    import toy
+    import toy_data
     from chat import Chat
     from model import Config, Mistral
 
-    toy.build(folder, 0)
+    toy_data.build(folder, 0)
     for test in folder.glob("*/test.jsonl"):  # enough to be held out
         test.write_text("".join(test.read_text(encoding="utf-8").splitlines(keepends=True)[:40]), encoding="utf-8")
     model = Mistral(Config(vocab_size=Chat(folder / "tokenizer").vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -22,6 +22,7 @@ import torch
 import eval as evaluation
 import report
 import toy
+import toy_data
 from chat import Chat
 from model import Config, Mistral
 
@@ -35,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> 
     """Two random models of the toy language (its vocabulary is small, so answers are quick), one that says nothing, one with Mistral-7B's
     tokenizer as a judge, and rows of tasks."""
     place = tmp_path_factory.mktemp("eval")
-    toy.build(place / "toy", 0)
+    toy_data.build(place / "toy", 0)
     vocabulary = Chat(place / "toy" / "tokenizer").vocabulary
     for seed, name in enumerate(("model", "reference", "mute", "judge")):
         model = Mistral(Config(vocab_size=32000 if name == "judge" else vocabulary, **SIZES))

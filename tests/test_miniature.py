@@ -18,6 +18,7 @@ import plots
 import scatter
 import synthetic
 import toy
+import toy_data
 from miniature import Job, Variant
 from scatter import Point
 
@@ -150,7 +151,7 @@ def test_a_comparison_and_the_same_command_again(tmp_path: Path, monkeypatch: py
     assert table in printed and "not settled: BFPO is more helpful than SFT" in table
     assert "[1/2] seed 3 sft: " in printed and "left about 0s" in printed
     root = options.work / "seed3-steps2"
-    asked = {request.text: request for request in toy.held_out(root / "data")}
+    asked = {request.text: request for request in toy_data.held_out(root / "data")}
     folders = {"sft": root / "sft", "noisy": root / "bfpo-lr0.0001-tau0.5-flipped0.2"}
     assert list(results) == list(folders)
     for name, folder in folders.items():

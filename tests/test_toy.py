@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import toy
+import toy_data
 
 
 def kinds_of(request: toy.Request) -> tuple[str, ...]:
@@ -58,11 +59,11 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 def test_build_is_reproducible_and_holds_requests_out(tmp_path: Path) -> None:
     """Claim: a seed fixes every byte, another changes them, and no held-out request is trained on. Oracle: the files."""
-    first, again, other = (toy.build(tmp_path / name, seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    first, again, other = (toy_data.build(tmp_path / name, seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert [(again / f).read_bytes() for f in files] == [(first / f).read_bytes() for f in files]
     assert (other / "pku/train.jsonl").read_bytes() != (first / "pku/train.jsonl").read_bytes()
-    test, validation = ({request.text for request in toy.held_out(first, split)} for split in ("test", "validation"))
+    test, validation = ({request.text for request in toy_data.held_out(first, split)} for split in ("test", "validation"))
     trained = {row["prompt"] for f in files if f.name == "train.jsonl" for row in rows(first / f)}
     assert len(test) == len(validation) == 400
     assert not test & validation and not (test | validation) & trained
@@ -71,7 +72,7 @@ def test_build_is_reproducible_and_holds_requests_out(tmp_path: Path) -> None:
 def test_flipped_labels_are_the_share_asked_for_and_nothing_else(tmp_path: Path) -> None:
     """Claim: flipped=0.2 turns a fifth of the training labels, safer_response_id follows them, all else stays; 0.1 turns some of
     the same. Oracle: the clean files, row by row. 8000 labels: five standard deviations are 0.017 and 0.023."""
-    clean, some, more = (toy.build(tmp_path / name, 3, share) for name, share in (("a", 0.0), ("b", 0.1), ("c", 0.2)))
+    clean, some, more = (toy_data.build(tmp_path / name, 3, share) for name, share in (("a", 0.0), ("b", 0.1), ("c", 0.2)))
     files = sorted(path.relative_to(clean) for path in clean.rglob("*") if path.is_file())
     assert [str(f) for f in files if (more / f).read_bytes() != (clean / f).read_bytes()] == ["pku/train.jsonl"]
     turned = {}
@@ -94,7 +95,7 @@ def test_safety_rows_agree_with_the_judge(tmp_path: Path) -> None:
     """
     requests = {request.text: request for request in toy.requests(forbidden=True)}
     quadrants = set()
-    for row in rows(toy.build(tmp_path / "t", 0) / "pku/train.jsonl"):
+    for row in rows(toy_data.build(tmp_path / "t", 0) / "pku/train.jsonl"):
         texts = [str(row["response_0"]), str(row["response_1"])]
         verdicts = [toy.judge(requests[str(row["prompt"])], text) for text in texts]
         safe = [row["is_response_0_safe"], row["is_response_1_safe"]]

@@ -22,6 +22,7 @@ import curves
 import runtime
 import storage
 import toy
+import toy_data
 import train
 from bfpo import QUADRANTS, bfpo_loss, label, margin
 from model import Mistral, Pack
@@ -654,7 +655,7 @@ def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
     assert after["harmless"] > before["harmless"] + 0.2 and after["helpful"] > before["helpful"]  # many standard errors
     again = subprocess.run([sys.executable, str(ROOT / "train.py")], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 0 and table_of(done.stdout) == table_of(again.stdout) and len(table_of(again.stdout)) == 2
-    held = toy.held_out(tmp_path / "runs/toy/data")
+    held = toy_data.held_out(tmp_path / "runs/toy/data")
     answers = [json.loads(line) for line in (tmp_path / "runs/toy/bfpo/answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [a["prompt"] for a in answers] == [r.text for r in held]
     view = [sys.executable, str(ROOT / "eval.py"), "--model", "runs/toy/bfpo/model"]
