@@ -402,6 +402,17 @@ class RunFolder:
             left = (self.printed[1] - then) / (done - last) * (self.steps - done)
             self.world.say(f"step {done}/{self.steps}  {step_line(row)}  left in this stage {duration(left)}")
 
+    def export_best(self, trained: Mapping[str, Tensor], last_loss: float, export: Callable[[Path], None]) -> None:
+        """Write best/, the model of the least held-out loss, unless that is the last one. `trained` then holds its weights."""
+        loss, path = self.world.from_main(functools.partial(best_checkpoint, self.path / "checkpoints"))
+        if path is None or last_loss <= loss:
+            self.world.say(f"best: the last step, held-out loss {last_loss:.6g}")
+        elif read_checkpoint(path, {f"weight.{name}": parameter.detach() for name, parameter in trained.items()}, self.world) is None:
+            self.world.say(f"best: checkpoint {path} is damaged; best/ is not written")
+        else:
+            self.world.say(f"best: {path.name}, held-out loss {loss:.6g} against {last_loss:.6g} of the last step")
+            export(self.path / "best")
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Close the log and mark the run as finished."""
         if self.log is not None:

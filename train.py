@@ -340,18 +340,6 @@ def optimize(
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def export_best(trained: dict[str, Tensor], last_loss: float, export: Callable[[Path], None], folder: RunFolder) -> None:
-    """Write best/, the model of the least held-out loss, unless that is the last one. The model then holds those weights."""
-    loss, path = folder.world.from_main(partial(storage.best_checkpoint, folder.path / "checkpoints"))
-    if path is None or last_loss <= loss:
-        folder.world.say(f"best: the last step, held-out loss {last_loss:.6g}")
-    elif storage.read_checkpoint(path, {f"weight.{name}": parameter.detach() for name, parameter in trained.items()}, folder.world) is None:
-        folder.world.say(f"best: checkpoint {path} is damaged; best/ is not written")
-    else:
-        folder.world.say(f"best: {path.name}, held-out loss {loss:.6g} against {last_loss:.6g} of the last step")
-        export(folder.path / "best")
-
-
 def run(config: Config, world: World) -> dict[str, Any]:
     """One run from its folder, data and model to the exported model; returns what done.json holds.
 
@@ -401,7 +389,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     if config.export_changed:
         storage.save_tensors(folder.path / "changed.safetensors", trained, DTYPES[config.dtype], world)
     if config.keep_best:
-        export_best(trained, loss, export, folder)
+        folder.export_best(trained, loss, export)
     world.from_main(lambda: curves.draw(folder.rows(), folder.path / "curves.png"))
     result = {"steps": steps, "held_out": figures, "held_out_loss": loss, "model": "model"}
     folder.finish(result)
