@@ -1,7 +1,13 @@
 """model.Pack: the documented example, who sees whom, and log-probabilities against the padded two-sequence computation."""
 
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +23,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import model as model_file
 from model import Config, Mistral, Pack, visible
 
+TESTS = Path(__file__).parent
 CONFIG = Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 head_dim=8)  # fmt: skip
 MODELS: dict[int | None, Mistral] = {}
@@ -159,6 +166,37 @@ def test_flex_attention_equals_the_cpu_form(how: str, monkeypatch: pytest.Monkey
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
                 torch.testing.assert_close(got, padded_logprobs(model, trees), rtol=1e-5, atol=1e-4)
     assert counters["stats"]["unique_graphs"] <= len(packs) / 2 and not counters["graph_break"]
+
+
+def gpu_kernels(cache: Path, **environment: str) -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton, which torch's CUDA builds bring; pip install triton")
+    path = f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment |= {"PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, TESTS / "gpu_kernels.py"], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.slow  # three minutes
+def test_flex_attention_kernels_of_a_gpu_equal_the_cpu_form(tmp_path: Path) -> None:
+    """Claim: the Triton kernels that torch generates for a GPU, forward and backward, compiled once for packs of two lengths, give
+    the log-probabilities and the gradients of every parameter, with and without a sliding window. Oracle: the CPU's form; the kernels are
+    run by Triton's interpreter. 1e-5 relative is fp32 rounding; a token lost or seen too much is over 1e-3."""
+    errors = gpu_kernels(tmp_path, TRITON_INTERPRET="1")
+    assert errors.keys() == {"None", "9"}
+    for worst in errors.values():
+        assert 0 < worst["error"] < 1e-5, worst
+
+
+@pytest.mark.slow  # a minute
+def test_flex_attention_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Claim: with a 7B's heads in bfloat16 the kernels become machine code of an H100 whose shared memory it has. Oracle: Triton's compiler
+    and the 227 KiB of a block there."""
+    kernels = gpu_kernels(tmp_path, TRITON_INTERPRET="0")["kernels"]
+    assert {"forward", "backward"} == {"backward" if "backward" in k["kernel"] else "forward" for k in kernels}
+    for kernel in kernels:
+        assert kernel["code_bytes"] > 0 and kernel["shared_bytes"] <= 227 * 2**10, kernel
 
 
 @pytest.mark.parametrize("blind_to", ["the other response", "the other pair"])
