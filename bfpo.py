@@ -22,7 +22,7 @@ p(y) = E_y'~pi_ref p(y, y')   | helpful_A                  | A     | 0 to 1
 I_safe(y), E_safe = E I_safe  | safe_A, safe_share         | A     | 0 or 1, 0 to 1
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.
+# H query heads, G key/value heads, K head size, A actions.  Here also: Q safety quadrants, C columns of sums.
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def quadrant_sums(h: Tensor, g: Tensor, chosen_safe: Tensor, rejected_safe: Tens
 
     Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the target's
     side: h and g have one sign. Two of the four quadrants ask for h < 0, so a share of h > 0, as the authors'
-    accuracy is, would count their failures (deviation 5). h = 0 is on no side. All inputs are 1-D over pairs.
+    accuracy is, would count their failures (the README's deviation 5). h = 0 is on no side. All inputs are 1-D over pairs.
     ValueError: tau <= 0 or not finite, labels other than 0 and 1, two shapes.
     """
     _check_tau(tau)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 import plots
 from plots import BLACK, BLUE, ORANGE, QUADRANT_STYLE, VERMILION, Floats, Row, canvas, spread
+from storage import log_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,8 +109,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(arguments[0] if len(arguments) == 1 else "")
     if not (folder / "log.jsonl").is_file():
         sys.exit("usage: python curves.py RUN_FOLDER, a folder with log.jsonl")
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    draw([json.loads(line) for line in lines if line.endswith("\n")], folder / "curves.png")
+    draw(log_rows(folder / "log.jsonl"), folder / "curves.png")
     print(folder / "curves.png")
 
 

@@ -188,7 +188,8 @@ def load_stream(
                 if not folder.exists():
                     _build(folder, found, chat, options)
     except OSError as error:
-        raise ValueError(f"the token cache must be writable, got {error}; set BFPO_CACHE to another folder") from error
+        raise ValueError(f"the token cache must be writable, got {error}; "
+                         f"{'pass another --cache' if cache_dir else 'set BFPO_CACHE to another folder'}") from error  # fmt: skip
     try:
         return _open_cache(folder, mixed)
     except (ValueError, OSError) as error:
@@ -348,8 +349,8 @@ def describe(report: dict[str, Any]) -> str:
               for name, quantiles in part["tokens"].items()),
         ]  # fmt: skip
     lines += ["first row, scored tokens between [[ and ]]:", *(f"  | {line}" for line in report["example"].split("\n"))]
-    lines.append(f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MiB; delete it at will,"
-                 " move it with --cache or BFPO_CACHE")  # fmt: skip
+    lines.append(f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MiB; delete it at will, or"
+                 " move it and name its new folder: train.py --cache, or BFPO_CACHE")  # fmt: skip
     return "\n".join(lines + [f"WARNING: {part['warning']}" for part in report["sources"] if part["warning"]])
 
 
@@ -375,6 +376,7 @@ def batch_indices(size: int, batch: int, seed: int, step: int, name: str) -> Ids
 # In a tree's forward attention takes 4 x layers x width x T^2 / 2 FLOPs, the linear layers 2 x parameters x T. At Mistral-7B's
 # shapes (32 layers, width 4096, 6.98e9 parameters in the body) both are equal at 53,000 tokens.
 EQUAL_COST_TOKENS = 53_000
+SCORED_PACK_TOKENS = 8192  # of a pack without gradients, which keeps no activations
 
 
 def cost(tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Evaluate a model: the benchmark's tasks, held-out preference pairs by safety quadrant, the toy language, or one prompt.
+"""Evaluate a model: the benchmark's tasks, held-out preference pairs by safety quadrant, or one prompt.
 
     python eval.py --model DIR --tasks paper --judge harmbench:DIR --out runs/eval         the paper's benchmark
     python eval.py --model DIR --reference DIR --tasks ethics_cm toxigen=FILE --out DIR    some tasks, rows of one from a file
@@ -36,7 +36,7 @@ import tasks
 import toy
 from bfpo import QUADRANTS, label, quadrant_means, quadrant_sums
 from chat import Chat, Message
-from data import Stream, deal, load_stream
+from data import SCORED_PACK_TOKENS, Stream, deal, load_stream
 from judge import Case, Examiner, Judge, agreements, digest, file_name, labelled_rows, load_judge
 from metrics import Question, Request, Terms
 from model import Config, Mistral, Pack, find_model, stored_weights
@@ -48,7 +48,6 @@ PREFERRED = "alpaca_eval"  # the task whose answers are compared with a baseline
 JsonRows = list[dict[str, Any]]
 
 GENERATION_BATCH = 64
-PACK_TOKENS = 8192
 QUESTIONS = 256  # scored, or answers judged, by each process between two writes to disk
 
 # --- scoring responses -----------------------------------------------------------------------------------------------
@@ -68,10 +67,11 @@ def score(model: Mistral, stream: Stream, world: World, budget: int, text: str) 
     """Summed log-probability of every response of a stream, in nats: fp32 [n, responses], the same on every rank."""
     responses = stream.lengths.shape[1] - 1
     logprobs = torch.zeros(len(stream), responses)
-    packs = my_packs(stream.lengths.sum(1).tolist(), world, budget)
+    packs, found = my_packs(stream.lengths.sum(1).tolist(), world, budget), []
     for items in tqdm(packs, desc=text, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False):
         pack = Pack.build([stream.tree(i) for i in items]).to(world.device)
-        logprobs[items] = model.logprobs(pack).float().cpu().reshape(responses, -1).T
+        found.append(model.logprobs(pack).float().reshape(responses, -1).T)  # off the device after the last: none waits for another
+    logprobs[[i for items in packs for i in items]] = torch.cat(found).cpu()
     return world.sum(logprobs)
 
 
@@ -132,11 +132,14 @@ def choice_logprobs(model: Mistral, chat: Chat, questions: Sequence[Question], w
             grown.setdefault(key[:2], {})[key[2]] = slots.setdefault(key, len(slots))
         places.append([slots[key] for key in keys])
     trees = [([head, *tails], list(tails.values())) for (_, head), tails in grown.items()]
-    found = torch.zeros(len(slots))
-    for items in my_packs([sum(map(len, tree)) for tree, _ in trees], world, PACK_TOKENS):
+    places_found, values_found = list[int](), list[Tensor]()
+    for items in my_packs([sum(map(len, tree)) for tree, _ in trees], world, SCORED_PACK_TOKENS):
         pack = Pack.build([trees[i][0] for i in items]).to(world.device)
         order = sorted((branch, t, slot) for t, i in enumerate(items) for branch, slot in enumerate(trees[i][1]))
-        found[[slot for *_, slot in order]] = model.logprobs(pack).float().cpu()
+        places_found += [slot for *_, slot in order]
+        values_found.append(model.logprobs(pack).float())
+    found = torch.zeros(len(slots))
+    found[places_found] = torch.cat(values_found).cpu()
     values = world.sum(found).tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError("a log-probability is not finite; the weights may be damaged, or trained to divergence")
@@ -206,22 +209,22 @@ class Policy:
 
     def check(self, tasks: Iterable[Task], protocol: Protocol) -> None:
         """ValueError when the tasks' answers leave no room for a prompt."""
-        longest = max((protocol._replace(**task.draw).max_new_tokens for task in tasks if task.generative), default=0)
+        longest = max((protocol._replace(**task.draw).max_new_tokens for task in tasks if task.answers), default=0)
         if 0 < self.positions <= longest:
             raise ValueError(f"{self.folder} has {self.positions} positions, not enough for a prompt and an answer of "
-                             f"{longest} tokens; take --tasks discriminative")  # fmt: skip
+                             f"{longest} tokens; ask for shorter answers, or take tasks of choices alone")  # fmt: skip
 
     def take(self, path: Path, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol, seed: int) -> JsonRows:
         """One row for each entry of a task, from `path` or computed and kept there: what was asked, and what the model made of it."""
         draw = protocol._replace(**task.draw)
         identity: dict[str, Any] = {**self.identity, "bos": protocol.bos, "rows": digest([entry for _, entry in entries])}
-        if task.generative:
+        if task.answers:
             identity |= {"temperature": draw.temperature, "top_p": draw.top_p, "max_new_tokens": draw.max_new_tokens, "seed": seed}
 
         def compute(numbers: range) -> JsonRows:
             places, part = zip(*(entries[i] for i in numbers), strict=True)
             columns: dict[str, Sequence[Any]]
-            if not task.generative:
+            if not task.answers:
                 try:
                     columns = {"logprobs": choice_logprobs(self.model, self.chat, part, self.world, protocol.bos)}
                 except ValueError as error:
@@ -234,7 +237,7 @@ class Policy:
             return [{"row": place, **entry._asdict(), **{key: column[i] for key, column in columns.items()}}
                     for i, (place, entry) in enumerate(zip(places, part, strict=True))]  # fmt: skip
 
-        chunk = (GENERATION_BATCH if task.generative else QUESTIONS) * self.world.size
+        chunk = (GENERATION_BATCH if task.answers else QUESTIONS) * self.world.size
         return storage.kept_rows(path, identity, len(entries), chunk, compute, self.world, f"{path.parent.name}, {path.stem}")
 
 
@@ -336,12 +339,15 @@ def local_source(folder: str, name: str) -> str:
     """The file or folder of a task's rows in a folder of such; the hub when there is no folder."""
     found = sorted(Path(folder).glob(f"{name}.*")) + [path for path in [Path(folder) / name] if path.is_dir()]
     if folder and not found:
-        raise ValueError(f"--data {folder} must hold {name}.jsonl, .json, .parquet or .csv, or a folder {name}; it has neither")
+        raise ValueError(f"--data {folder} must hold {name}.jsonl, .json, .parquet, .csv or .txt, or a folder {name}; it has neither")
     return str(found[0]) if folder else ""
 
 
 def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    """The tasks from rows to report: what the models say, what a judge says of that, what it is worth. Also what --out has already."""
+    """The tasks from rows to report: what the models say, what a judge says of that, what it is worth.
+
+    Rows that --out has are not computed again; report.json holds the tasks asked now.
+    """
     protocol = PROTOCOLS[options.protocol]
     protocol = protocol._replace(bos=protocol.bos if options.bos is None else options.bos)
     sources = {name: source or local_source(options.data, name) for name, source in options.tasks.items()}
@@ -381,7 +387,7 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
         terms[who][PREFERRED] = column
     found = report.make_report(terms["policy"], terms.get("reference", {}))
     found["empty_answers"] = {name: {who: sum(not row["answer"].strip() for row in taken[who][name]) for who in taken}
-                              for name in asked if TASKS[name].generative}  # fmt: skip
+                              for name in asked if TASKS[name].answers}  # fmt: skip
     found |= {"agreement": agreement, "win_rates": figures}
     found["setup"] = {
         "models": {who: {"name": names[who], **policy.identity, "chat_template": policy.chat.template} for who, policy in policies.items()},
@@ -410,7 +416,7 @@ def judges_of(names: Sequence[str], spec: str | None, world: World) -> dict[str,
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Wrong usage prints one line and exits with code 2."""
+    """The options of a command line. Wrong usage is said in one line, after the usage, and exits with code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tasks", nargs="+", metavar="NAME[=SOURCE]", help="tasks of the benchmark, or groups: " + ", ".join(tasks.GROUPS))
@@ -421,7 +427,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reference", help="the model to compare with: the one that the policy started from, usually")
     parser.add_argument("--out", help="folder for the report and the transcripts; with --compare, for figure5.png")
     parser.add_argument("--data", default="", metavar="DIR",
-                        help="rows of the tasks in DIR/NAME.jsonl, .json, .parquet or .csv, instead of the hub's")  # fmt: skip
+                        help="rows of the tasks in DIR/NAME.jsonl, .json, .parquet, .csv or .txt, instead of the hub's")  # fmt: skip
     parser.add_argument("--judge", help="with --tasks: keyword, harmbench:MODEL or wildguard:MODEL")
     parser.add_argument("--pairwise", metavar="MODEL", help="with the task alpaca_eval: judge of the answers against the baseline's, "
                         "any causal language model that follows instructions")  # fmt: skip
@@ -451,7 +457,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--labelled needs --tasks and --judge: it is the judge of their answers that is held to the labels")
     if options.tasks:
         if not options.out or options.limit < 0 or not 0 <= options.seed < 2**31:
-            parser.error("--tasks needs --out DIR for its report; --limit and --seed must be >= 0")
+            parser.error("--tasks needs --out DIR for its report; --limit must be >= 0, --seed in [0, 2^31)")
         try:
             options.tasks = tasks.select(options.tasks)
         except ValueError as error:
@@ -482,7 +488,7 @@ def main(arguments: Sequence[str]) -> None:
         stream = held if len(held) else train
         world.say(f"{len(stream)} {'held-out ' if len(held) else ''}pairs of {len(train) + len(held)}")
         policy, reference = (
-            score(Mistral.from_pretrained(name, dtype=dtype, device=world.device), stream, world, PACK_TOKENS, text)
+            score(Mistral.from_pretrained(name, dtype=dtype, device=world.device), stream, world, SCORED_PACK_TOKENS, text)
             for name, text in ((folder, "policy"), (find_model(options.reference), "reference"))
         )
         world.say(quadrant_table(preference_view(policy, reference, stream, 0.5, 3.0, options.tau)))

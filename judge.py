@@ -27,11 +27,10 @@ import torch
 import storage
 import tables
 from chat import Chat
-from data import deal
+from data import SCORED_PACK_TOKENS, deal
 from model import Config, Mistral, Pack, find_model, stored_weights
 from runtime import World
 
-PACK_TOKENS = 8192
 ANSWER_TOKENS = 512  # of an answer that is judged for harm, as HarmBench cuts it
 
 # --- published prompts -----------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ class Contest(NamedTuple):
     second: str
 
 
-Question = tuple[int, Mapping[str, str]]  # number of the form's template, fields
+Filled = tuple[int, Mapping[str, str]]  # number of the form's template, fields
 
 
 class Reply(NamedTuple):
@@ -272,18 +271,18 @@ class Examiner:
             return self.chat.render([{"role": "user", "content": fill(template, fields)}], header=True)
         return fill(self.chat.control(template), fields)
 
-    def heads(self, questions: Sequence[Question]) -> list[list[int]]:
+    def heads(self, questions: Sequence[Filled]) -> list[list[int]]:
         """Token ids of the prompts."""
         return [self.bos + ids.tolist() for ids in self.chat.encode([self.render(*question) for question in questions])]
 
     @torch.no_grad()
-    def ask(self, questions: Sequence[Question]) -> list[Reply | None]:
+    def ask(self, questions: Sequence[Filled]) -> list[Reply | None]:
         """The Reply to each question, the same on every rank; None where the prompt exceeds the model's context."""
         heads = self.heads(questions)
         short = [i for i, head in enumerate(heads) if len(head) <= self.longest]
         trees = [[heads[i], *self.tails] for i in short]
         logprobs = torch.zeros(len(heads), len(self.tails))
-        for items in deal([sum(map(len, tree)) for tree in trees], self.world.size, PACK_TOKENS)[self.world.rank]:
+        for items in deal([sum(map(len, tree)) for tree in trees], self.world.size, SCORED_PACK_TOKENS)[self.world.rank]:
             pack = Pack.build([trees[item] for item in items]).to(self.world.device)
             logprobs[[short[item] for item in items]] = self.model.logprobs(pack).float().cpu().reshape(len(self.tails), -1).T
         columns = torch.split(self.world.sum(logprobs).double(), list(map(len, self.branches.values())), 1)
@@ -355,7 +354,7 @@ def load_judge(spec: str, world: World) -> Judge:
     return Judge(Examiner(kind, name, world) if name else None)
 
 
-def question(examiner: Examiner, case: Case) -> Question:
+def question(examiner: Examiner, case: Case) -> Filled:
     return int(bool(case.context) and len(examiner.form.templates) > 1), case._asdict()
 
 

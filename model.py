@@ -1,8 +1,8 @@
 """Mistral and Llama (one architecture): scores preference pairs, generates, reads and writes the ecosystem's checkpoints.
 
     model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", dtype=torch.bfloat16, device="cuda")
-    pack = Pack.build([(prompt_ids, chosen_ids, rejected_ids), ...])        # prompts computed once, no padding
-    chosen, rejected = model.logprobs(pack).chunk(2)                        # log pi(y|x), summed over y: the terms of the margin h
+    pack = Pack.build([(prompt_ids, chosen_ids, rejected_ids), ...]).to("cuda")    # prompts computed once, no padding
+    chosen, rejected = model.logprobs(pack).chunk(2)                               # log pi(y|x), summed over y: the terms of the margin h
 
 It knows nothing of labels or of training. Parameters carry the checkpoint's names, so a state dict is a checkpoint.
 """
@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -186,8 +187,9 @@ class Pack:
         return Pack(*map(torch.from_numpy, columns), lengths)  # type: ignore[call-arg, arg-type]  # seven columns
 
     def to(self, device: torch.device | str) -> Pack:
-        """The pack on `device`, copied without waiting."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)[:-1]}
+        """The pack, made on a CPU, on `device`: to a GPU from pinned memory, so that it is copied without waiting."""
+        columns, pinned = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]}, torch.device(device).type == "cuda"
+        moved = {name: (x.pin_memory() if pinned else x).to(device, non_blocking=True) for name, x in columns.items()}
         return dataclasses.replace(self, **moved)
 
     def padded(self, multiple: int) -> Pack:
@@ -234,8 +236,11 @@ def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def flex_on(kind: str) -> Callable[..., Any] | None:
-    """FlexAttention where it has a backward, on a GPU; compiled, one graph for packs of every length."""
-    return torch.compile(flex_attention, dynamic=True) if kind == "cuda" else None
+    """FlexAttention where it has a backward, on a GPU; compiled, a few graphs for packs of every length."""
+    if kind != "cuda":
+        return None
+    torch._dynamo.config.recompile_limit = 64  # each model of a process has its own; past the limit attention would hold every score
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None) -> Attend:
@@ -508,6 +513,7 @@ class Mistral(nn.Module):
             dist.barrier()
 
     @torch.no_grad()
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # cuDNN plans anew for every length
     def generate(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                  seeds: Sequence[int] | None = None, stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
                  decode: Callable[[list[int]], str] | None = None, batch: int = 64) -> list[list[int]]:  # fmt: skip
@@ -545,6 +551,8 @@ class Mistral(nn.Module):
                 kept = [b for b, i in enumerate(alive) if not ended(answers[i])]
                 if len(kept) < len(alive):  # finished rows leave the batch
                     alive, draws = [alive[b] for b in kept], draws[kept]
-                    cache.lengths, cache.layers = cache.lengths[kept], [layer[:, kept] for layer in cache.layers]
+                    cache.lengths = cache.lengths[kept]
+                    for n in range(len(cache.layers)):  # one by one: never two whole caches
+                        cache.layers[n] = cache.layers[n][:, kept]
                 logits = cache.extend([answers[i][-1:] for i in alive]) if alive else logits
         return answers

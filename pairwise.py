@@ -84,7 +84,7 @@ def win_rate(preferences: Sequence[float | None]) -> dict[str, float]:
 
 def length_controlled(preferences: Sequence[float | None], lengths: Sequence[int], baseline_lengths: Sequence[int]) -> list[float]:
     """The share of wins had both answers been equally long (AlpacaEval 2.0, arXiv:2404.04475), lengths in characters: the mean of the
-    returned terms, one for each row with a preference, its standard error theirs (each row's influence on the fit, tasks.py).
+    returned terms, one for each row with a preference, its standard error theirs (each row's influence on the fit, metrics.py).
 
     P(model wins) = sigmoid(theta + phi tanh(d / std(d))), d the difference of lengths, is fitted to the preferences by logistic
     regression; the share is sigmoid(theta). AlpacaEval's third term, the instruction's difficulty, which takes the annotations

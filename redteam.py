@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, world: World) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Wrong usage prints one line and exits with code 2."""
+    """The options of a command line. Wrong usage is said in one line, after the usage, and exits with code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--prompts", required=True, help="a table with a column prompt, goal, text or Behavior, or a .txt of prompts")
@@ -130,7 +130,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
     if not options.temperature > 0 or options.max_new_tokens < 1 or options.limit < 0 or not 0 <= options.seed < 2**31:
-        parser.error("--temperature must be > 0, or both answers are the same; --max_new_tokens >= 1; --limit and --seed >= 0")
+        parser.error("--temperature must be > 0, or both answers are the same; --max_new_tokens >= 1; --limit >= 0; --seed in [0, 2^31)")
     if options.ranks and not Path(options.ranks).is_file():
         parser.error(f"--ranks must be a file, got {options.ranks}")
     return options

@@ -1,6 +1,6 @@
 """Scores with their standard errors and 95 % intervals, differences from a reference paired by row, averages, tables, and Figure 5.
 
-Every score is the mean of its metric's terms (tasks.py), so one rule serves all: the standard error is the terms' standard
+Every score is the mean of its metric's terms (metrics.py), so one rule serves all: the standard error is the terms' standard
 deviation over the root of their number.
 """
 

@@ -1,7 +1,7 @@
 """What a step holds: the rows of all streams numbered through, and which of them step n draws, a pure function of (seed, n); and what
 came of them."""
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.
+# H query heads, G key/value heads, K head size, A actions.  Here also: Q safety quadrants, C columns of sums.
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_streams(config: Config, chat: Chat, world: World) -> tuple[dict[str, St
         if sources := getattr(config, name):
             training[name], held[name] = load_stream(
                 sources, chat, stage="sft" if name == "sft" else "pairs", max_length=config.max_length,
-                max_prompt=min(config.max_prompt, config.max_length - 1), prefer=config.prefer, mixed=name == "safety",
+                max_prompt=config.max_prompt, prefer=config.prefer, mixed=name == "safety",
                 cache_dir=config.cache or None)  # fmt: skip
             world.say(describe(training[name].report))
     first, stream = next(iter(training.items()))

@@ -117,6 +117,9 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if where.index >= torch.cuda.device_count():
+            raise ValueError(f"each process needs a GPU of its own, got {torch.cuda.device_count()} for process {where.index} (from 0) "
+                             "of this node; pass torchrun a smaller --nproc_per_node, or --device cpu")  # fmt: skip
         torch.cuda.set_device(where)
     else:
         keep_freed_memory()

@@ -5,7 +5,7 @@
         recipe: str = "toy"                                           the first field: the name of a set of defaults
         batch: int = setting(32, "pairs in a step", least=1)          --batch 16
 
-`from_command_line` turns a command line into such an object; whatever is wrong with it is one line and exit code 2.
+`from_command_line` turns a command line into such an object; whatever is wrong with it is one line, after the usage, and exit code 2.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def from_command_line(kind: type[Settings], recipes: Mapping[str, Mapping[str, A
                       check: Callable[[Settings], Settings]) -> Settings:  # fmt: skip
     """The settings that a command line asks for: the recipe's, then the flags', then as `check` returns them.
 
-    text: what --help says of the program. Wrong usage, or a ValueError of `check`, prints one line and exits with code 2.
+    text: what --help says of the program. Wrong usage, or a ValueError of `check`, is said in one line, after the usage, and exits
+    with code 2.
     """
     fields = dataclasses.fields(kind)
     parser = argparse.ArgumentParser(

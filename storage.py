@@ -73,15 +73,26 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The file's object; ValueError that names the file when it is damaged: not JSON, or without one of the keys."""
+def read_json(path: Path, *keys: str, remedy: str = "delete it, and make it again") -> dict[str, Any]:
+    """The file's object; ValueError that names the file, and the remedy, when it is damaged: not JSON, or without one of the keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
         value = None
     if not isinstance(value, dict) or not all(key in value for key in keys):
-        raise ValueError(f"{path} is damaged; pass --fresh to start over, or delete the folder {path.parent}")
+        raise ValueError(f"{path} is damaged; {remedy}")
     return value
+
+
+def log_rows(path: Path) -> list[dict[str, Any]]:
+    """A log's rows; what a kill cut short or somebody damaged is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
 
 
 # --- cached tensors --------------------------------------------------------------------------------------------------
@@ -275,6 +286,9 @@ class RunFolder:
     print_every: int = 1
     printed: tuple[int, float] = (0, 0.0)  # the step last printed, and when
 
+    def _read(self, path: Path, *keys: str) -> dict[str, Any]:
+        return read_json(path, *keys, remedy=f"pass --fresh to start over, or delete the folder {self.path}")
+
     def check(self, settings: Mapping[str, Any], free: frozenset[str], fresh: bool) -> dict[str, Any] | None:
         """What a finished run of these settings left in done.json; None when there is still something to do.
 
@@ -292,7 +306,7 @@ class RunFolder:
                 return None
             if fresh:
                 return None
-            earlier, plain = read_json(record, "settings", "inputs")["settings"], json.loads(json.dumps(settings))
+            earlier, plain = self._read(record, "settings", "inputs")["settings"], json.loads(json.dumps(settings))
             changed = sorted(key for key in plain if key not in free and earlier.get(key) != plain[key])
             if changed:
                 differences = ", ".join(f"{key} was {earlier.get(key)!r}, now {plain[key]!r}" for key in changed)
@@ -300,7 +314,7 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({differences}); pass another --out, or --fresh to start over"
                 )
             done = self.path / "done.json"
-            result = read_json(done, "model") if done.exists() else None
+            result = self._read(done, "model") if done.exists() else None
             return result if result and (self.path / result["model"] / "config.json").is_file() else None  # else: export again
 
         return self.world.from_main(look)
@@ -339,7 +353,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             if record.exists():
-                earlier = read_json(record, "inputs")["inputs"]
+                earlier = self._read(record, "inputs")["inputs"]
                 changed = sorted(name for name in inputs if earlier.get(name) != inputs[name])
                 if changed:
                     raise ValueError(f"{self.path} began with other {', '.join(changed)}; restore them, or pass --fresh to start over")
@@ -378,15 +392,7 @@ class RunFolder:
         self.world.from_main(rewrite)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The log's rows; what a kill cut short or somebody damaged is left out."""
-        path = self.path / "log.jsonl"
-        rows = []
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-        return rows
+        return log_rows(self.path / "log.jsonl")
 
     def write_row(self, row: Mapping[str, Any]) -> None:
         if self.log is not None:

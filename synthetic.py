@@ -6,7 +6,7 @@
     python synthetic.py tradeoff    alpha, tau and B_1; also: noise, ablations, search
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.
+# H query heads, G key/value heads, K head size, A actions.  Here also: O objectives, S seeds.
 
 from __future__ import annotations
 

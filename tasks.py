@@ -225,7 +225,7 @@ class Task(NamedTuple):
     draw: Mapping[str, Any] = {}  # of its own, whatever the protocol says
 
     @property
-    def generative(self) -> bool:
+    def answers(self) -> bool:
         return isinstance(self.metric, str)
 
 
@@ -273,8 +273,8 @@ TASKS = {
 }  # fmt: skip
 GROUPS = {
     "paper": [name for name, task in TASKS.items() if task.papers],
-    "discriminative": [name for name, task in TASKS.items() if not task.generative],
-    "generative": [name for name, task in TASKS.items() if task.generative],
+    "choices": [name for name, task in TASKS.items() if not task.answers],
+    "answers": [name for name, task in TASKS.items() if task.answers],
     "all": list(TASKS),
 }
 
@@ -306,7 +306,7 @@ def load(name: str, source: str, protocol: Protocol, limit: int, task: Task | No
         try:
             if not isinstance(row, dict):
                 raise row if isinstance(row, ValueError) else ValueError(f"a row must be an object, got {row!r:.80}")
-            asked = ask(row, protocol) if task.generative else ask(row)
+            asked = ask(row, protocol) if task.answers else ask(row)
         except ValueError as error:
             raise ValueError(f"{place}: {name}: {error}") from error
         if asked is not None:

@@ -7,7 +7,6 @@ held-out requests, judged exactly.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from eval import toy_scores, toy_table
 from model import Config as ModelConfig
 from model import Mistral
 from runtime import World
-from storage import RunFolder
+from storage import RunFolder, write_lines
 
 if TYPE_CHECKING:
     from train import Config
@@ -97,8 +96,7 @@ def toy_run(config: Config, world: World, run: Callable[[Config, World], object]
     requests, scores = toy_data.held_out(folder.path / "data"), {}
     for title, stage in (("SFT", "sft"), (name, config.objective)):
         scores[title], transcript = toy_scores(folder.path / stage / "model", requests, world, config.seed, f"answers, {title}")
-        lines = "".join(json.dumps(row) + "\n" for row in transcript)
-        world.from_main(partial((folder.path / stage / "answers.jsonl").write_text, lines, encoding="utf-8"))
+        world.from_main(partial(write_lines, folder.path / stage / "answers.jsonl", transcript))
     result = {"scores": scores, "model": f"{config.objective}/model"}
     folder.finish(result)
     world.say(toy_table(scores))

@@ -140,7 +140,7 @@ def check(config: Config) -> Config:
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that a command line asks for. Wrong usage prints one line and exits with code 2."""
+    """The configuration that a command line asks for. Wrong usage is said in one line, after the usage, and exits with code 2."""
     return from_command_line(Config, RECIPES, arguments, "train.py", (__doc__ or "").split("\n")[0], check)
 
 
@@ -341,9 +341,10 @@ def optimize(
 
 
 def run(config: Config, world: World) -> dict[str, Any]:
-    """One run from its folder, data and model to the exported model; returns what done.json holds.
+    """One run from its folder, data and model to the exported model; returns what done.json holds, {} from a dry run.
 
-    A finished run returns at once; an unfinished one goes on. ValueError for bad input, before anything is written.
+    A finished run returns at once; an unfinished one goes on. ValueError for bad input, before the run folder is written, and
+    from the loop when the policy of step 0 is not the reference, or a loss is not finite.
     """
     # dtype auto is settled first, so that a run cannot go on in another precision on another device
     auto = "bfloat16" if world.device.type == "cuda" else "float32"

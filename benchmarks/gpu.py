@@ -295,6 +295,7 @@ def plain_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def step(scale: Scale, device: str, say: Say, compiled: bool = False) -> None:
     """The largest pack without checkpointing comes last: where it does not fit, the process ends with it."""
     run, rows = Run(scale, device, scale.timed + 1), list[dict[str, Any]]()
+    run.config = dataclasses.replace(run.config, lr=1e-20)  # moves no weight: each case's step 0 finds the policy at its reference
     rate = product_rate(scale.order, run.world.device)
     say(product_tflop_per_s=rate / 1e12, pairs_a_step=2 * scale.batch, timed_steps=scale.timed,
         reference_pairs_per_s=run.reference_pairs_per_s)  # fmt: skip
@@ -506,7 +507,8 @@ def worker_command(part: str, tiny: bool, out: Path) -> list[str]:
 def run_part(part: str, tiny: bool, folder: Path, limit: float) -> dict[str, Any]:
     """What a part said, with "failed" and why when it died or outlasted its limit in seconds."""
     out, log, start = folder / f"{part}.json", folder / f"{part}.log", time.perf_counter()
-    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(folder)}
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(folder),
+             "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}  # cuDNN's attention is planned anew for every width of TRL's batches
     with open(log, "w", encoding="utf-8") as file:
         command = worker_command(part, tiny, out)
         process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | quiet, start_new_session=True)

@@ -217,7 +217,7 @@ def test_one_forward_scores_many_rows_once(folder: Path, world: World, monkeypat
     assert not loads
     together = judged([*CASES, *CASES])
     assert calls == [3] and together[:3] == together[3:] and len(loads) == 1
-    monkeypatch.setattr(judge, "PACK_TOKENS", 10)
+    monkeypatch.setattr(judge, "SCORED_PACK_TOKENS", 10)
     assert [verdict.harm for verdict in judged(CASES)] == pytest.approx([verdict.harm for verdict in together[:3]], abs=1e-5)
     assert calls == [3, 1, 1, 1] and len(loads) == 1
     judged.unload()

@@ -22,8 +22,8 @@ import memory
 
 SMALL = Config(1000, 256, 640, 4, 8, 2, 32)
 SEVEN_B = Config(32000, 4096, 14336, 32, 32, 8, 128)
-# The public pairs' means: 213 tokens of prompt, 173 and 160 of answers; at max length 1024 the longest pair is 512 + 2 x 512.
-PAPER = Step(longest=1536, share=64 * 546, scored=333 / 546)
+# The public pairs' means: 213 tokens of prompt, 173 and 160 of answers; at max length 1024 the longest pair is 2 + 2 x 1022.
+PAPER = Step(longest=2046, share=64 * 546, scored=333 / 546)
 
 
 def trained(config: Config, selective: str) -> frozenset[str]:

@@ -313,6 +313,16 @@ def test_full_disk_leaves_the_earlier_checkpoints_whole(toys: Path, whole: Path,
     assert runs.model_bytes(out) == runs.model_bytes(whole)
 
 
+def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the second process of a node with one GPU gets an error that names the remedy, before it joins any group. Oracle: torch, asked
+    to say that there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match=r"got 1 for process 1 .*--nproc_per_node"):
+        runtime.start("cuda")
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ENOSPC, "No space left on device")])
 def test_lack_of_memory_or_disk_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Claim: what a GPU or a disk too small raises ends a program with code 1 and one line that says what to do."""

@@ -133,7 +133,7 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
     wrong = []
     for bos, name in itertools.product((True, False), files):
         entries, oracle = [entry for _, entry in tasks.load(name, str(files[name]), PAPER, 0)], theirs[bos][name]
-        if TASKS[name].generative:
+        if TASKS[name].answers:
             prompts = [evaluation.prompt_ids(chat, entry, bos, 236) for entry in entries]
             ours = evaluation.generate(model, chat, prompts, world, max_new_tokens=20, temperature=0.0, seed=0, stop=entries[0].stop)
             answers = [answer for answer, _ in ours]
@@ -364,9 +364,9 @@ def test_selection_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tasks.select(["toxigen=a=b.csv", "ethics_cm"]) == {"toxigen": "a=b.csv", "ethics_cm": ""}
     papers = tasks.select(["paper"])
     assert len(papers) == 22 and not papers.keys() & {"bbq", "harmbench", "strongreject", "xstest"}
-    assert tasks.select(["toxigen=x", "discriminative"])["toxigen"] == "x"
+    assert tasks.select(["toxigen=x", "choices"])["toxigen"] == "x"
     for word in ("toxigne", "paper=x", ""):
-        with pytest.raises(ValueError, match=r"truthfulqa_mc2, crows_pairs_english, .*or a group: paper, discriminative, generative, all"):
+        with pytest.raises(ValueError, match=r"truthfulqa_mc2, crows_pairs_english, .*or a group: paper, choices, answers, all"):
             tasks.select([word])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="truthfulqa_gen needs sacrebleu and rouge_score; pip install"):

@@ -635,7 +635,7 @@ def test_toy_recipe_prints_its_table_again(world: World, tmp_path: Path, capsys:
 def test_toy_recipe_on_two_processes(tmp_path: Path) -> None:
     """Claim: torchrun builds the data once, and each stage takes the steps of one process. Oracle: `python train.py`, shortened."""
     for processes in (0, 2):
-        done = launch(["--steps", "6", "--out", str(tmp_path / f"toy{processes}")], processes)
+        done = launch(["--steps", "6", "--device", "cpu", "--out", str(tmp_path / f"toy{processes}")], processes)
         assert done.returncode == 0 and len(table_of(done.stdout)) == 2, done.stderr[-2000:]
     for stage in ("sft", "bfpo"):
         assert drift(tmp_path / "toy2" / stage, tmp_path / "toy0" / stage) <= 1e-5  # fp32 sums in another order
