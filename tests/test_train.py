@@ -434,10 +434,11 @@ def test_reference_cache_is_reused_exactly_when_it_may_be(
     Oracle: what the run says it did, and the losses.
     """
     cache = tmp_path / "cache"
+    few = ("--steps", "1", "--safety", f"{toys}/pku[:80]", "--helpfulness", f"{toys}/ultrafeedback[:80]")
 
     def computed(name: str, *more: str, model: Path = toys / "start") -> int:
         """How many of the four streams' references the run computed."""
-        command = [*bfpo(toys, tmp_path / name, "--steps", "1"), "--cache", str(cache), "--model", str(model), *more]
+        command = [*bfpo(toys, tmp_path / name, *few), "--cache", str(cache), "--model", str(model), *more]
         train.run(train.parse(command), world)
         output = capsys.readouterr().out
         assert output.count("computed, kept") + output.count("pairs: read from") == 4
@@ -466,7 +467,7 @@ def test_reference_cache_is_reused_exactly_when_it_may_be(
     assert computed("c", "--chat_template", str(template)) == 4
     assert computed("d", "--max_length", "60", "--max_prompt", "20") == 4
     assert computed("e", "--dtype", "bfloat16") == 4
-    assert computed("f", "--safety", f"{toys}/pku[:401]") == 2  # the helpfulness pairs are the same
+    assert computed("f", "--safety", f"{toys}/pku[:81]") == 2  # the helpfulness pairs are the same
     assert computed("g", model=model_with("nudged", nudge)) == 4
     assert computed("h", model=model_with("swapped", swap)) == 4
     assert computed("i", "--prefer", "safe") == 4
@@ -476,7 +477,7 @@ def test_reference_cache_is_reused_exactly_when_it_may_be(
     content[-3] ^= 1
     files[0].write_bytes(content)
     files[1].write_bytes(files[1].read_bytes()[:-100])
-    command = [*bfpo(toys, tmp_path / "z", "--steps", "1"), "--cache", str(cache)]
+    command = [*bfpo(toys, tmp_path / "z", *few), "--cache", str(cache)]
     train.run(train.parse(command), world)
     output = capsys.readouterr().out
     assert output.count("is damaged; computing it again") == 2 and output.count("computed, kept") == 2
