@@ -132,14 +132,14 @@ def choice_logprobs(model: Mistral, chat: Chat, questions: Sequence[Question], w
             grown.setdefault(key[:2], {})[key[2]] = slots.setdefault(key, len(slots))
         places.append([slots[key] for key in keys])
     trees = [([head, *tails], list(tails.values())) for (_, head), tails in grown.items()]
-    places_found, values_found = list[int](), list[Tensor]()
+    filled, scored = list[int](), list[Tensor]()
     for items in my_packs([sum(map(len, tree)) for tree, _ in trees], world, SCORED_PACK_TOKENS):
         pack = Pack.build([trees[i][0] for i in items]).to(world.device)
         order = sorted((branch, t, slot) for t, i in enumerate(items) for branch, slot in enumerate(trees[i][1]))
-        places_found += [slot for *_, slot in order]
-        values_found.append(model.logprobs(pack).float())
+        filled += [slot for *_, slot in order]
+        scored.append(model.logprobs(pack).float())
     found = torch.zeros(len(slots))
-    found[places_found] = torch.cat(values_found).cpu()
+    found[filled] = torch.cat(scored).cpu()
     values = world.sum(found).tolist()
     if not all(map(math.isfinite, values)):
         raise ValueError("a log-probability is not finite; the weights may be damaged, or trained to divergence")
