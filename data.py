@@ -188,8 +188,7 @@ def load_stream(
                 if not folder.exists():
                     _build(folder, found, chat, options)
     except OSError as error:
-        raise ValueError(f"the token cache must be writable, got {error}; "
-                         f"{'pass another --cache' if cache_dir else 'set BFPO_CACHE to another folder'}") from error  # fmt: skip
+        raise ValueError(f"the token cache must be writable, got {error}; name another: train.py --cache, or BFPO_CACHE") from error
     try:
         return _open_cache(folder, mixed)
     except (ValueError, OSError) as error:

@@ -20,6 +20,14 @@ MLP_ROWS = 512  # rows of the feed-forward's pointwise part that a CPU holds at 
 HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
 
 
+def rotary(positions: Tensor, theta: float, K: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T]. fp32, and made here: to_empty would lose a
+    buffer, and FSDP2 cast an argument of a block."""
+    frequency = theta ** -(torch.arange(0, K, 2, device=positions.device).float() / K)
+    angle = (positions.float().unsqueeze(-1) * frequency).unsqueeze(-2)
+    return angle.cos(), angle.sin()
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., K] turned by the angles of cos and sin [..., K/2]: its halves (a, b) become (a cos - b sin, b cos + a sin), in fp32."""
     a, b = x.float().chunk(2, -1)

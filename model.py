@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from chat import read_object
-from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotated, row_logprobs
+from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotary, rotated, row_logprobs
 from sources import snapshot
 from weights import fill, slices, write_safetensors
 
@@ -226,14 +226,6 @@ def visible(pack: Pack, window: int | None) -> Callable[[Any, Any, Any, Any], Te
     return mask_mod
 
 
-def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T]. fp32, and made here: to_empty would lose a
-    buffer, and FSDP2 cast an argument of a block."""
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim)
-    angle = (positions.float().unsqueeze(-1) * frequency).unsqueeze(-2)
-    return angle.cos(), angle.sin()
-
-
 @functools.cache
 def flex_on(kind: str) -> Callable[..., Any] | None:
     """FlexAttention where it has a backward, on a GPU; compiled, a few graphs for packs of every length."""
@@ -246,7 +238,8 @@ def flex_on(kind: str) -> Callable[..., Any] | None:
 def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None) -> Attend:
     """Attention of a pack, its masks made once for all layers: with the scored rows as queries, or all. By FlexAttention if it is given."""
     sees, rows = visible(pack, config.sliding_window), pack.rows if scored else torch.arange(len(pack.tokens), device=pack.tokens.device)
-    turns, key_turns = rotary(pack.positions[rows], config), rotary(pack.positions, config)
+    key_turns = rotary(pack.positions, config.rope_theta, config.head_dim)
+    turns = tuple(table[rows] for table in key_turns)
     if flex is None:
         plan = blocked_plan(pack.lengths, sees, rows, scored, config.sliding_window)
         return lambda q, k, v: BlockedAttention.apply(q, k, v, turns + key_turns, plan)
@@ -321,7 +314,7 @@ class Cache:
         counts, (B, n) = torch.tensor([len(part) for part in parts], device=device), tokens.shape
         positions, row = self.lengths[rows, None] + torch.arange(n, device=device), torch.arange(B, device=device)
         known = torch.arange(int(positions.max()) + 1, device=device)
-        turns, seen = rotary(positions, config), in_reach(positions.unsqueeze(-1), known, config.sliding_window)
+        turns, seen = rotary(positions, config.rope_theta, config.head_dim), in_reach(positions.unsqueeze(-1), known, config.sliding_window)
         G, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         mask = seen.repeat_interleave(group, 1).unsqueeze(1)  # a group's query heads are rows of one product with its keys
 
@@ -413,7 +406,7 @@ class Mistral(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of sequences [B, T], every token seeing those up to itself."""
         positions, window = torch.arange(tokens.shape[1], device=tokens.device), self.config.sliding_window
-        turns = rotary(positions, self.config)
+        turns = rotary(positions, self.config.rope_theta, self.config.head_dim)
         mask = in_reach(positions.unsqueeze(-1), positions, window) if window is not None and window < len(positions) else None
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "m
 
     try:
         return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the client raises its own errors, its transport's and the system's
+    except Exception as error:  # its own errors, its transport's, which version to version is another library, the system's
         raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -56,8 +56,8 @@ import plan
 import runtime
 import train
 from eval import score
-from kernels import rotated
-from model import FLEX_BLOCK, Config, Mistral, Pack, flex_on, pack_attend, rotary
+from kernels import rotary, rotated
+from model import FLEX_BLOCK, Config, Mistral, Pack, flex_on, pack_attend
 from rows import Rows
 from storage import RunFolder
 
@@ -410,7 +410,7 @@ def attention(scale: Scale, device: str, say: Say) -> None:
         return [torch.randn(*shape, n, config.head_dim, device=where, dtype=torch.bfloat16, requires_grad=True) for n in heads]
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turns = rotary(torch.arange(q.shape[1], device=where), config)
+        turns = rotary(torch.arange(q.shape[1], device=where), config.rope_theta, config.head_dim)
         q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (rotated(q, *turns), rotated(k, *turns), v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralCo
 import kernels
 import model as model_file
 from chat import Chat
-from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, row_logprobs
-from model import Config, Mistral, Pack, load_weights, rotary, visible
+from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotary, row_logprobs
+from model import Config, Mistral, Pack, load_weights, visible
 
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
                          "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 512, "initializer_range": 0.2}  # fmt: skip
@@ -336,7 +336,7 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
     T, K = len(pack.tokens), TINY.head_dim
     ours = [torch.randn(n, heads, K).requires_grad_() for n, heads in ((len(rows), 4), (T, 2), (T, 2))]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    turns, key_turns = rotary(pack.positions[rows], TINY), rotary(pack.positions, TINY)
+    turns, key_turns = (rotary(at, TINY.rope_theta, TINY.head_dim) for at in (pack.positions[rows], pack.positions))
     got = BlockedAttention.apply(*ours, turns + key_turns, blocked_plan(pack.lengths, sees, rows, scored, window))
     turned = [torch.view_as_real(torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.complex(*(t.double() for t in at)))
               .movedim(-1, -2).flatten(-2) for x, at in zip(exact, (turns, key_turns), strict=False)]  # fmt: skip
