@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from data import Stream, batch_indices
-from kernels import HEAD_CHUNK, MLP_ROWS
+from kernels import ATTENTION_BLOCK, HEAD_CHUNK, KEPT_KEYS, MLP_ROWS
 from model import Config
 from runtime import World, duration
 from storage import CHECKPOINT_FILE_BYTES
@@ -53,6 +54,7 @@ class Load:
     packs: int  # of a rank in a step: with two or more, gradients are there while activations are
     checkpoint_blocks: bool
     processes: int = 1  # of the run: FSDP2 gathers copies of a model too
+    seen: tuple[float, float] = (math.inf, math.inf)  # keys of a token's row, and of a scored one's, on average
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
         """(name, block or -1, shape, rows, reached) of each weight in the order of the forward. reached: the gradient goes on below it."""
@@ -78,6 +80,18 @@ def _place(name: str) -> tuple[int, int]:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+def keys_of_rows(lengths: np.ndarray, scored: bool) -> int:
+    """The keys of all rows, or of all scored ones, that attention on a CPU computes for trees of these lengths [n, prompt and responses]:
+    by blocks, each up to its last row's."""
+    prompt, total = lengths[:, 0], 0
+    for i in range(1, lengths.shape[1]):
+        extra = prompt * (i == 1 and not scored)  # the prompt's rows go with the first response's
+        rows, ahead = lengths[:, i] + extra, prompt - extra - scored
+        full, rest = rows // ATTENTION_BLOCK, rows % ATTENTION_BLOCK
+        total += int((rows * ahead + ATTENTION_BLOCK**2 * full * (full + 1) // 2 + rest * rows).sum())
+    return total
+
+
 def saved_bytes(load: Load) -> list[float]:
     """What autograd keeps of each block between forward and backward, in bytes, and last of what comes after the blocks.
 
@@ -85,7 +99,7 @@ def saved_bytes(load: Load) -> list[float]:
     kernels.py. A frozen weight needs no input.
     """
     c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
-    T, S, D, F = load.tokens, load.scored, c.hidden_size, c.intermediate_size
+    T, S, D, F, last = load.tokens, load.scored, c.hidden_size, c.intermediate_size, c.num_hidden_layers - 1
     H, HK, GK = c.num_attention_heads, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     kept = [0.0] * (c.num_hidden_layers + 1)
     inputs: set[tuple[int, int]] = set()  # of the q, k, v and of the gate, up projections: one tensor, kept once
@@ -99,9 +113,11 @@ def saved_bytes(load: Load) -> list[float]:
             kept[block] += 0 if part in inputs else rows * D * e
             inputs.add(part)
         elif module == "o_proj":
-            attention = rows * HK + 2 * T * GK + (rows * HK if cuda else 0)  # q, k, v; FlexAttention its output too
+            attention = rows * HK + 2 * T * GK + (rows * HK if cuda else 0)  # q, k, v; FlexAttention its output and a sum a row too
             flows = reached  # nothing below it needs its gradient otherwise
-            kept[block] += flows * (attention * e + (4 * H * rows if cuda else 0)) + (trains and not (cuda and flows)) * rows * HK * e
+            seen = load.seen[block == last]
+            beside = 1 if cuda else seen * (seen <= KEPT_KEYS)
+            kept[block] += flows * (attention * e + 4 * H * rows * beside) + (trains and not (cuda and flows)) * rows * HK * e
         elif module == "down_proj":
             kept[block] += flows * 2 * rows * F * e  # gate and up
     kept[-1] += S * D * e  # the head: its input, or the gradient by it
@@ -230,11 +246,12 @@ class Step:
     longest: int  # tokens of the longest row
     share: int  # tokens of a rank in the largest step
     scored: float  # share of the tokens that are scored
+    seen: tuple[float, float] = (math.inf, math.inf)  # as Load's
 
     def with_budget(self, load: Load, pack_tokens: int) -> Load:
         """The load of packs of at most `pack_tokens` tokens; a longer row is a pack alone, and no pack holds more than the step."""
         tokens = min(max(pack_tokens, self.longest), self.share)
-        return replace(load, tokens=tokens, scored=math.ceil(tokens * self.scored), packs=math.ceil(self.share / tokens))
+        return replace(load, tokens=tokens, scored=math.ceil(tokens * self.scored), packs=math.ceil(self.share / tokens), seen=self.seen)
 
     def largest_budget(self, load: Load, room: float) -> int:
         """The largest pack_tokens whose memory is at most `room`, 0 if there is none."""
@@ -251,9 +268,10 @@ def step_of(config: RunConfig, streams: Mapping[str, Stream], steps: int, size: 
     """From the lengths of the rows and the order in which the first steps draw them."""
     drawn = [sum(int(stream.lengths[batch_indices(len(stream), config.batch, config.seed, step, name)].sum())
                  for name, stream in streams.items()) for step in range(min(steps, STEPS_LOOKED_AT))]  # fmt: skip
-    longest = max(int(stream.lengths.sum(1).max()) for stream in streams.values())
-    scored = sum(int(stream.lengths[:, 1:].sum()) for stream in streams.values()) / sum(int(s.lengths.sum()) for s in streams.values())
-    return Step(longest, max(longest, math.ceil(max(drawn) / size)), scored)
+    lengths = np.concatenate([stream.lengths for stream in streams.values()])
+    longest, tokens, scored = int(lengths.sum(1).max()), int(lengths.sum()), int(lengths[:, 1:].sum())
+    seen = keys_of_rows(lengths, False) / tokens, keys_of_rows(lengths, True) / scored
+    return Step(longest, max(longest, math.ceil(max(drawn) / size)), scored / tokens, seen)
 
 
 def memory_lines(load: Load, step: Step, pack_tokens: int, room: float) -> tuple[list[str], str]:

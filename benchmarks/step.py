@@ -7,7 +7,7 @@ Both sides run their own training loop, data to optimizer, each in a process of 
 of one side after another's, on the same pairs, with one thread. The loss is DPO's (sigmoid), which both have on summed log-probabilities;
 only down_proj trains. Before anything is timed the sides' gradients must agree, and so must their references' log-probabilities.
 
-    ours                  train.optimize, as a run of train.py calls it: the reference cached, a pair or two in a pack
+    ours                  train.optimize, as a run of train.py calls it: the reference cached, a few pairs in a pack
     ours, one pack        --pack_tokens 8192: the step's pairs in one pack
     TRL default           DPOConfig's defaults but for the precision: live reference, gradient checkpointing, every row through the head
     TRL best              the reference cached, no checkpointing, and only the answers' rows through the head, as TRL does on a GPU

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -13,7 +14,8 @@ from torch.distributed.tensor import DTensor
 import plan
 import runtime
 import train
-from model import Config, Mistral, Pack
+from kernels import blocked_plan
+from model import Config, Mistral, Pack, visible
 from plan import Load, Step
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -55,9 +57,21 @@ def test_saved_activations_are_what_autograd_keeps(selective: str, dtype: torch.
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.logprobs(pack)
-    load = Load(SMALL, names, dtype, "cpu", 1, len(pack.tokens), len(pack.rows), 1, False)
+    lengths = np.array(pack.lengths)
+    seen = plan.keys_of_rows(lengths, False) / len(pack.tokens), plan.keys_of_rows(lengths, True) / len(pack.rows)
+    load = Load(SMALL, names, dtype, "cpu", 1, len(pack.tokens), len(pack.rows), 1, False, seen=seen)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert sum(plan.saved_bytes(load)) == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_keys_of_rows_are_those_of_the_blocks(scored: bool) -> None:
+    """Claim: the closed form counts the keys that attention on a CPU computes. Oracle: the blocks of its plan. No tree here shares one."""
+    lengths = np.random.default_rng(0).integers((20, 1, 50), (300, 200, 250), (40, 3))
+    pack = Pack.build([[[0] * n for n in sizes] for sizes in lengths])
+    rows = pack.rows if scored else torch.arange(len(pack.tokens))
+    blocks = [block for _, blocks in blocked_plan(pack.lengths, visible(pack, None), rows, scored, None) for block in blocks]
+    assert plan.keys_of_rows(lengths, scored) == sum((own.stop - own.start) * (seen.stop - seen.start) for own, seen, _ in blocks)
 
 
 def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
