@@ -1,4 +1,4 @@
-"""Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313): label, loss, metrics and exact optimum.
+"""Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313): label, loss and exact optimum.
 
 The paper's §3 on tensors, without a model or a trainer. `python synthetic.py` draws Figure 4 with it, and
 `python synthetic.py theorems` holds its closed forms against a numerical minimiser.
@@ -22,7 +22,7 @@ p(y) = E_y'~pi_ref p(y, y')   | helpful_A                  | A     | 0 to 1
 I_safe(y), E_safe = E I_safe  | safe_A, safe_share         | A     | 0 or 1, 0 to 1
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.  Here also: Q safety quadrants, C columns of sums.
+# H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 
@@ -112,41 +112,6 @@ def dpo_loss(h: Tensor, tau: float) -> Tensor:
     """-log sigmoid(tau h), one per pair; log 2 at h = 0. ValueError: tau <= 0 or not finite."""
     _check_tau(tau)
     return -torch.nn.functional.logsigmoid(tau * h)  # DPO, arXiv:2305.18290; Lemma B.2
-
-
-# ----------------------------------------------------------------------------------- the metrics of a batch
-
-
-def quadrant_sums(h: Tensor, g: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, tau: float) -> Tensor:
-    """Sums over each safety quadrant's pairs, float64 [4, 4]; additive over packs, ranks and batches.
-
-    Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the target's
-    side: h and g have one sign. Two of the four quadrants ask for h < 0, so a share of h > 0, as the authors'
-    accuracy is, would count their failures (the README's deviation 5). h = 0 is on no side. All inputs are 1-D over pairs.
-    ValueError: tau <= 0 or not finite, labels other than 0 and 1, two shapes.
-    """
-    _check_tau(tau)
-    _check_shapes(h=h, g=g, chosen_safe=chosen_safe, rejected_safe=rejected_safe)
-    s_w = _as_indicator(chosen_safe, "chosen_safe").bool()
-    s_l = _as_indicator(rejected_safe, "rejected_safe").bool()
-    masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])  # deviation 6
-    h, g = h.detach().double(), g.detach().double()
-    on_target_side = (h.sign() * g.sign() > 0).double()
-    columns_NC = torch.stack([torch.ones_like(h), h, g / tau, on_target_side], dim=-1)
-    return torch.where(masks_QN[..., None], columns_NC, 0.0).sum(1)  # mask * x spreads a NaN
-
-
-def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
-    """quadrant -> {"pairs" (int), "margin_nats", "target_nats", "target_side_share" (0 to 1)}.
-
-    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out.
-    """
-    means: dict[str, dict[str, float]] = {}
-    for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):
-        if pairs:
-            means[quadrant] = {"pairs": int(pairs), "margin_nats": h / pairs, "target_nats": target / pairs,
-                               "target_side_share": on_target_side / pairs}
-    return means
 
 
 # ----------------------------------------------------------------- the exact optimum on a finite action set

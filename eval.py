@@ -34,12 +34,12 @@ import runtime
 import storage
 import tasks
 import toy
-from bfpo import QUADRANTS, label, quadrant_means, quadrant_sums
 from chat import Chat, Message
 from data import SCORED_PACK_TOKENS, Stream, deal, load_stream
 from judge import Case, Examiner, Judge, agreements, digest, file_name, labelled_rows, load_judge
 from metrics import Question, Request, Terms
 from model import Config, Mistral, Pack, find_model, stored_weights
+from quadrants import preference_view, quadrant_table
 from runtime import World
 from tasks import PROTOCOLS, TASKS, Protocol, Task
 
@@ -73,24 +73,6 @@ def score(model: Mistral, stream: Stream, world: World, budget: int, text: str) 
         found.append(model.logprobs(pack).float().reshape(responses, -1).T)  # off the device after the last: none waits for another
     logprobs[[i for items in packs for i in items]] = torch.cat(found).cpu()
     return world.sum(logprobs)
-
-
-def safety_labels(stream: Stream) -> tuple[Tensor, Tensor]:
-    """(chosen_safe, rejected_safe) of its pairs, each bool [N]."""
-    return torch.tensor(stream.chosen_safe), torch.tensor(stream.rejected_safe)
-
-
-def preference_view(
-    policy: Tensor, reference: Tensor, stream: Stream, alpha: float, b1: float, tau: float
-) -> dict[str, dict[str, float]]:
-    """By safety quadrant: pairs, mean margin, mean target, share on the target's side (bfpo.quadrant_means).
-
-    policy, reference: summed log-probabilities [n, 2] of (chosen, rejected). The target is BFPO's whatever the model was
-    trained on, so models of different objectives can be set side by side.
-    """
-    change = (policy - reference).double()
-    safe = safety_labels(stream)
-    return quadrant_means(quadrant_sums(change[:, 0] - change[:, 1], label(*safe, alpha, b1), *safe, tau))
 
 
 # --- multiple choice -------------------------------------------------------------------------------------------------
@@ -324,15 +306,6 @@ def toy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 # These may differ when a run goes on: what they change is in files of its own, or is not kept.
 FREE = frozenset({"reference", "tasks", "data", "judge", "pairwise", "labelled", "out", "fresh", "device", "pairs", "prompt", "compare",
                   "max_new_tokens", "max_length", "max_prompt", "tau"})  # fmt: skip
-
-
-def quadrant_table(view: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [f"{'quadrant':<16}{'pairs':>8}{'margin':>10}{'target':>10}{'on target side':>16}"]
-    for name in QUADRANTS:
-        if name in view:
-            q = view[name]
-            lines.append(f"{name:<16}{q['pairs']:>8}{q['margin_nats']:>+10.2f}{q['target_nats']:>+10.1f}{q['target_side_share']:>16.1%}")
-    return "\n".join(lines)
 
 
 def local_source(folder: str, name: str) -> str:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bfpo import QUADRANTS, label, quadrant_means, quadrant_sums
+from bfpo import QUADRANTS
 from chat import Chat, Ids
 from data import Stream, batch_indices, deal, describe, load_stream, unevenness
-from eval import safety_labels
+from quadrants import quadrant_means, quadrant_sums, safety_labels
 from runtime import World
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def summarise(config: Config, rows: Rows, items: Tensor, outcome: Outcome, world
     if config.objective == "sft":
         return {"loss": world.sum(loss.sum()).item() / rows.scored[items].sum().item()}
     chosen_safe, rejected_safe = rows.chosen_safe[outcome.items], rows.rejected_safe[outcome.items]
-    g = label(chosen_safe, rejected_safe, config.alpha, config.b1)
-    view_QC = quadrant_sums(change[:, 0] - change[:, 1], g, chosen_safe, rejected_safe, config.tau)
+    view_QC = quadrant_sums(change[:, 0] - change[:, 1], chosen_safe, rejected_safe, config.alpha, config.b1, config.tau)
     change_QC = torch.zeros(4, 2).double().index_add(0, 2 * (~chosen_safe).long() + (~rejected_safe).long(), change)
     stream_losses = torch.zeros(len(rows.names)).double().index_add(0, rows.stream[outcome.items], loss)
     stream_losses, change_QC, view_QC = world.sum_all([stream_losses, change_QC, view_QC])

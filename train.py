@@ -37,9 +37,10 @@ import storage
 from bfpo import bfpo_loss, dpo_loss, ipo_loss, label, margin
 from chat import Chat
 from data import Stream
-from eval import my_packs, preference_view, quadrant_table, safety_labels, score
+from eval import my_packs, score
 from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
+from quadrants import preference_view, quadrant_table, safety_labels
 from rows import Outcome, Rows, open_streams, summarise
 from runtime import StopRequest, World
 from settings import from_command_line, listed, setting

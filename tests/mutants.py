@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 900
 TESTS = {  # subject -> the tests that must notice
-    "bfpo": ["tests/test_bfpo.py"],
+    "bfpo": ["tests/test_bfpo.py", "tests/test_quadrants.py"],
     "mask": ["tests/test_pack.py", "tests/test_model.py", "-k", "not compile"],
     "kernels": ["tests/test_model.py", "-k", "blocked or swiglu or rms_norm"],
     "schedule": ["tests/test_train.py", "tests/test_data.py", "-k", "learning_rate or batch or moves or permutation"],
@@ -47,9 +47,9 @@ MUTANTS = [
     ("bfpo", "bfpo.py", "torch.full_like(h, 0.5)", "torch.full_like(h, 1.0)"),
     ("bfpo", "bfpo.py", "logsigmoid(tau * h)", "logsigmoid(h)"),
     ("bfpo", "bfpo.py", "-torch.nn.functional.logsigmoid(tau * h)", "-torch.nn.functional.logsigmoid(-tau * h)"),
-    ("bfpo", "bfpo.py", "h.sign() * g.sign() > 0", "h > 0"),
-    ("bfpo", "bfpo.py", "h.sign() * g.sign() > 0", "h.sign() * g.sign() >= 0"),
-    ("bfpo", "bfpo.py", "[s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l]", "[s_w & s_l, ~s_w & s_l, s_w & ~s_l, ~s_w & ~s_l]"),
+    ("bfpo", "quadrants.py", "h.sign() * g.sign() > 0", "h > 0"),
+    ("bfpo", "quadrants.py", "h.sign() * g.sign() > 0", "h.sign() * g.sign() >= 0"),
+    ("bfpo", "quadrants.py", "[s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l]", "[s_w & s_l, ~s_w & s_l, s_w & ~s_l, ~s_w & ~s_l]"),
     ("bfpo", "bfpo.py", "if not (math.isfinite(tau) and tau > 0)", "if not (math.isfinite(tau) and tau >= 0)"),
     ("bfpo", "bfpo.py", "if not (math.isfinite(b1) and b1 > 1)", "if not (math.isfinite(b1) and b1 >= 1)"),
     ("bfpo", "bfpo.py", "- 2 * alpha * helpful_A", "- alpha * helpful_A"),

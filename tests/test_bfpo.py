@@ -3,12 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from bfpo import (
-    QUADRANTS,
     bfpo_loss,
     dpo_loss,
     ipo_loss,
@@ -17,8 +14,6 @@ from bfpo import (
     margin,
     optimum,
     population_reward,
-    quadrant_means,
-    quadrant_sums,
 )
 
 CHOSEN_SAFE = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)  # in the order of QUADRANTS
@@ -56,8 +51,6 @@ def test_label_refuses_what_is_not_a_label(bad, side):
     pair[side][1] = bad
     with pytest.raises(ValueError, match=rf"{('chosen_safe', 'rejected_safe')[side]} must .*got {bad}"):
         label(*pair)
-    with pytest.raises(ValueError, match="must hold only"):
-        quadrant_sums(torch.zeros(2), torch.zeros(2), *pair, tau=1.0)
     with pytest.raises(ValueError, match="got 2"):
         label(torch.tensor([2, 0]), torch.tensor([1, 0]))
 
@@ -147,7 +140,7 @@ def test_every_function_refuses_a_bad_tau(tau):
     """Claim: tau <= 0 or not finite is a ValueError that gives the value and the remedy. Oracle: the message."""
     h = torch.zeros(4)
     for call in (lambda: bfpo_loss(h, h, tau), lambda: ipo_loss(h, tau), lambda: dpo_loss(h, tau),
-                 lambda: quadrant_sums(h, h, h, h, tau), lambda: optimum(PAPER_PREFERENCE, PAPER_SAFE, tau)):
+                 lambda: optimum(PAPER_PREFERENCE, PAPER_SAFE, tau)):
         with pytest.raises(ValueError, match=rf"tau must be finite and > 0, got {tau}; pass"):
             call()
 
@@ -155,57 +148,9 @@ def test_every_function_refuses_a_bad_tau(tau):
 def test_shapes_that_would_broadcast_are_refused():
     """Claim: [N] with [N, 1] is an error in every pairwise function, not N x N pairs. Oracle: the message."""
     row, column = torch.zeros(3), torch.zeros(3, 1)
-    for call in (lambda: label(row, column), lambda: margin(row, row, column, row), lambda: bfpo_loss(row, column, 1.0),
-                 lambda: quadrant_sums(row, row, row, column, 1.0)):
+    for call in (lambda: label(row, column), lambda: margin(row, row, column, row), lambda: bfpo_loss(row, column, 1.0)):
         with pytest.raises(ValueError, match=r"one shape is needed, got .*\[3, 1\]"):
             call()
-
-
-# --------------------------------------------------------------------------------------------------------------- metrics
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(-200, 200)), max_size=30))
-def test_quadrant_means_equal_a_loop_over_pairs(pairs):
-    """Claim: means, targets and shares of each quadrant, empty ones left out. Oracle: a loop with ifs, no masks."""
-    safe = torch.tensor([pair[:2] for pair in pairs], dtype=torch.bool).reshape(-1, 2)
-    h = torch.tensor([x for _, _, x in pairs], dtype=torch.float64)
-    g = label(safe[:, 0], safe[:, 1])
-    means = quadrant_means(quadrant_sums(h, g, safe[:, 0], safe[:, 1], tau=0.01))
-    for quadrant, labels, target in zip(QUADRANTS, [(1, 1), (1, 0), (0, 1), (0, 0)], [50, 100, -100, -50], strict=True):
-        mine = [x for a, b, x in pairs if (a, b) == labels]
-        assert (quadrant in means) == bool(mine)
-        if mine:
-            found = means[quadrant]
-            assert found["pairs"] == len(mine) and isinstance(found["pairs"], int)
-            # fp32 labels / tau: 1e-6 relative; a float64 sum in another order: 1e-12
-            assert found["target_nats"] == pytest.approx(target, rel=1e-6)
-            assert found["margin_nats"] == pytest.approx(sum(mine) / len(mine), rel=1e-12, abs=1e-12)
-            assert found["target_side_share"] == sum(x > 0 if target > 0 else x < 0 for x in mine) / len(mine)
-
-
-def test_target_side_follows_the_targets_sign():
-    """Claim: h > 0 fails where the label asks for h < 0, and h = 0 is on no side. Oracle: defect 6 of the authors' code."""
-    g = label(CHOSEN_SAFE, REJECTED_SAFE)
-    for h, shares in ((5.0, [1, 1, 0, 0]), (-5.0, [0, 0, 1, 1]), (0.0, [0, 0, 0, 0])):
-        means = quadrant_means(quadrant_sums(torch.full((4,), h), g, CHOSEN_SAFE, REJECTED_SAFE, 1.0))
-        assert [means[quadrant]["target_side_share"] for quadrant in QUADRANTS] == shares
-
-
-def test_quadrant_sums_add_up_and_do_not_leak():
-    """Claim: sums of parts are the sum of the whole; a NaN stays in its quadrant; no gradient; labels of any dtype.
-    Oracle: the whole batch in one call."""
-    generator = torch.Generator().manual_seed(0)
-    safe = torch.randint(2, (2, 40), generator=generator)
-    h, g = torch.randn(40, generator=generator, requires_grad=True), label(*safe)
-    whole = quadrant_sums(h, g, *safe, 0.5)
-    parts = [quadrant_sums(h[part], g[part], *safe[:, part].bool(), 0.5) for part in (slice(0, 7), slice(7, 7), slice(7, 40))]
-    assert whole.dtype == torch.float64 and whole.shape == (4, 4) and not whole.requires_grad
-    torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-12)  # float64 sums in another order
-    broken = h.detach().clone()
-    broken[(safe[0] == 1) & (safe[1] == 1)] = math.nan
-    sums = quadrant_sums(broken, g, *safe, 0.5)
-    assert sums[0, 1].isnan() and torch.equal(sums[1:], whole[1:])
 
 
 # ---------------------------------------------------------------------------------------------------- the exact optimum
