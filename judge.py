@@ -282,9 +282,11 @@ class Examiner:
         short = [i for i, head in enumerate(heads) if len(head) <= self.longest]
         trees = [[heads[i], *self.tails] for i in short]
         logprobs = torch.zeros(len(heads), len(self.tails))
-        for items in deal([sum(map(len, tree)) for tree in trees], self.world.size, SCORED_PACK_TOKENS)[self.world.rank]:
-            pack = Pack.build([trees[item] for item in items]).to(self.world.device)
-            logprobs[[short[item] for item in items]] = self.model.logprobs(pack).float().cpu().reshape(len(self.tails), -1).T
+        packs = deal([sum(map(len, tree)) for tree in trees], self.world.size, SCORED_PACK_TOKENS)[self.world.rank]
+        found = [self.model.logprobs(Pack.build([trees[item] for item in items]).to(self.world.device)) for items in packs]
+        if packs:  # off the device after the last: none waits for another
+            whole = torch.cat([each.float().reshape(len(self.tails), -1).T for each in found]).cpu()
+            logprobs[[short[item] for items in packs for item in items]] = whole
         columns = torch.split(self.world.sum(logprobs).double(), list(map(len, self.branches.values())), 1)
         of_reply = torch.stack([column.logsumexp(1) for column in columns], 1)
         if not of_reply.isfinite().all():

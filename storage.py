@@ -454,5 +454,5 @@ def step_line(row: Mapping[str, Any]) -> str:
     short = {"both_safe": "safe/safe", "chosen_safe": "safe/unsafe", "rejected_safe": "unsafe/safe", "both_unsafe": "unsafe/unsafe"}
     margins = [f"{short[name]} {q['margin_nats']:+.1f}->{q['target_nats']:+.1f}" for name, q in row.get("quadrants", {}).items()]
     parts += [f"h {', '.join(margins)}"] if margins else []
-    parts += [f"lr {row['lr']:.2g}", f"{row['pairs_per_s']:.0f} rows/s", f"{row['tokens_per_s']:.0f} tokens/s"]
+    parts += [f"lr {row['lr']:.2g}", f"{row['rows_per_s']:.0f} rows/s", f"{row['tokens_per_s']:.0f} tokens/s"]
     return "  ".join([*parts, f"{row['memory_gib']:.2f} GiB"])

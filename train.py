@@ -319,7 +319,7 @@ def optimize(
             optimizer.zero_grad()
 
             done, seconds = step + 1, time.monotonic() - began
-            row |= {"pairs_per_s": len(items) / seconds, "tokens_per_s": rows.tokens[items].sum().item() / seconds}
+            row |= {"rows_per_s": len(items) / seconds, "tokens_per_s": rows.tokens[items].sum().item() / seconds}
             row["memory_gib"] = runtime.memory_gib(world.device)
             if done == math.ceil(config.warmup * steps) + 1:  # the first step at the peak learning rate
                 row["moved_share"] = sample.moved_share(world)

@@ -214,7 +214,7 @@ def test_log_and_curves_have_it_all(finished: Path, tmp_path: Path) -> None:
     Oracle: a quadrant's margin is its chosen change minus its rejected one; the total is the quadrants' mean by pairs.
     """
     for row in log_of(finished):
-        assert {"grad_norm", "lr", "safety_loss", "helpfulness_loss", "pairs_per_s", "tokens_per_s", "memory_gib"} <= row.keys()
+        assert {"grad_norm", "lr", "safety_loss", "helpfulness_loss", "rows_per_s", "tokens_per_s", "memory_gib"} <= row.keys()
         views = row["quadrants"]
         assert isinstance(views, dict) and sum(view["pairs"] for view in views.values()) == 8
         for view in views.values():
