@@ -69,14 +69,14 @@ class BlockedAttention(torch.autograd.Function):
         q, k, v = this._group_first(q, G, tables[:2]), this._group_first(k, G, tables[2:]), this._group_first(v, G)
         ctx.tables, ctx.plan, ctx.T, R, out = tables, plan, T, H // G, torch.empty_like(q, dtype=torch.float32)
         keys_of_rows = sum((rows.stop - rows.start) * (seen.stop - seen.start) for _, blocks in plan for rows, seen, _ in blocks)
-        kept = list[Tensor]()
+        keep, kept = any(ctx.needs_input_grad) and keys_of_rows <= KEPT_KEYS * T, list[Tensor]()
         for spans, blocks in plan:
             keys, values = this._keys(k, spans), this._keys(v, spans)
             for rows, seen, bias in blocks:
                 block = slice(rows.start * R, rows.stop * R)
                 p = this._probabilities(q[:, block].float(), keys[:, seen], bias)
                 torch.bmm(p, values[:, seen], out=out[:, block])
-                if keys_of_rows <= KEPT_KEYS * T:
+                if keep:
                     kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         return this._token_first(out, T).to(q.dtype)

@@ -102,6 +102,8 @@ MUTANTS = [
     ("kernels", "kernels.py", "torch.addcmul(b * cos, a, sin)", "torch.addcmul(b * cos, a, sin, value=-1)"),
     ("kernels", "kernels.py", "                        x[:, span] = part", "                        x[:, span] += part"),
     ("kernels", "kernels.py", "            if len(spans) > 1:", "            if False:"),
+    ("kernels", "kernels.py", "keys_of_rows <= KEPT_KEYS * T", "keys_of_rows >= KEPT_KEYS * T"),
+    ("kernels", "kernels.py", "            kept.append(p)", "            kept.insert(0, p)"),
     ("kernels", "kernels.py", "alike: bool = False", "alike: bool = True"),
     ("kernels", "kernels.py", "((dgate, dgate_part), (dup, dup_part))", "((dgate, dup_part), (dup, dgate_part))"),
     ("kernels", "kernels.py", "(dgate_part @ gate).addmm_(dup_part, up)", "dgate_part @ gate"),
