@@ -192,6 +192,13 @@ class SwiGLU(torch.autograd.Function):
         return dx_TD if dx_TD is None else dx_TD.view_as(grads[0]), dgate, dup, ddown
 
 
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """SwiGLU; for torch.compile as plain operations, since its loop over rows would be compiled anew for every number of them."""
+    if torch.compiler.is_compiling():
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return SwiGLU.apply(x, gate, up, down)
+
+
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, by a third of the passes that autograd makes of it. Nothing here
     is changed in place and returned, nor cast to what it is: torch 2.11 compiles a gradient of zeros for that."""

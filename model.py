@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from chat import read_object
-from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotary, rotated, row_logprobs
+from kernels import BlockedAttention, blocked_plan, rms_norm, rotary, rotated, row_logprobs, swiglu
 from sources import snapshot
 from weights import fill, slices, write_safetensors
 
@@ -282,7 +282,7 @@ class Block(nn.Module):
         heads = self.self_attn.q_proj(queries), self.self_attn.k_proj(normed), self.self_attn.v_proj(normed)
         x = x + self.self_attn.o_proj(attend(*(y.unflatten(-1, (-1, self.K)) for y in heads)).flatten(-2))
         normed = self.post_attention_layernorm(x)
-        return x + SwiGLU.apply(normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight)
+        return x + swiglu(normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight)
 
 
 def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -296,13 +296,19 @@ def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Te
     return ids.gather(-1, place).squeeze(-1)
 
 
+@functools.cache
+def step_on(kind: str) -> Callable[..., Tensor] | None:
+    """A block where each of several rows has one token: on a GPU compiled, one graph for all, else the GPU would wait for Python."""
+    return torch.compile(Block.forward, dynamic=True, fullgraph=True) if kind == "cuda" else None
+
+
 class Cache:
     """Keys and values of a batch of sequences of different lengths: every row goes on at its own position."""
 
     def __init__(self, model: Mistral, rows: int, capacity: int) -> None:
         config, like = model.config, model.head
-        self.model, self.lengths = model, torch.zeros(rows, dtype=torch.long, device=like.device)
-        shape = (2, rows, capacity, config.num_key_value_heads, config.head_dim)
+        self.model, self.lengths, self.capacity = model, torch.zeros(rows, dtype=torch.long, device=like.device), -(-capacity // 8) * 8
+        shape = (2, rows, self.capacity, config.num_key_value_heads, config.head_dim)
         # zeros, not empty: a masked key of garbage that is not finite would still reach the output, as 0 x NaN
         self.layers = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
 
@@ -313,7 +319,8 @@ class Cache:
         tokens = pad_sequence([torch.as_tensor(part, dtype=torch.long) for part in parts], batch_first=True).to(device)
         counts, (B, n) = torch.tensor([len(part) for part in parts], device=device), tokens.shape
         positions, row = self.lengths[rows, None] + torch.arange(n, device=device), torch.arange(B, device=device)
-        known = torch.arange(int(positions.max()) + 1, device=device)
+        step = step_on(device.type) if n == 1 < B else None
+        known = torch.arange(self.capacity if step else int(positions.max()) + 1, device=device)  # all: shapes stay, and nothing waits
         turns, seen = rotary(positions, config.rope_theta, config.head_dim), in_reach(positions.unsqueeze(-1), known, config.sliding_window)
         G, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         mask = seen.repeat_interleave(group, 1).unsqueeze(1)  # a group's query heads are rows of one product with its keys
@@ -330,7 +337,8 @@ class Cache:
 
         x = self.model.model.embed_tokens(tokens)
         for block, layer in zip(self.model.model.layers, self.layers, strict=True):
-            x = block(x, attend_with(layer[:, rows]))
+            attend = attend_with(layer[:, rows])
+            x = step(block, x, attend) if step else block(x, attend)
         self.lengths[rows] += counts
         return F.linear(self.model.model.norm(x[row, counts - 1]), self.model.head).float()
 

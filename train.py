@@ -95,7 +95,7 @@ class Config:
     # system
     device: str = setting("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", "compute and frozen weights; auto = bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
-    pack_tokens: int = setting(0, "tokens of a pack; a longer pair is a pack alone; 0 = 8192 on a GPU, 2048 on a CPU", least=0)
+    pack_tokens: int = setting(0, "tokens of a pack; a longer pair is a pack alone; 0 = 8192 on a GPU, 1536 on a CPU", least=0)
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass")
     replicate: int = setting(1, "copies of the sharded model (nodes, usually); processes are shared out evenly", least=1)
 
@@ -115,7 +115,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "redteam": {"model": "HuggingFaceH4/zephyr-7b-beta", "batch": 16},
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PACK_TOKENS = {"cpu": 2048, "cuda": 8192}  # what fills a GPU; larger packs make a CPU hardly faster, and hold more
+PACK_TOKENS = {"cpu": 1536, "cuda": 8192}  # what fills a GPU; a larger pack makes a CPU hardly faster, and holds more
 
 
 def check(config: Config) -> Config:

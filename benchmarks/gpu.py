@@ -18,8 +18,7 @@ trains (fp32), the rest is bfloat16.
                  these do not fit, which is then said.
     attention    one layer's attention of a pack by FlexAttention, and of the same pairs as padded rows by SDPA, 4 pairs at a time
     profile      the time of one step on the device, by kind of kernel
-    compiled     `step` with every block under torch.compile, which gets SwiGLU as plain operations: the step's own function has a loop over
-                 rows, which would be compiled anew for every length
+    compiled     `step` with every block under torch.compile
     generate     benchmarks/generate.py with 8 of the 32 layers
 """
 
@@ -42,7 +41,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,7 +49,6 @@ import torch.nn.functional as F
 from common import Stream, draw_lengths, pairs_of, record_part
 from torch import Tensor
 
-import model as model_file
 import plan
 import runtime
 import train
@@ -288,10 +285,6 @@ def randomise(model: Mistral, _: Any) -> None:
         local.fill_(1.0) if p.dim() == 1 else local.normal_(0, 0.02)
 
 
-def plain_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-
-
 def step(scale: Scale, device: str, say: Say, compiled: bool = False) -> None:
     """The largest pack without checkpointing comes last: where it does not fit, the process ends with it."""
     run, rows = Run(scale, device, scale.timed + 1), list[dict[str, Any]]()
@@ -302,7 +295,6 @@ def step(scale: Scale, device: str, say: Say, compiled: bool = False) -> None:
     cases = [(scale.packs[0], False), (scale.packs[1], False), *((tokens, True) for tokens in scale.packs), (scale.packs[2], False)]
     if compiled:
         cases = cases[:1]
-        model_file.SwiGLU = SimpleNamespace(apply=plain_swiglu)  # type: ignore[assignment]
         for block in run.model.model.layers:
             block.compile(dynamic=True)
     for pack_tokens, checkpoint_blocks in cases:
@@ -468,7 +460,7 @@ def generate(scale: Scale, device: str, say: Say) -> None:
         raise NotMeasured("transformers is not installed")
     command = [sys.executable, str(Path(__file__).with_name("generate.py")), "--device", device, "--dtype", "bfloat16", *scale.generate]
     done = subprocess.run([*command, "--threads", str(torch.get_num_threads())], stdout=subprocess.PIPE, text=True, check=True)
-    say(arguments=list(scale.generate), lines=done.stdout.splitlines()[-4:])
+    say(arguments=list(scale.generate), lines=done.stdout.splitlines()[-6:])
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from model import Config, Mistral, choose
+from model import Block, Config, Mistral, choose
 
 CONFIG = Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 head_dim=8)  # fmt: skip
@@ -47,6 +48,22 @@ def test_generate_does_not_depend_on_the_batch() -> None:
         assert together == [model.generate([p], 15, **how, seeds=[s])[0] for p, s in zip(prompts, seeds, strict=True)]
         assert together[::-1] == model.generate(prompts[::-1], 15, **how, seeds=seeds[::-1], batch=2)
         assert together != model.generate(prompts, 15, **how, seeds=[9] * 12)
+
+
+def test_a_gpu_s_compiled_step_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the block that a GPU runs compiled gives what it gives uncompiled, over all of the cache's places and while rows leave; all
+    layers, lengths, batches and models of one shape share one graph. Oracle: uncompiled generation; the compiler's counts. The graph is
+    run as torch operations: what kernels are made of it is the compiler's."""
+    torch._dynamo.reset()
+    counters.clear()
+    models, batches, prompts = [model_with(6), model_with(6)], (7, 5), PROMPTS + [p[::-1] for p in PROMPTS[:3]]
+    models[1].init_weights(3)
+    expected = [m.generate(prompts, 20, temperature=0.8, stop_ids=(7, 30), batch=n) for m in models for n in batches]
+    assert len({len(answer) for answer in expected[0]}) > 2
+    compiled = torch.compile(Block.forward, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr("model.step_on", lambda kind: compiled)
+    assert expected == [m.generate(prompts, 20, temperature=0.8, stop_ids=(7, 30), batch=n) for m in models for n in batches]
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_generate_stops_where_asked_and_frees_the_row() -> None:
