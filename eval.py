@@ -424,8 +424,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--pairs needs --reference DIR: a margin is measured over the reference")
     if options.prompt is not None and not options.prompt.strip():
         parser.error("--prompt must hold text")
-    if options.max_new_tokens < 1 or not options.tau > 0 or not 1 <= options.max_prompt < options.max_length:
-        parser.error("--max_new_tokens must be >= 1, --tau > 0, and --max_prompt in [1, max_length)")
+    if options.max_new_tokens < 1 or not 0 < options.tau < math.inf or not 1 <= options.max_prompt < options.max_length:
+        parser.error("--max_new_tokens must be >= 1, --tau finite and > 0, and --max_prompt in [1, max_length)")
     if options.labelled and not (options.judge and options.tasks):
         parser.error("--labelled needs --tasks and --judge: it is the judge of their answers that is held to the labels")
     if options.tasks:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTENTION_BLOCK = 64  # query rows whose scores a CPU computes at once
-KEPT_KEYS = 512  # of a row, on average: up to here probabilities are kept for the backward, at head size 64 half as much as all else is
+KEPT_KEYS = 768  # keys that a block may see for its probabilities to be kept for the backward: each is 4 bytes a head and row
 MLP_ROWS = 512  # rows of the feed-forward's pointwise part that a CPU holds at once
 HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
 
@@ -37,7 +37,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class BlockedAttention(torch.autograd.Function):
     """Attention of a pack on a CPU, rotation included: a block of rows at a time against the keys it may see. Probabilities are kept for
-    the backward, or computed again where rows see more than KEPT_KEYS. A plan lists (spans, blocks): the tokens of the spans are the keys
+    the backward, or computed again of blocks that see over KEPT_KEYS. A plan lists (spans, blocks): the tokens of the spans are the keys
     of the blocks, each (rows, the keys they see, bias); bias [rows, 1, c], 0 or -inf, masks the last c of these. Faster than two SDPA calls
     a pair: a group's query heads are rows of one product, and nothing masked is computed but at the diagonal. Inside, the group comes
     first: q [G, T H/G, K], k and v [G, T, K]."""
@@ -68,16 +68,14 @@ class BlockedAttention(torch.autograd.Function):
         this, (T, H, _), G = BlockedAttention, q.shape, k.shape[1]
         q, k, v = this._group_first(q, G, tables[:2]), this._group_first(k, G, tables[2:]), this._group_first(v, G)
         ctx.tables, ctx.plan, ctx.T, R, out = tables, plan, T, H // G, torch.empty_like(q, dtype=torch.float32)
-        keys_of_rows = sum((rows.stop - rows.start) * (seen.stop - seen.start) for _, blocks in plan for rows, seen, _ in blocks)
-        keep, kept = any(ctx.needs_input_grad) and keys_of_rows <= KEPT_KEYS * T, list[Tensor]()
+        limit, kept = KEPT_KEYS * any(ctx.needs_input_grad), list[Tensor | None]()
         for spans, blocks in plan:
             keys, values = this._keys(k, spans), this._keys(v, spans)
             for rows, seen, bias in blocks:
                 block = slice(rows.start * R, rows.stop * R)
                 p = this._probabilities(q[:, block].float(), keys[:, seen], bias)
                 torch.bmm(p, values[:, seen], out=out[:, block])
-                if keep:
-                    kept.append(p)
+                kept.append(p if p.shape[-1] <= limit else None)
         ctx.save_for_backward(q, k, v, *kept)
         return this._token_first(out, T).to(q.dtype)
 
@@ -86,13 +84,13 @@ class BlockedAttention(torch.autograd.Function):
         this, (q, k, v, *kept), (cos, sin, cos_keys, sin_keys) = BlockedAttention, ctx.saved_tensors, ctx.tables
         scale, R, dout = q.shape[-1] ** -0.5, q.shape[1] // ctx.T, this._group_first(grads[0], len(q))
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
-        kept = iter(kept)
+        next_kept = iter(kept)
         for spans, blocks in ctx.plan:
             keys, values, dkeys, dvalues = (this._keys(x, spans) for x in (k, v, dk, dv))
             for rows, seen, bias in blocks:
                 block = slice(rows.start * R, rows.stop * R)
                 q_block, dout_block = q[:, block].float(), dout[:, block].float()
-                p = next(kept, None)
+                p = next(next_kept)
                 p = this._probabilities(q_block, keys[:, seen], bias) if p is None else p
                 dvalues[:, seen].baddbmm_(p.mT, dout_block)
                 dscores = torch.ops.aten._softmax_backward_data(torch.bmm(dout_block, values[:, seen].mT), p, -1, p.dtype)

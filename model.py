@@ -227,12 +227,17 @@ def visible(pack: Pack, window: int | None) -> Callable[[Any, Any, Any, Any], Te
 
 
 @functools.cache
-def flex_on(kind: str) -> Callable[..., Any] | None:
-    """FlexAttention where it has a backward, on a GPU; compiled, a few graphs for packs of every length."""
+def compiled_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function compiled on a GPU, in a few graphs for shapes of every length."""
     if kind != "cuda":
         return None
-    torch._dynamo.config.recompile_limit = 64  # each model of a process has its own; past the limit attention would hold every score
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    torch._dynamo.config.recompile_limit = 64  # each model of a process has its own; past the limit nothing more would be compiled
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def flex_on(kind: str) -> Callable[..., Any] | None:
+    """FlexAttention where it has a backward, on a GPU."""
+    return compiled_on(kind, flex_attention)
 
 
 def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None) -> Attend:
@@ -296,18 +301,13 @@ def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Te
     return ids.gather(-1, place).squeeze(-1)
 
 
-@functools.cache
-def step_on(kind: str) -> Callable[..., Tensor] | None:
-    """A block where each of several rows has one token: on a GPU compiled, one graph for all, else the GPU would wait for Python."""
-    return torch.compile(Block.forward, dynamic=True, fullgraph=True) if kind == "cuda" else None
-
-
 class Cache:
     """Keys and values of a batch of sequences of different lengths: every row goes on at its own position."""
 
     def __init__(self, model: Mistral, rows: int, capacity: int) -> None:
         config, like = model.config, model.head
-        self.model, self.lengths, self.capacity = model, torch.zeros(rows, dtype=torch.long, device=like.device), -(-capacity // 8) * 8
+        self.model, self.lengths = model, torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.capacity = -(-capacity // 8) * 8  # as compiled attention wants its mask aligned
         shape = (2, rows, self.capacity, config.num_key_value_heads, config.head_dim)
         # zeros, not empty: a masked key of garbage that is not finite would still reach the output, as 0 x NaN
         self.layers = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
@@ -319,8 +319,9 @@ class Cache:
         tokens = pad_sequence([torch.as_tensor(part, dtype=torch.long) for part in parts], batch_first=True).to(device)
         counts, (B, n) = torch.tensor([len(part) for part in parts], device=device), tokens.shape
         positions, row = self.lengths[rows, None] + torch.arange(n, device=device), torch.arange(B, device=device)
-        step = step_on(device.type) if n == 1 < B else None
-        known = torch.arange(self.capacity if step else int(positions.max()) + 1, device=device)  # all: shapes stay, and nothing waits
+        # One token of each of several rows: a GPU would wait for Python between its small kernels. Over all places shapes stay alike.
+        step = compiled_on(device.type, Block.forward) if n == 1 < B else None
+        known = torch.arange(self.capacity if step else int(positions.max()) + 1, device=device)
         turns, seen = rotary(positions, config.rope_theta, config.head_dim), in_reach(positions.unsqueeze(-1), known, config.sliding_window)
         G, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         mask = seen.repeat_interleave(group, 1).unsqueeze(1)  # a group's query heads are rows of one product with its keys
@@ -391,7 +392,7 @@ def load_weights(model: Mistral, folder: str | Path) -> None:
 
 
 class Mistral(nn.Module):
-    """The language model. Blocks are called as modules, so that the hooks of FSDP2 and torch.compile act on each."""
+    """The language model. Blocks are called as modules, so that hooks of FSDP2 and torch.compile act on each; not so in `generate`."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from data import Stream, batch_indices
+from data import Stream, batch_indices, deal
 from kernels import ATTENTION_BLOCK, HEAD_CHUNK, KEPT_KEYS, MLP_ROWS
 from model import Config
 from runtime import World, duration
@@ -54,7 +54,7 @@ class Load:
     packs: int  # of a rank in a step: with two or more, gradients are there while activations are
     checkpoint_blocks: bool
     processes: int = 1  # of the run: FSDP2 gathers copies of a model too
-    seen: tuple[float, float] = (math.inf, math.inf)  # keys of a token's row, and of a scored one's, on average
+    seen: tuple[float, float] = (0.0, 0.0)  # on a CPU: keys a row whose probabilities are kept, of all rows and of the scored ones
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
         """(name, block or -1, shape, rows, reached) of each weight in the order of the forward. reached: the gradient goes on below it."""
@@ -80,16 +80,20 @@ def _place(name: str) -> tuple[int, int]:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def keys_of_rows(lengths: np.ndarray, scored: bool) -> int:
-    """The keys of all rows, or of all scored ones, that attention on a CPU computes for trees of these lengths [n, prompt and responses]:
-    by blocks, each up to its last row's."""
-    prompt, total = lengths[:, 0], 0
+def kept_keys(lengths: np.ndarray, window: int | None, scored: bool) -> np.ndarray:
+    """How many probabilities a head keeps of each tree on a CPU, [n], of these lengths [n, prompt and responses]: BlockedAttention's blocks
+    one by one, of all rows or of the scored ones. Of trees that share a block it is the most that this can be."""
+    lengths = lengths.astype(np.int64)
+    prompt, kept = lengths[:, 0], np.zeros(len(lengths), np.int64)
     for i in range(1, lengths.shape[1]):
         extra = prompt * (i == 1 and not scored)  # the prompt's rows go with the first response's
         rows, ahead = lengths[:, i] + extra, prompt - extra - scored
-        full, rest = rows // ATTENTION_BLOCK, rows % ATTENTION_BLOCK
-        total += int((rows * ahead + ATTENTION_BLOCK**2 * full * (full + 1) // 2 + rest * rows).sum())
-    return total
+        for start in range(0, int(rows.max(initial=0)), ATTENTION_BLOCK):
+            block = (rows - start).clip(0, ATTENTION_BLOCK)
+            keys = np.minimum(ahead + start + block, block - 1 + (window or 2**40))
+            kept += block * keys * (keys <= KEPT_KEYS)
+    own = lengths[:, 1:].sum(1) if scored else lengths.sum(1)
+    return np.where(lengths.sum(1) <= ATTENTION_BLOCK, own * ATTENTION_BLOCK, kept)
 
 
 def saved_bytes(load: Load) -> list[float]:
@@ -115,8 +119,7 @@ def saved_bytes(load: Load) -> list[float]:
         elif module == "o_proj":
             attention = rows * HK + 2 * T * GK + (rows * HK if cuda else 0)  # q, k, v; FlexAttention its output and a sum a row too
             flows = reached  # nothing below it needs its gradient otherwise
-            seen = load.seen[block == last]
-            beside = 1 if cuda else seen * (seen <= KEPT_KEYS)
+            beside = 1 if cuda else load.seen[block == last]
             kept[block] += flows * (attention * e + 4 * H * rows * beside) + (trains and not (cuda and flows)) * rows * HK * e
         elif module == "down_proj":
             kept[block] += flows * 2 * rows * F * e  # gate and up
@@ -246,7 +249,7 @@ class Step:
     longest: int  # tokens of the longest row
     share: int  # tokens of a rank in the largest step
     scored: float  # share of the tokens that are scored
-    seen: tuple[float, float] = (math.inf, math.inf)  # as Load's
+    seen: tuple[float, float] = (0.0, 0.0)  # as Load's
 
     def with_budget(self, load: Load, pack_tokens: int) -> Load:
         """The load of packs of at most `pack_tokens` tokens; a longer row is a pack alone, and no pack holds more than the step."""
@@ -264,14 +267,20 @@ class Step:
         return low
 
 
-def step_of(config: RunConfig, streams: Mapping[str, Stream], steps: int, size: int) -> Step:
+def step_of(config: RunConfig, streams: Mapping[str, Stream], steps: int, size: int, window: int | None = None) -> Step:
     """From the lengths of the rows and the order in which the first steps draw them."""
-    drawn = [sum(int(stream.lengths[batch_indices(len(stream), config.batch, config.seed, step, name)].sum())
-                 for name, stream in streams.items()) for step in range(min(steps, STEPS_LOOKED_AT))]  # fmt: skip
     lengths = np.concatenate([stream.lengths for stream in streams.values()])
-    longest, tokens, scored = int(lengths.sum(1).max()), int(lengths.sum()), int(lengths[:, 1:].sum())
-    seen = keys_of_rows(lengths, False) / tokens, keys_of_rows(lengths, True) / scored
-    return Step(longest, max(longest, math.ceil(max(drawn) / size)), scored / tokens, seen)
+    starts = np.cumsum([0, *(len(stream) for stream in streams.values())])
+    drawn = [np.concatenate([start + batch_indices(len(stream), config.batch, config.seed, step, name)
+                             for start, (name, stream) in zip(starts, streams.items(), strict=False)])
+             for step in range(min(steps, STEPS_LOOKED_AT))]  # fmt: skip
+    trees, tokens, scored = lengths.sum(1), int(lengths.sum()), int(lengths[:, 1:].sum())
+    longest = int(trees.max())
+    found = Step(longest, max(longest, math.ceil(max(int(trees[rows].sum()) for rows in drawn) / size)), scored / tokens)
+    packs = [rows[pack] for rows in drawn for packs in deal(trees[rows].tolist(), size, config.pack_tokens) for pack in packs]
+    largest = min(max(config.pack_tokens, longest), found.share)
+    every, last = (max(int(kept[pack].sum()) for pack in packs) for kept in (kept_keys(lengths, window, part) for part in (False, True)))
+    return replace(found, seen=(every / largest, last / (largest * found.scored)))
 
 
 def memory_lines(load: Load, step: Step, pack_tokens: int, room: float) -> tuple[list[str], str]:
@@ -298,7 +307,7 @@ def memory_lines(load: Load, step: Step, pack_tokens: int, room: float) -> tuple
 
 def announce(config: RunConfig, model: Config, trained: frozenset[str], streams: Mapping[str, Stream], steps: int, world: World) -> None:
     """Print the plan of a run, on rank 0. What does not fit is a warning, and in a dry run a ValueError."""
-    step, shards = step_of(config, streams, steps, world.size), world.size // config.replicate
+    step, shards = step_of(config, streams, steps, world.size, model.sliding_window), world.size // config.replicate
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     load = step.with_budget(Load(model, trained, dtype, world.device.type, shards, 1, 1, 1, config.checkpoint_blocks, world.size),
                             config.pack_tokens)  # fmt: skip

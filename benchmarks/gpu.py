@@ -458,7 +458,7 @@ def profile(scale: Scale, device: str, say: Say) -> None:
 def generate(scale: Scale, device: str, say: Say) -> None:
     if importlib.util.find_spec("transformers") is None:
         raise NotMeasured("transformers is not installed")
-    command = [sys.executable, str(Path(__file__).with_name("generate.py")), "--device", device, "--dtype", "bfloat16", *scale.generate]
+    command = [sys.executable, str(Path(__file__).with_name("generate.py")), "--device", device, "--dtype", "bfloat16", "--rounds", "3", *scale.generate]
     done = subprocess.run([*command, "--threads", str(torch.get_num_threads())], stdout=subprocess.PIPE, text=True, check=True)
     say(arguments=list(scale.generate), lines=done.stdout.splitlines()[-6:])
 
@@ -469,7 +469,7 @@ def generate(scale: Scale, device: str, say: Say) -> None:
 PARTS: dict[str, tuple[Callable[[Scale, str, Say], None], int]] = {
     "check": (check, 240), "step": (step, 170), "train20": (train20, 150), "trl_best": (lambda *a: trl_part(*a, best=True), 110),
     "trl_default": (lambda *a: trl_part(*a, best=False), 110), "attention": (attention, 60), "profile": (profile, 80),
-    "compiled": (compiled, 120), "generate": (generate, 100),
+    "compiled": (compiled, 120), "generate": (generate, 200),
 }  # fmt: skip
 
 

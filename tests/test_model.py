@@ -1,11 +1,11 @@
 """model.py against transformers, log_softmax in float64, and its own unsharded, uncompiled, unchecked self."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -347,22 +347,27 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
 
 
 def test_kept_and_recomputed_probabilities_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: probabilities are kept where rows see KEPT_KEYS keys on average, and not where they see more; neither changes a bit of the
-    gradients. Oracle: the tensors that autograd keeps; each way against the other."""
+    """Claim: probabilities are kept of blocks that see up to KEPT_KEYS keys, of none where no gradient is wanted; neither changes a bit of
+    the gradients. Oracle: the tensors that autograd keeps; each way against the other."""
     torch.manual_seed(0)
     pack = Pack.build([[[0] * n for n in sizes] for sizes in [(100, 70, 90), (3, 4, 5)]])
-    sees, rows, T = visible(pack, None), torch.arange(len(pack.tokens)), len(pack.tokens)
-    ours = [torch.randn(T, heads, 16).requires_grad_() for heads in (4, 2, 2)]
+    sees, rows = visible(pack, None), torch.arange(len(pack.tokens))
+    ours = [torch.randn(len(rows), heads, 16).requires_grad_() for heads in (4, 2, 2)]
     plan = blocked_plan(pack.lengths, sees, rows, False, None)
-    pairs = sum((own.stop - own.start) * (seen.stop - seen.start) for _, blocks in plan for own, seen, _ in blocks)
-    found = []
-    for limit in (math.ceil(pairs / T), pairs // T):
+    blocks = [(own.stop - own.start, seen.stop - seen.start) for _, blocks in plan for own, seen, _ in blocks]
+    found = {}
+    for limit in (0, 128, 1000):
         monkeypatch.setattr("kernels.KEPT_KEYS", limit)
         out = BlockedAttention.apply(*ours, rotary(pack.positions, 1e4, 16) * 2, plan)
-        kept = sum(x.numel() for x in out.grad_fn.saved_tensors)
-        found.append((kept, *torch.autograd.grad(out.square().sum(), ours)))
-    assert found[0][0] - found[1][0] == 4 * pairs
-    assert all(map(torch.equal, found[0][1:], found[1][1:]))
+        found[limit] = torch.autograd.grad(out.square().sum(), ours, retain_graph=True)
+        kept = [x.numel() for x in out.grad_fn.saved_tensors[3:] if x is not None]
+        assert kept == [4 * own * seen for own, seen in blocks if seen <= limit]
+        assert all(map(torch.equal, found[limit], found[0]))
+    assert any(seen == 128 for _, seen in blocks)
+    with torch.no_grad():
+        context = SimpleNamespace(needs_input_grad=(False,) * 5, save_for_backward=lambda *kept: found.update(kept=kept))
+        BlockedAttention.forward(context, *ours, rotary(pack.positions, 1e4, 16) * 2, plan)
+    assert len(found["kept"]) == 3 + len(blocks) and not any(x is not None for x in found["kept"][3:])
 
 
 @pytest.mark.skipif(not CXX, reason="torch.compile needs a C++ compiler")
