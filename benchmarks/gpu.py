@@ -458,8 +458,9 @@ def profile(scale: Scale, device: str, say: Say) -> None:
 def generate(scale: Scale, device: str, say: Say) -> None:
     if importlib.util.find_spec("transformers") is None:
         raise NotMeasured("transformers is not installed")
-    command = [sys.executable, str(Path(__file__).with_name("generate.py")), "--device", device, "--dtype", "bfloat16", "--rounds", "3"]
-    done = subprocess.run([*command, *scale.generate, "--threads", str(torch.get_num_threads())], stdout=subprocess.PIPE, text=True, check=True)
+    flags = {"device": device, "dtype": "bfloat16", "threads": str(torch.get_num_threads()), "rounds": "3"}
+    command = [str(Path(__file__).with_name("generate.py")), *(part for name, value in flags.items() for part in (f"--{name}", value))]
+    done = subprocess.run([sys.executable, *command, *scale.generate], stdout=subprocess.PIPE, text=True, check=True)
     say(arguments=list(scale.generate), lines=done.stdout.splitlines()[-6:])
 
 
