@@ -1,7 +1,9 @@
-"""The kernels that torch generates for FlexAttention on a GPU, on a machine without one. Needs triton, which torch's CUDA builds bring.
+"""The kernels that torch generates for a GPU, on a machine without one: FlexAttention's, and those of generation's steps. Needs triton,
+which torch's CUDA builds bring.
 
     TRITON_INTERPRET=1 PYTHONPATH=. python tests/gpu_kernels.py     run by Triton's interpreter, beside the CPU's form of attention
-    PYTHONPATH=. python tests/gpu_kernels.py                        compiled to an H100's machine code, with a 7B's heads in bfloat16
+    PYTHONPATH=. python tests/gpu_kernels.py                        compiled to an H100's machine code, with a 7B's heads in bfloat16;
+                                                                    generation's as well
 
 Prints one JSON object. torch takes CPU tensors for a GPU's here, by private names: seen to work with torch 2.11.0 and 2.13.0.
 """
@@ -116,7 +118,10 @@ def main() -> dict[str, Any]:
     model_file.flex_on = lambda kind: on_gpu("cuda")
     for sizes in ((300, 100, 90), (900, 500, 500)):
         values_and_gradients(model, Pack.build([[[1] * n for n in sizes]]))
-    return {"kernels": found}
+    of_packs, compiled_on = len(found), model_file.compiled_on
+    model_file.compiled_on = lambda kind, function: compiled_on("cuda", function)
+    model.generate([[1, 2], [3], [4, 5, 6]], 3)
+    return {"kernels": found[:of_packs], "generation": found[of_packs:]}
 
 
 if __name__ == "__main__":

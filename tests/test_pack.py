@@ -190,12 +190,13 @@ def test_flex_attention_kernels_of_a_gpu_equal_the_cpu_form(tmp_path: Path) -> N
 
 
 @pytest.mark.slow  # a minute
-def test_flex_attention_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """Claim: with a 7B's heads in bfloat16 the kernels become machine code of an H100 whose shared memory it has. Oracle: Triton's compiler
-    and the 227 KiB of a block there."""
-    kernels = gpu_kernels(tmp_path, TRITON_INTERPRET="0")["kernels"]
-    assert {"forward", "backward"} == {"backward" if "backward" in k["kernel"] else "forward" for k in kernels}
-    for kernel in kernels:
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Claim: with a 7B's heads in bfloat16 the kernels of FlexAttention, forward and backward, and those of generation's steps become
+    machine code of an H100 whose shared memory it has. Oracle: Triton's compiler and the 227 KiB of a block there."""
+    found = gpu_kernels(tmp_path, TRITON_INTERPRET="0")
+    assert {"forward", "backward"} == {"backward" if "backward" in k["kernel"] else "forward" for k in found["kernels"]}
+    assert any("silu" in k["kernel"] for k in found["generation"])
+    for kernel in found["kernels"] + found["generation"]:
         assert kernel["code_bytes"] > 0 and kernel["shared_bytes"] <= 227 * 2**10, kernel
 
 
