@@ -25,8 +25,8 @@ HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at once: 4 MiB of fp3
 
 def rotary(positions: Tensor, theta: float, K: int) -> tuple[Tensor, Tensor]:
     """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T]. fp32, and made here: to_empty would lose a
-    buffer, and FSDP2 cast an argument of a block."""
-    frequency = theta ** -(torch.arange(0, K, 2, device=positions.device).float() / K)
+    buffer, and FSDP2 cast an argument of a block. 1 / theta^x and not theta^-x: the rounding that checkpoints were trained with."""
+    frequency = 1 / theta ** (torch.arange(0, K, 2, device=positions.device).float() / K)
     angle = (positions.float().unsqueeze(-1) * frequency).unsqueeze(-2)
     return angle.cos(), angle.sin()
 
@@ -264,12 +264,15 @@ class RowLogProbs(torch.autograd.Function):
             (slope_SD,) = ctx.saved_tensors
             return (slope_SD * grads[0].unsqueeze(-1)).to(slope_SD.dtype), None, None, None
         hidden_SD, weight, targets_S = ctx.saved_tensors
-        dhidden_SD, dweight = torch.empty_like(hidden_SD), torch.zeros_like(weight)
+        dhidden_SD, dweight = torch.empty_like(hidden_SD), torch.zeros_like(weight, dtype=torch.float32)
         for part, _, slope in RowLogProbs._chunks(hidden_SD, weight, targets_S, ctx.rows, True):
             slope = slope.mul_(grads[0][part, None]).to(weight.dtype)
             dhidden_SD[part] = slope @ weight
-            dweight.addmm_(slope.mT, hidden_SD[part])
-        return dhidden_SD, dweight, None, None
+            if weight.dtype == torch.float32:
+                dweight.addmm_(slope.mT, hidden_SD[part])
+            else:  # summed over chunks in fp32 all the same
+                dweight += slope.mT @ hidden_SD[part]
+        return dhidden_SD, dweight.to(weight.dtype), None, None
 
 
 def row_logprobs(hidden_SD: Tensor, weight: Tensor, targets_S: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from chat import read_object, write_object
 from kernels import BlockedAttention, blocked_plan, compiled_on, rms_norm, rotary, rotated, row_logprobs, swiglu
 from sources import snapshot
-from weights import INDEX, fill, must_be_replaceable, slices, write_safetensors
+from weights import INDEX, begin_aside, fill, must_be_replaceable, put_in_place, slices, weight_files, write_safetensors
 
 PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one width
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
@@ -62,12 +62,14 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
 # Entries of config.json beside Config's own: those that change the computation, with the values at which it is the one of this file,
 # and those that never change it. Any other is refused by name.
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "model_type": ("mistral", "llama"), "hidden_act": ("silu",), "rope_scaling": (None,), "attention_bias": (False, None),
-    "mlp_bias": (False, None), "quantization_config": (None,), "attention_dropout": (0, None), "pretraining_tp": (1, None),
+    "model_type": ("mistral", "llama"), "hidden_act": ("silu", "swish"), "rope_scaling": (None, {"rope_type": "default"}),
+    "attention_bias": (False, None), "mlp_bias": (False, None), "quantization_config": (None,), "attention_dropout": (0, None),
+    "pretraining_tp": (1, None), "partial_rotary_factor": (1,), "rope_interleaved": (False,),
     "rope_parameters.rope_type": ("default",), "rope_parameters.type": ("default",), "rope_parameters.partial_rotary_factor": (1,),
 }  # fmt: skip
-NO_EFFECT = {"architectures", "dtype", "initializer_range", "max_length", "max_sequence_length", "tokenizer_class", "torch_dtype",
-             "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache"}  # fmt: skip
+NO_EFFECT = {"architectures", "dtype", "id2label", "initializer_range", "is_llama_config", "label2id", "max_length", "max_sequence_length",
+             "model_max_length", "neftune_noise_alpha", "sep_token_id", "tokenizer_class", "torch_dtype", "transformers.js_config",
+             "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache"}  # fmt: skip
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [..., T, H, K], k and v [..., T, G, K] -> [..., T, H, K]; rotates q and k
 
@@ -351,7 +353,8 @@ def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
         folder = snapshot(repository, revision, ["config.json", *COMPANIONS])
         if weights:
             Config.read(folder)  # before the gigabytes
-            snapshot(repository, folder.name, [INDEX, "model.safetensors", "model-*-of-*.safetensors"])
+            snapshot(repository, folder.name, [INDEX, "model.safetensors"])
+            snapshot(repository, folder.name, weight_files(folder))
     except OSError as error:
         raise ValueError(f"model must be a folder here or a Hugging Face repository that can be read, got {name!r}: {error}") from error
     return folder
@@ -362,8 +365,9 @@ def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
 
     ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor."""
     stored = slices(Path(folder))
-    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= stored.keys():
-        if not torch.equal(stored["lm_head.weight"][:], stored["model.embed_tokens.weight"][:]):
+    if config.tie_word_embeddings and "lm_head.weight" in stored:  # the one tensor under its other name, or under both
+        embedding = stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
+        if not torch.equal(stored["lm_head.weight"][:], embedding[:]):
             raise ValueError(f"{folder}: lm_head.weight must equal model.embed_tokens.weight, which config.json ties, got another tensor")
         del stored["lm_head.weight"]
     wanted, found = config.shapes(), {name: tuple(s.get_shape()) for name, s in stored.items()}
@@ -420,10 +424,8 @@ class Mistral(nn.Module):
         return F.linear(self.model.norm(x), self.head)
 
     def logprobs(self, pack: Pack) -> Tensor:
-        """log pi(y | x) = sum over t of log pi(y_t | x, y_<t) for every response of the pack, fp32 [R], chosen ones first.
-
-        An empty pack gives [0] after the same collectives, forward and backward, as any other.
-        """
+        """log pi(y | x) = sum over t of log pi(y_t | x, y_<t) for every response of the pack, fp32 [R], chosen ones first. An empty pack
+        gives [0] after the same collectives, forward and backward, as any other."""
         R, device = sum(len(sizes) - 1 for sizes in pack.lengths), pack.tokens.device
         pack = pack if R else Pack.build([([0], [0])]).to(device)
         positions_S, S = pack.positions[pack.rows], len(pack.rows)
@@ -461,14 +463,15 @@ class Mistral(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, like: str | Path | None = None,
                         chat_template: str | None = None) -> None:  # fmt: skip
         """Writes a folder that transformers and servers load: config.json, safetensors of at most 5 GB in `dtype` (default: the widest of
-        the parameters'), and the tokenizer's and generation_config.json of the folder `like`; `chat_template` replaces the one found
-        there. Under FSDP2 every rank calls it: tensors are gathered one at a time, rank 0 writes. Written aside and renamed; an older
-        model is replaced."""
+        the parameters'), and the tokenizer's and generation_config.json of the folder `like` (default: the older model's in this place,
+        which is replaced); `chat_template` replaces the one found there. ValueError: no folder `like`, or other files in the way. Under
+        FSDP2 every rank calls it: tensors are gathered one at a time, rank 0 writes. Written aside and renamed."""
         from huggingface_hub import split_torch_state_dict_into_shards
 
         folder = Path(folder).resolve()  # the target of a link is replaced, not the link
-        aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
         must_be_replaceable(folder, {"config.json", *COMPANIONS})
+        if like is not None and not Path(like).is_dir():
+            raise ValueError(f"like must be a folder with a tokenizer's files, got {like}")
         getattr(self, "reshard", lambda: None)()  # a forward may leave FSDP2's root gathered, in the compute dtype
         parameters = dict(self.named_parameters())
         dtype = dtype or max((p.dtype for p in parameters.values()), key=lambda dtype: dtype.itemsize)
@@ -476,9 +479,7 @@ class Mistral(nn.Module):
         split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
         sharded = any(isinstance(p, DTensor) for p in parameters.values())
         writes = not sharded or dist.get_rank() == 0
-        if writes:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+        aside = begin_aside(folder) if writes else folder
         for file, shard in split.filename_to_tensors.items():
             write_safetensors(aside / file, {name: parameters[name] for name in shard}, dtype, writes)
         if not writes:
@@ -490,18 +491,14 @@ class Mistral(nn.Module):
                    "torch_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
         write_object(aside / "config.json", entries | dataclasses.asdict(self.config))
         write_object(aside / "generation_config.json", {name: x for name, x in vars(self.config).items() if name.endswith("_token_id")})
-        for source in (Path(like, file) for file in COMPANIONS if like):
+        for source in (Path(like or folder, file) for file in COMPANIONS):
             if source.is_file():
                 shutil.copyfile(source, aside / source.name)
         if chat_template is not None:
             (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
             if (path := aside / "tokenizer_config.json").is_file():
                 write_object(path, read_object(path) | {"chat_template": chat_template})
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(aside, folder)
         if sharded:
             dist.barrier()
 
@@ -511,16 +508,18 @@ class Mistral(nn.Module):
                  seeds: Sequence[int] | None = None, stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
                  decode: Callable[[list[int]], str] | None = None, batch: int = 64) -> list[list[int]]:  # fmt: skip
         """New token ids of every prompt: the most probable at temperature 0, else drawn from softmax(logits / temperature) cut to `top_p`
-        by one uniform number a token from the prompt's own seed (default: its index), so that its batch does not matter.
+        by one uniform number a token from the prompt's own seed (default: its index), so that its batch matters to rounding alone (bf16).
 
         A prompt ends before a stop id, after the token that completes a stop string in the text of `decode`, or at max_new_tokens.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         if not all(map(len, prompts)):
             raise ValueError("prompts must hold at least 1 token each, got an empty one; start it with the bos token")
-        if temperature < 0 or not 0 < top_p <= 1 or len(seeds) != len(prompts) or (stop_strings and decode is None):
-            raise ValueError(f"temperature must be >= 0, top_p in (0, 1], seeds one a prompt and decode given with stop_strings, got "
-                             f"{temperature}, {top_p}, {len(seeds)} seeds for {len(prompts)} prompts, decode {decode}")  # fmt: skip
+        if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or batch < 1 or len(seeds) != len(prompts):
+            raise ValueError(f"temperature must be >= 0, top_p in (0, 1], batch >= 1 and seeds one a prompt, got {temperature}, {top_p}, "
+                             f"{batch} and {len(seeds)} seeds for {len(prompts)} prompts")
+        if isinstance(stop_strings, str) or not all(stop_strings) or (stop_strings and decode is None):
+            raise ValueError(f"stop_strings must be texts of at least 1 character, with decode, got {stop_strings!r}, decode {decode}")
 
         def ended(ids: list[int]) -> bool:
             if ids[-1] in stop_ids:
@@ -532,7 +531,7 @@ class Mistral(nn.Module):
         answers: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens > 0 else []  # like lengths share a batch
         for alive in (order[start : start + batch] for start in range(0, len(order), batch)):
-            draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seeds[i])) for i in alive])
+            draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(int(seeds[i]))) for i in alive])
             cache = Cache(self, len(alive), len(prompts[alive[-1]]) + max_new_tokens)
             several = [slice(k, k + PREFILL_ROWS) for k in range(0, len(alive), PREFILL_ROWS)]
             logits = torch.cat([cache.extend([prompts[i] for i in alive[rows]], rows) for rows in several])

@@ -161,7 +161,8 @@ def moments(load: Load) -> dict[str, Moment]:
     head_trains = load.head() in load.trained
     rows = min(S, max(1, HEAD_CHUNK["cuda" if head_trains else load.device] // V))
     head = e * V * D if head_trains else 0  # its gradient waits for the embedding's
-    note("the head", earlier, root + ahead, sum(kept) + saved[-1], 8 * rows * V + head + 2 * S * D * e)
+    summed = 0 if not head_trains else head if e == 4 else (4 + e) * V * D  # in fp32, by products in the weight's dtype
+    note("the head", earlier, root + ahead, sum(kept) + saved[-1], 8 * rows * V + summed + 2 * S * D * e)
     for i in reversed(range(L)):
         rows = S if i == L - 1 else T
         pointwise = 3 * F * (min(rows, MLP_ROWS) if load.device == "cpu" and e == 4 else rows)  # of SwiGLU's backward

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,24 @@ def fill(parameter: Tensor, whole: Any) -> None:
         parameter.to_local().copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a checkpoint folder's tensors: those of its index; model.safetensors where there is none, and like
+    transformers also where both are there, the index being an older model's. ValueError: the index has no weight_map."""
+    index = folder / INDEX
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return ["model.safetensors"]
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} must hold a weight_map from tensors to files, got {weight_map!r}")
+    return sorted(set(map(str, weight_map.values())))
+
+
 def slices(folder: Path) -> dict[str, Any]:
     """Name -> safetensors slice, read when indexed, of every tensor in the files of a checkpoint folder. Reads their headers alone.
 
     ValueError names a file that is damaged, missing or outside the folder."""
-    index, stored = folder / INDEX, dict[str, Any]()
-    weight_map = read_object(index).get("weight_map") if index.is_file() else {"every one": "model.safetensors"}
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} must hold a weight_map from tensors to files, got {weight_map!r}")
-    for path in (folder / file for file in sorted(set(map(str, weight_map.values())))):
+    stored = dict[str, Any]()
+    for path in (folder / file for file in weight_files(folder)):
         if path.parent != folder or not path.is_file():
             others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
             raise ValueError(f"{path} must be a file of {folder}, got {others or 'no weights'} there; only whole safetensors are read")
@@ -53,13 +63,36 @@ def slices(folder: Path) -> dict[str, Any]:
 
 
 def must_be_replaceable(folder: Path, beside: set[str]) -> None:
-    """ValueError unless the folder is absent, empty, or a model's alone: config.json, safetensors, and files with the names `beside`."""
+    """ValueError unless the folder is absent, empty, or a model's alone (config.json, model*.safetensors, and files with the names
+    `beside`), and not the one that this process works in."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
-    weights = {name for name in there if name.endswith(".safetensors")}
+    weights = {name for name in there if name.startswith("model") and name.endswith(".safetensors")}
     foreign = there - weights - beside - {INDEX}
     if there and (foreign or not weights or "config.json" not in there):
         raise ValueError(f"save folder must be absent, empty or a model's alone, to replace it, got {folder} with "
                          f"{min(foreign or there)} in it; choose another, or move that away")  # fmt: skip
+    if folder.exists() and Path.cwd().is_relative_to(folder):
+        raise ValueError(f"save folder {folder} cannot be made anew from inside it; work in another folder")
+
+
+def begin_aside(folder: Path) -> Path:
+    """A new folder beside this one, for `put_in_place`; what a kill between that one's two renames left gets its name back."""
+    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Gives a folder that is whole its name, and removes the one that had it."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()

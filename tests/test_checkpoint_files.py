@@ -148,6 +148,55 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         model.save_pretrained(tmp_path / "link")
         assert (tmp_path / "link").is_symlink() and same_weights(Mistral.from_pretrained(tmp_path / "disk"), model)
     assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ValueError, match=r"like must be a folder with a tokenizer's files, got .*nowhere"):
+        old.save_pretrained(tmp_path / "out", like=tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot be made anew from inside it"):
+        old.save_pretrained(".")
+    assert same_weights(Mistral.from_pretrained(tmp_path / "out"), new)
+
+
+def test_saving_over_a_model_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a model saved in another's place keeps the files that servers need, also after a kill between the two renames; an adapter
+    beside it is not removed. Oracle: the folder's contents."""
+    old, new, out = random_model(), random_model(), tmp_path / "out"
+    new.model.norm.weight.data.add_(1)
+    old.save_pretrained(out, like=source_folder(tmp_path / "source"))
+    names = {path.name for path in out.iterdir()}
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            new.save_pretrained(out)
+    assert not out.exists()
+    new.save_pretrained(out)
+    assert {path.name for path in out.iterdir()} == names and same_weights(Mistral.from_pretrained(out), new)
+    assert (out / "tokenizer.model").read_bytes() == b"sentencepiece" and not list(tmp_path.glob(".*"))
+    (out / "adapter_model.safetensors").write_text("years of work")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors in it"):
+        new.save_pretrained(out)
+
+
+def test_one_file_goes_before_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: of model.safetensors and an index beside it the file counts, with or without the index's shards. Oracle: transformers."""
+    sharded, whole, out = random_model(), random_model(), tmp_path / "out"
+    whole.model.norm.weight.data.add_(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_file, "SHARD_BYTES", 20_000)
+        sharded.save_pretrained(out)
+    whole.save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole/model.safetensors", out)
+    for _ in range(2):
+        theirs = AutoModelForCausalLM.from_pretrained(out).model.norm.weight
+        assert torch.equal(theirs, whole.model.norm.weight) and same_weights(Mistral.from_pretrained(out), whole)
+        for shard in out.glob("model-*"):
+            shard.unlink()
 
 
 def test_a_root_that_a_forward_left_gathered_is_saved_from_its_masters(tmp_path: Path) -> None:
@@ -195,6 +244,9 @@ def test_tied_heads_and_rotary_tables_in_old_files(tmp_path: Path) -> None:
     head, table = tensors["model.embed_tokens.weight"].clone(), torch.ones(4)
     redundant = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": table}
     save_file(tensors | redundant, path)
+    assert same_weights(Mistral.from_pretrained(tmp_path / "out"), model)
+    other = {name: x for name, x in tensors.items() if name != "model.embed_tokens.weight"} | {"lm_head.weight": head}
+    save_file(other, path)  # the one tensor under its other name
     assert same_weights(Mistral.from_pretrained(tmp_path / "out"), model)
     save_file(tensors | {"lm_head.weight": torch.zeros(61, 32)}, path)
     with pytest.raises(ValueError, match=r"lm_head.weight must equal model.embed_tokens.weight"):
@@ -281,6 +333,13 @@ def test_models_come_from_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.
     assert offline == total and "'owner/unknown'" in unknown and "HF_HUB_OFFLINE" in unknown
     assert hub.run(HUB_SCRIPT, "", "owner/tiny", HF_ENDPOINT="http://127.0.0.1:9") == total  # a port where nothing answers
     assert hub.asked == []
+    shutil.copytree(models / "public", models / "named")  # shards may have any name, which the index says
+    for shard in (models / "named").glob("model-*"):
+        shard.rename(shard.with_name(shard.name.replace("model-", "pytorch_model-")))
+    index = models / "named/model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"pytorch_model-'))
+    assert hub.run(HUB_SCRIPT, "", "owner/named") == total
+    assert sum(name.startswith("pytorch_model-") for name in hub.downloads()) == len(weights) - 1
 
     for name, file in (("foreign", "model.safetensors"), ("pickled", "pytorch_model.bin")):
         (models / name).mkdir()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import kernels
 import model as model_file
@@ -107,6 +108,27 @@ def test_logits_ids_and_text_equal_transformers(name: str, tmp_path: Path) -> No
     assert ours == ids
     texts = [chat.decode(answer) for answer in ours]
     assert texts == tokenizer.batch_decode(ids, skip_special_tokens=True) and min(map(len, texts)) > 100
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+def test_angles_are_transformers_to_the_bit(theta: float) -> None:
+    """Claim: so that parity does not wear off with the position: theta^-x for 1 / theta^x would change a third of the frequencies, and a
+    position multiplies that. Oracle: transformers' own tables."""
+    theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=256, num_attention_heads=2, rope_theta=theta, max_position_embeddings=8192))
+    positions = torch.arange(8192)
+    cos, sin = rotary(positions, theta, 128)
+    for ours, table in zip((cos, sin), theirs(torch.zeros(1), positions[None]), strict=True):
+        assert torch.equal(ours.squeeze(1), table[0, :, :64])
+
+
+def test_config_takes_harmless_entries(tmp_path: Path) -> None:
+    """Claim: entries of public checkpoints that change nothing are taken. Oracle: the Config without them."""
+    save_reference(tmp_path, kind="llama")
+    path, plain = tmp_path / "config.json", Config.read(tmp_path)
+    entries = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "hidden_act": "swish",
+               "partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}, "id2label": {"0": "A"}}  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    assert Config.read(tmp_path) == plain
 
 
 def test_rope_theta_spellings_agree(tmp_path: Path) -> None:
@@ -211,6 +233,21 @@ def test_row_logprobs_in_bf16_accumulate_in_fp32() -> None:
     got = row_logprobs(hidden, weight, targets)
     assert got.dtype == torch.float32 and (got - expected).abs().max() < 2**-5
     assert (got - expected).mean().abs() < 2e-3  # no drift: a bf16 sum over 500 words would lose far more
+
+
+def test_a_trained_head_s_gradient_in_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the gradient's error does not grow with the number of chunks. Oracle: float64 on the same bf16 numbers; one rounding to bf16
+    is 2^-9 of each element, and so are the slopes' and the products'. Added up in bf16, 64 chunks leave 4 times as much."""
+    torch.manual_seed(0)
+    S, V = 256, 400
+    hidden, weight = torch.randn(S, 32).bfloat16(), (torch.randn(V, 32) * 0.2).bfloat16().requires_grad_()
+    targets = torch.randint(0, 3, (S,))
+    monkeypatch.setitem(kernels.HEAD_CHUNK, "cuda", 4 * V)
+    row_logprobs(hidden, weight, targets).sum().backward()
+    exact = weight.detach().double().requires_grad_()
+    (hidden.double() @ exact.T).log_softmax(-1)[torch.arange(S), targets].sum().backward()
+    assert weight.grad is not None and exact.grad is not None
+    assert (weight.grad - exact.grad).norm() < 2**-8 * exact.grad.norm()
 
 
 def test_logprobs_keep_no_logits_for_the_backward() -> None:
