@@ -32,7 +32,7 @@ from bfpo import QUADRANTS, label
 from chat import Chat, Ids, Message, read_object, truncate
 from sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
 
-FORMAT = 5  # of the token cache: count up when the same rows would give other arrays
+FORMAT = 6  # of the token cache: count up when the same rows would give other arrays
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
 HELD_OUT_ROWS = 1000  # of a source's test split, at most
 
@@ -221,6 +221,9 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
                 report["sources"].append(part)
                 for item, whole in _tokenise(_items(source, chat, options, part, problems), chat, options.stage):
                     tree = truncate(whole, options.max_length, options.max_prompt)
+                    if options.stage == "pairs" and np.array_equal(tree[1], tree[2]):  # a margin of 0 whatever is learnt
+                        part["identical"] += 1
+                        continue
                     tokens.write(np.concatenate(tree).astype(report["token_type"]).tobytes())
                     rows.append([*map(len, tree), *item.safe, item.held_out, number])
                     if not item.held_out:
@@ -246,8 +249,8 @@ def _summarise(part: dict[str, Any], table: Ids, stage: str) -> None:
     """Adds to a source's report what its kept rows say, [n, parts + 4] as in rows.npy."""
     train = table[table[:, -2] == 0]
     if not len(train):
-        raise ValueError(f"{part['source']} must have rows to train on, got {part['rows']} rows, of which {part['empty']} empty"
-                         f" and {part['identical']} with identical answers")  # fmt: skip
+        raise ValueError(f"{part['source']} must have rows to train on, got {part['rows']} rows, of which {part['empty']} empty,"
+                         f" {part['identical']} with identical answers and {len(table)} held out")  # fmt: skip
     lengths, unsafe = train[:, :-4], 1 - train[:, -4:-2]
     columns = [*(lengths.T if stage == "pairs" else ()), lengths.sum(1)]
     part |= {"training_rows": len(train), "held_out_rows": len(table) - len(train)}
@@ -294,9 +297,6 @@ def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any
     asked = [message["content"] for message in messages if message["role"] == "user"]
     if not all(text.strip() for text in (*asked, *answers)):
         part["empty"] += 1
-        return None
-    if pairs and answers[0] == answers[1]:
-        part["identical"] += 1
         return None
     texts = chat.pair_texts(messages[:-1], answers[0], answers[1]) if pairs else (chat.render(messages),)
     held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64

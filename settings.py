@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,7 +81,8 @@ def from_command_line(kind: type[Settings], recipes: Mapping[str, Mapping[str, A
         if word.startswith("--") and word.split("=")[0] not in flags:
             parser.error(f"unknown setting {word.split('=')[0]}")
     found = vars(parser.parse_args(arguments))
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    given = {key: tuple(value) if isinstance(value, list) else os.path.expanduser(value) if isinstance(value, str) else value
+             for key, value in found.items()}  # fmt: skip  # a shell leaves the ~ of --out=~/run
     try:
         settings = kind(**{**recipes[found[fields[0].name]], **given})
         check_bounds(settings)

@@ -26,7 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FILE = re.compile(r"(?P<stem>.+?)(-\d+-of-(?P<shards>\d+)(-\w+)?)?\.(?P<kind>parquet|jsonl|json)(?P<packed>\.gz|\.xz)?")
+FILE = re.compile(r"(?P<stem>.+?)(-(?P<part>\d+)-of-(?P<shards>\d+)(-\w+)?)?\.(?P<kind>parquet|jsonl|json)(?P<packed>\.gz|\.xz)?")
 BOUND = r"\d\d?%|100%|\d+"
 SOURCE = re.compile(rf"(?P<name>.+?)(:(?P<split>\w+))?(\[(?P<start>{BOUND})?:(?P<stop>{BOUND})?\])?", re.DOTALL)
 
@@ -84,18 +84,29 @@ def local_path(text: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _check_whole(split: str, files: list[Path]) -> None:
-    """ValueError where a split's files have several names in one folder, or are not all the parts that their names speak of."""
+def _check_whole(files: list[Path]) -> None:
+    """ValueError where a split's files hold rows twice, or are not all the parts that their names speak of."""
     matches = [(file.parent, match) for file in files if (match := FILE.fullmatch(file.name))]
-    for folder in dict.fromkeys(folder for folder, _ in matches):
-        stems = {match["stem"] for place, match in matches if place == folder and not match["stem"].rpartition("-")[2].isdigit()}
-        if len(stems) > 1:
-            raise ValueError(f"the files of split {split} must have one name, got {' and '.join(sorted(stems))} in {folder}; pass one by "
-                             "its path")  # fmt: skip
+    beside: dict[tuple[Path, str], list[re.Match[str]]] = {}
+    for folder, match in matches:
+        beside.setdefault((folder, match["stem"]), []).append(match)
+    for (folder, stem), same in beside.items():
+        parts = [match["part"] for match in same]
+        if len(parts) > len(set(parts)) or (None in parts and len(parts) > 1):
+            names = " and ".join(sorted(match.string for match in same))
+            raise ValueError(f"the rows of {folder / stem} must be there once, got {names}; move one of them away")
     counts = Counter((match["stem"], match["shards"]) for _, match in matches if match["shards"])
     for (stem, shards), found in counts.items():
         if found < int(shards):
             raise ValueError(f"{stem} must have {int(shards)} parts, got {found}; fetch them again")
+
+
+def _check_names(split: str, files: list[Path]) -> None:
+    """ValueError where a split's files have several names in one folder: it cannot be known that they belong together."""
+    for folder in dict.fromkeys(file.parent for file in files):
+        stems = {match["stem"] for file in files if file.parent == folder and (match := FILE.fullmatch(file.name))}
+        if len(names := sorted(stem for stem in stems if not stem.rpartition("-")[2].isdigit())) > 1:
+            raise ValueError(f"the files of split {split} must have one name, got {' and '.join(names)} in {folder}; pass one by its path")
 
 
 def find_source(text: str, stage: str) -> Source:
@@ -124,7 +135,9 @@ def find_source(text: str, stage: str) -> Source:
     if split not in splits:
         raise ValueError(f"{text} must name a split of {path}, which has {', '.join(splits) or 'no data file'}")
     test = splits.get(split.replace("train", "test"), []) if "train" in split else []
-    _check_whole(split, splits[split])
+    _check_names(split, splits[split])
+    _check_whole(splits[split])
+    _check_whole(test)
     identity = [f"{file.relative_to(path)} {commit or sha256(file)}" for file in (*splits[split], *test)]
     return Source(text, splits[split], test, (start, stop), identity)
 
@@ -166,15 +179,18 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
     def rows_of(batch: Any) -> list[Any]:
         try:
             return list(batch.to_pylist())
-        except ValueError as error:  # text that is no UTF-8, in one row or more
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, or a time beyond Python's, in one row or more
             if len(batch) == 1:
-                return [ValueError(f"text must be UTF-8: {error}")]
+                what = "text must be UTF-8" if isinstance(error, UnicodeDecodeError) else "a value is out of range"
+                return [ValueError(f"{what}: {error}")]
             return [row for i in range(len(batch)) for row in rows_of(batch.slice(i, 1))]
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for row in chain.from_iterable(map(rows_of, table.iter_batches(256))):
+            # times are of no use here, and some are beyond what Python has
+            kept = [i for i, field in enumerate(table.schema_arrow) if not pyarrow.types.is_temporal(field.type)]
+            for row in chain.from_iterable(rows_of(batch.select(kept)) for batch in table.iter_batches(256)):
                 number += 1
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
@@ -183,8 +199,18 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
 
 def source_rows(source: Source, most_test: int) -> tuple[int, Iterator[tuple[str, Any, bool]]]:
     """(how many, (file:line, row or ValueError, of the test split) of each): the training rows that the slice keeps, then
-    the first most_test of the test split. Percentages are of the rows in the files, rounded to the nearest row."""
-    rows, tests = (sum(1 for path in files for _ in read_rows(path, parse=len)) for files in (source.training, source.test))
+    the first most_test of the test split. Percentages are of the rows in the files, rounded to the nearest row. ValueError: a slice of
+    files that break off."""
+
+    def count(files: list[Path]) -> int:
+        rows = 0
+        for place, row in chain.from_iterable(read_rows(path, parse=len) for path in files):
+            if isinstance(row, ValueError) and source.bounds != (None, None):  # without a slice every row is looked at anyhow
+                raise ValueError(f"{place}: {row}")
+            rows += 1
+        return rows
+
+    rows, tests = count(source.training), count(source.test)
     start, stop = (None if bound is None else round(rows * int(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
                    for bound in source.bounds)  # fmt: skip
     kept = range(rows)[start:stop]

@@ -32,11 +32,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from runtime import World, duration, local_part
-from sources import local_path, sha256
+from sources import cache_root, local_path, sha256
 from weights import write_safetensors
 
 MANIFEST = "manifest.json"
 CHECKPOINT_FILE_BYTES = 2**28  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
+PART_ROWS = 4096  # of kept log-probabilities, to a file: a minute or two of a 7B model on a GPU
 SHARED_DISK_S = 30.0  # how long a network disk may take to show a node what another one wrote
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -157,6 +158,16 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
     made = world.from_main(keep)
     world.say(f"{what}: computed, kept in {path}")
     return made
+
+
+def cached_rows(path: Path, shape: tuple[int, int], make: Callable[[range], Tensor], world: World, what: str) -> Tensor:
+    """cached_tensor of make(rows), by parts of PART_ROWS rows in files of their own, `path` and a number: a kill loses one part."""
+    parts = [range(start, min(start + PART_ROWS, shape[0])) for start in range(0, shape[0], PART_ROWS)]
+    return torch.cat([
+        cached_tensor(Path(f"{path}-{part.start}.safetensors"), (len(part), shape[1]), functools.partial(make, part), world,
+                      f"{what}, {part.start:,} to {part.stop:,} of {shape[0]:,}")
+        for part in parts
+    ])  # fmt: skip
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -314,7 +325,9 @@ class RunFolder:
             if fresh and record.exists() and Path.cwd().is_relative_to(whole):
                 raise ValueError(f"{self.path} cannot be made anew from inside it; run the command in another folder")
             if not record.exists():
-                foreign = [path.name for path in sorted(self.path.glob("[!.]*"))]  # dot files are a killed run's asides
+                caches = cache_root(settings.get("cache")).resolve()  # may have been begun in here by a run that was refused or killed
+                foreign = [path.name for path in sorted(self.path.glob("[!.]*"))  # dot files are a killed run's asides
+                           if not caches.is_relative_to(path.resolve())]  # fmt: skip
                 if foreign or (self.path.exists() and not self.path.is_dir()):
                     raise ValueError(f"{self.path} is no run folder (no run.json beside {foreign[:3]}); pass another --out")
                 try:

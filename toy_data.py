@@ -9,6 +9,7 @@ from pathlib import Path
 
 from toy import BENIGN_KINDS, FORBIDDEN_KINDS, Request, answer, requests, tokenizer_json
 
+PAIRS = 4000  # of each of the two kinds
 HELD = 200  # benign, and as many forbidden, requests of each of the two splits that no training file holds
 
 
@@ -88,9 +89,9 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
     test_benign, test_forbidden = held["test"]
     write("ultrachat/train.jsonl", sft_row, rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000))
     write("ultrachat/test.jsonl", sft_row, test_benign[:100] + test_forbidden[:100])
-    write("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=4000))
+    write("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=PAIRS))
     write("pku/test.jsonl", safety_row, test_forbidden)
-    write("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=4000))
+    write("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=PAIRS))
     write("ultrafeedback/test.jsonl", helpfulness_row, test_benign)
     for split, halves in held.items():
         write(f"requests/{split}.jsonl", lambda r, _: {"task": r.task, "thing": r.thing, "prompt": r.text}, [*halves[0], *halves[1]])

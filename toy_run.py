@@ -77,7 +77,12 @@ def try_stages(config: Config, world: World, run: Callable[[Config, World], obje
 def toy_run(config: Config, world: World, run: Callable[[Config, World], object], free: frozenset[str]) -> dict[str, Any]:
     """The whole path, each stage by `run` (train.run); returns what done.json holds. `free`: the settings that may differ on resuming."""
     folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
+    if config.batch > toy_data.PAIRS or (config.steps == 1 and config.warmup):
+        raise ValueError(f"the toy run has {toy_data.PAIRS} pairs of each kind and takes 2 steps or more, got --batch {config.batch} and "
+                         f"--steps {config.steps}")  # fmt: skip
     if (result := folder.check(settings, free, config.fresh)) is not None:
+        if config.export_changed and not config.dry_run:
+            run(preference_stage(config, folder.path), world)
         world.say(f"{folder.path} is finished, its model is {folder.path / result['model']}; --fresh starts over")
         world.say(toy_table(result["scores"]))
         return result

@@ -44,7 +44,7 @@ from quadrants import preference_view, quadrant_table, safety_labels
 from rows import Outcome, Rows, gate, open_streams, summarise
 from runtime import StopRequest, World
 from settings import from_command_line, listed, setting
-from sources import cache_root, sha256
+from sources import cache_root, find_source, sha256
 from storage import RunFolder
 from toy_run import toy_run
 from weights import slices
@@ -194,9 +194,9 @@ def reference_logprobs(model: Mistral, name: str, stream: Stream, weights: str, 
     """
     code = [sha256(Path(__file__).with_name(file)) for file in ("model.py", "kernels.py", "weights.py")]
     key = hashlib.sha256(json.dumps([weights, stream.fingerprint, config.dtype, world.device.type, *code]).encode()).hexdigest()
-    return storage.cached_tensor(cache_root(config.cache) / "reference" / f"{key}.safetensors", (len(stream), 2),
-                                 lambda: score(model, stream, world, config.pack_tokens, f"reference, {name}"), world,
-                                 f"reference of {len(stream):,} {name} pairs")  # fmt: skip
+    return storage.cached_rows(cache_root(config.cache) / "reference" / key, (len(stream), 2),
+                               lambda rows: score(model, stream, world, config.pack_tokens, f"reference, {name}", rows), world,
+                               f"reference of {name} pairs")  # fmt: skip
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -326,19 +326,20 @@ def run(config: Config, world: World) -> dict[str, Any]:
     """
     # dtype auto is settled first, so that a run cannot go on in another precision on another device
     auto = "bfloat16" if world.device.type == "cuda" else "float32"
-    config = replace(config, dtype=auto if config.dtype == "auto" else config.dtype,
-                     pack_tokens=config.pack_tokens or PACK_TOKENS[world.device.type])  # fmt: skip
+    config = replace(config, dtype=config.dtype.replace("auto", auto), pack_tokens=config.pack_tokens or PACK_TOKENS[world.device.type])
     folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
     reads = (config.model, config.chat_template, *config.safety, *config.helpfulness, *config.sft)
     if (result := folder.check(settings, FREE, config.fresh, reads)) is not None:
         if config.export_changed and not config.dry_run and world.from_main(lambda: not (folder.path / "changed.safetensors").exists()):
             changed = {name: stored[:] for name, stored in slices(folder.path / "model").items() if trains(config, name)}
             storage.save_tensors(folder.path / "changed.safetensors", changed, DTYPES[config.dtype], world)
-        world.say(f"{folder.path} is finished: {folder.path / 'model'}")
+        world.say(f"{folder.path} is finished: {folder.path / 'model'}; its model and data are not looked at again (--fresh trains anew)")
         say_held_out(result["held_out"], world)
         return result
     if config.model == RECIPES["bfpo"]["model"] and not Path(config.model).is_dir():
         raise ValueError(f"the recipe bfpo starts from {config.model}, which is not there; run the recipe sft first, or pass --model")
+    for text in (*config.safety, *config.helpfulness, *config.sft):  # before weights are fetched, or the first one's rows tokenised
+        find_source(text, "sft" if config.sft else "pairs")
     source = find_model(config.model)
     chat, architecture = Chat(source, config.chat_template or None), ModelConfig.read(source)
     must_fit(chat, architecture.vocab_size, source)
@@ -368,7 +369,6 @@ def run(config: Config, world: World) -> dict[str, Any]:
     evaluate = partial(held_out_figures, model, config, held, references[1], world)
     optimize(model, trained, config, steps, Rows(streams, references[0], chat), evaluate, folder)
     figures, loss = evaluate()
-
     export = partial(model.save_pretrained, dtype=DTYPES[config.dtype], like=source, chat_template=chat.template)
     export(folder.path / "model")
     if config.export_changed:

@@ -211,6 +211,16 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
         write(tmp_path / "parts" / str(k) / f"train-0000{k}-of-00002.jsonl", [own(k)])
         write(tmp_path / "parts" / f"{'easy' if k else 'hard'}-test.jsonl", [own(2 + k)])
     assert [len(stream) for stream in load_stream([f"{tmp_path / 'parts'}"], chat)] == [2, 2]
+    for i, names in enumerate((["train.jsonl", "train.jsonl.gz"], ["train.jsonl", "train-00000-of-00001.parquet"],
+                               ["train-00000-of-00001-0ab1.parquet", "train-00000-of-00001-77fe.parquet"])):  # fmt: skip
+        for name in names:
+            write(tmp_path / "twice" / str(i) / name, [own(1)])
+        with pytest.raises(ValueError, match=rf"{i}/train must be there once, got {' and '.join(sorted(names))}"):
+            load_stream([f"{tmp_path / 'twice' / str(i)}"], chat)
+    for name in ("train.jsonl", "test-00000-of-00002.jsonl"):
+        write(tmp_path / "part" / name, [own(1)])
+    with pytest.raises(ValueError, match="test must have 2 parts, got 1"):
+        load_stream([f"{tmp_path / 'part'}"], chat)
     for name in ("harm-only.jsonl", "safe-only.jsonl"):
         write(tmp_path / "two" / name, [own(1)])
     with pytest.raises(ValueError, match="must have one name, got harm-only and safe-only"):
@@ -367,8 +377,34 @@ def test_truncated_and_damaged_files(name, chat, tmp_path):
     middle = len(whole) // 2
     for content in (whole[:middle], whole[:middle] + b"\0\xff" * 40 + whole[middle + 80 :], b"", whole[:4]):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}"):
-            load_stream([str(tmp_path / name)], chat)
+        for suffix in ("", "[:50%]", "[:2]")[: 1 if name == "a.jsonl" else 3]:  # a slice of what breaks off would be of a wrong total
+            with pytest.raises(ValueError, match=rf"{name}"):
+                load_stream([f"{tmp_path / name}{suffix}"], chat)
+    if name == "a.jsonl.gz":
+        (tmp_path / name).write_bytes(whole[:middle])
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz:\d+: the file breaks off"):
+            load_stream([f"{tmp_path / name}[:20%]"], chat)
+
+
+def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
+    """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not."""
+    rows = {key: [own(i)[key] for i in range(3)] for key in own()}
+    times = {"made": pa.array([1, 2, 3], pa.timestamp("ns")), "seen": pa.array([2**62, 0, 0], pa.timestamp("us"))}
+    pq.write_table(pa.table(rows | times), tmp_path / "a.parquet")
+    assert prompts(load_stream([str(tmp_path / "a.parquet")], chat, held_out=0)[0], chat) == [f"question {i}" for i in range(3)]
+    pq.write_table(pa.table(rows | {"nested": pa.array([{"seen": None}, {"seen": 2**62}, None], pa.struct({"seen": pa.timestamp("us")}))}),
+                   tmp_path / "b.parquet")  # fmt: skip
+    with pytest.raises(ValueError, match=r"malformed rows: 1; the first ones:\n.*b\.parquet: row 2: a value is out of range"):
+        load_stream([str(tmp_path / "b.parquet")], chat)
+
+
+def test_pairs_that_are_equal_once_cut_are_dropped(chat, tmp_path):
+    """Answers that differ beyond max_length alone have a margin of 0 for ever: they count as identical. Oracle: the rows."""
+    long = "word " * 200
+    path = write(tmp_path / "a.jsonl", [own(0), own(1, chosen=long + "a", rejected=long + "b"), own(2)])
+    train, _ = load_stream([str(path)], chat, max_length=60, max_prompt=30, held_out=0)
+    assert prompts(train, chat) == ["question 0", "question 2"] and train.report["sources"][0]["identical"] == 1
+    assert len(load_stream([str(path)], chat, max_length=2000, max_prompt=30, held_out=0)[0]) == 3
 
 
 def test_unreadable_parquet_text(chat, tmp_path):

@@ -502,7 +502,7 @@ def test_reference_cache_is_reused_exactly_when_it_may_be(
         command = [*bfpo(toys, tmp_path / name, *few), "--cache", str(cache), "--model", str(model), *more]
         train.run(train.parse(command), world)
         output = capsys.readouterr().out
-        assert output.count("computed, kept") + output.count("pairs: read from") == 4
+        assert output.count("computed, kept") + output.count(": read from") == 4
         return output.count("computed, kept")
 
     def model_with(name: str, change: Callable[[Path], None]) -> Path:
@@ -555,6 +555,32 @@ def test_reference_that_two_runs_compute_at_once_is_one_reference(world: World, 
 
     assert torch.equal(storage.cached_tensor(path, (1,), slow, world, "ours"), first)
     assert torch.equal(storage.cached_tensor(path, (1,), lambda: second, world, "a later run's"), first)
+
+
+def test_a_kill_in_the_reference_loses_one_part(toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a stream's reference is kept part by part, so that a run which is killed in one goes on with it, to the same values. Oracle:
+    the rows that are scored, and a reference in one part."""
+    monkeypatch.setattr(storage, "PART_ROWS", 30)
+    config = train.parse([*bfpo(toys, tmp_path / "run", "--safety", f"{toys}/pku[:80]"), "--cache", str(tmp_path / "cache")])
+    config = replace(config, dtype="float32", pack_tokens=1024)
+    stream = train.open_streams(config, train.Chat(toys / "start"), world)[0]["safety"]
+    model, _ = train.build(config, toys / "start", world)
+    scored, killed_at = list[range](), len(stream) // 30
+    true = train.score
+
+    def score(*given: object) -> torch.Tensor:
+        if len(scored) == killed_at:
+            raise KeyboardInterrupt
+        scored.append(given[-1])  # type: ignore[arg-type]  # the rows
+        return true(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "score", score)
+    with pytest.raises(KeyboardInterrupt):
+        train.reference_logprobs(model, "safety", stream, "these", config, world)
+    killed_at = 99
+    found = train.reference_logprobs(model, "safety", stream, "these", config, world)
+    assert [i for rows in scored for i in rows] == list(range(len(stream))) and len(scored) == math.ceil(len(stream) / 30) > 2
+    torch.testing.assert_close(found, true(model, stream, world, 1024, "whole"), rtol=1e-5, atol=0)  # other packs round otherwise
 
 
 def test_stages_chain_by_folder_names(toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -613,6 +639,36 @@ def test_dry_run_of_the_toy_recipe(world: World, tmp_path: Path, capsys: pytest.
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="is no run folder"):
         train.toy_run(train.parse(["--dry_run", "--out", str(tmp_path)]), world, train.run, train.FREE)
+
+
+def test_a_cache_inside_the_run_folder_is_no_foreign_file(toys: Path, world: World, tmp_path: Path) -> None:
+    """Claim: a run that was tried or refused, with its cache in its own folder, can begin there; other files still forbid it."""
+    command = [*bfpo(toys, tmp_path / "run", "--steps", "2"), "--cache", str(tmp_path / "run" / "some" / "cache")]
+    assert train.run(train.parse([*command, "--dry_run"]), world) == {} and [p.name for p in (tmp_path / "run").iterdir()] == ["some"]
+    with pytest.raises(ValueError, match="a step needs 5000 rows of safety"):
+        train.run(train.parse([*command, "--batch", "5000"]), world)
+    assert train.run(train.parse(command), world)["steps"] == 2
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"no run folder \(no run\.json beside \['notes\.txt'\]"):
+        train.run(train.parse(command), world)
+
+
+def test_sources_are_found_before_anything_is_fetched_or_tokenised(toys: Path, world: World, tmp_path: Path) -> None:
+    """Claim: a typo in the last source is said before a model is looked for and the first source read. Oracle: the message; no cache."""
+    command = [*bfpo(toys, tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--model", "nobody/nothing"]
+    command[command.index("--helpfulness") + 1] = "typo.jsonl"
+    with pytest.raises(ValueError, match=r"a source must be an existing file or folder, or a hub data set, got typo\.jsonl"):
+        train.run(train.parse(command), world)
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_as_shells_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the ~ that a shell leaves in --out=~/run is the home folder; of a flag given twice the last counts. Oracle: the settings."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = train.parse(["bfpo", "--safety", "a", "b", "--out=~/run", "--safety", "c"])
+    assert config.safety == ("c",) and config.out == "/home/someone/run"
 
 
 def test_other_settings_are_refused_by_name(finished: Path, inputs: Path, world: World) -> None:
@@ -694,6 +750,12 @@ def test_toy_recipe_prints_its_table_again(world: World, tmp_path: Path, capsys:
     assert train.toy_run(config, world, train.run, train.FREE) == result
     assert len(table) == 2 and table_of(capsys.readouterr().out) == table
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    train.toy_run(replace(config, export_changed=True), world, train.run, train.FREE)  # asked for afterwards
+    assert (tmp_path / "toy" / "bfpo" / "changed.safetensors").exists()
+    for wrong in (["--batch", "4001"], ["--steps", "1"]):  # before the first stage is trained
+        with pytest.raises(ValueError, match=f"takes 2 steps or more, got .*{' '.join(wrong)}"):
+            train.toy_run(train.parse([*wrong, "--out", str(tmp_path / "other")]), world, train.run, train.FREE)
+    assert not (tmp_path / "other").exists()
     assert len(losses(tmp_path / "toy" / "sft")) == len(losses(tmp_path / "toy" / "bfpo")) == 2
 
 
