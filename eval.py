@@ -63,13 +63,13 @@ def my_packs(lengths: Sequence[int], world: World, budget: int) -> list[list[int
 
 
 @torch.no_grad()
-def score(model: Mistral, stream: Stream, world: World, budget: int, text: str) -> Tensor:
-    """Summed log-probability of every response of a stream, in nats: fp32 [n, responses], the same on every rank."""
-    responses = stream.lengths.shape[1] - 1
-    logprobs = torch.zeros(len(stream), responses)
-    packs, found = my_packs(stream.lengths.sum(1).tolist(), world, budget), []
+def score(model: Mistral, stream: Stream, world: World, budget: int, text: str, rows: range | None = None) -> Tensor:
+    """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n, responses], the same on every rank."""
+    rows, responses = range(len(stream)) if rows is None else rows, stream.lengths.shape[1] - 1
+    logprobs = torch.zeros(len(rows), responses)
+    packs, found = my_packs(stream.lengths[rows.start : rows.stop].sum(1).tolist(), world, budget), []
     for items in tqdm(packs, desc=text, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False):
-        pack = Pack.build([stream.tree(i) for i in items]).to(world.device)
+        pack = Pack.build([stream.tree(rows[i]) for i in items]).to(world.device)
         found.append(model.logprobs(pack).float().reshape(responses, -1).T)  # off the device after the last: none waits for another
     logprobs[[i for items in packs for i in items]] = torch.cat(found).cpu()
     return world.sum(logprobs)
@@ -323,6 +323,16 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     protocol = PROTOCOLS[options.protocol]
     protocol = protocol._replace(bos=protocol.bos if options.bos is None else options.bos)
     sources = {name: source or local_source(options.data, name) for name, source in options.tasks.items()}
+    used = {"judge": any(TASKS[name].metric in JUDGED for name in sources), "pairwise": PREFERRED in sources}
+    if unused := [f"--{flag}" for flag in used if getattr(options, flag) and not used[flag]]:
+        raise ValueError(f"{' and '.join(unused)} must have answers to judge, and none of these tasks gives such; leave it out, or add one")
+    folder = storage.RunFolder(Path(options.out), world, "eval")
+    settings = {**vars(options), "bos": protocol.bos}
+    reads = [options.model, options.reference, options.data, *sources.values(), options.chat_template, options.labelled, options.pairwise]
+    folder.check(settings, FREE, options.fresh, [*filter(None, reads), (options.judge or "").partition(":")[2]])
+    names = {"policy": options.model, **({"reference": options.reference} if options.reference else {})}
+    for name in names.values():
+        find_model(name, weights=False)  # before data sets are fetched and the judges' weights summed
     asked = world.from_main(lambda: {name: tasks.load(name, source, protocol, options.limit) for name, source in sources.items()})
     judges = judges_of(list(asked), options.judge, world)
     for name, judge in judges.items():
@@ -336,11 +346,6 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
                              "says; leave it out, or take another judge, or tasks whose answers are judged")  # fmt: skip
         for judge in judges.values():
             judge.check(labelled[0])
-    folder = storage.RunFolder(Path(options.out), world, "eval")
-    settings = {**vars(options), "bos": protocol.bos}
-    reads = [options.model, options.reference, options.data, *sources.values(), options.chat_template, options.labelled, options.pairwise]
-    folder.check(settings, FREE, options.fresh, [*filter(None, reads), (options.judge or "").partition(":")[2]])
-    names = {"policy": options.model, **({"reference": options.reference} if options.reference else {})}
     policies = {who: Policy(name, options.chat_template, world) for who, name in names.items()}
     for policy, name in itertools.product(policies.values(), (name for name in asked if TASKS[name].answers)):
         policy.check(protocol._replace(**TASKS[name].draw).max_new_tokens, f"leave out {name}")

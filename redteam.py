@@ -23,6 +23,7 @@ import tasks
 from eval import Policy, case_of, judged
 from judge import Contest, Examiner, file_name, load_judge
 from metrics import Request
+from model import find_model
 from pairwise import kept_preferences
 from runtime import World
 from sources import sha256
@@ -75,6 +76,11 @@ def order(pairs: Sequence[Mapping[str, Any]], ranks: Examiner | Path, folder: Pa
 def run(options: argparse.Namespace, world: World) -> None:
     """From prompts to redteam.jsonl and report.json in --out. What is there already is not computed again."""
     protocol = PROTOCOLS["paper"]._replace(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    folder = storage.RunFolder(Path(options.out), world, "redteam")
+    reads = [options.model, options.prompts, options.chat_template, options.pairwise, options.judge.partition(":")[2]]
+    reads += [options.ranks] * options.fresh  # which may else be beside the to_rank.jsonl that they rank
+    folder.check(vars(options), FREE, options.fresh, [*filter(None, reads)])
+    find_model(options.model, weights=False)  # before the judges' weights are summed
     judge = load_judge(options.judge, world)
     ranks = Path(options.ranks) if options.ranks else Examiner("pairwise", options.pairwise, world) if options.pairwise else None
     asked = world.from_main(lambda: tasks.load("prompts", options.prompts, protocol, options.limit, PROMPT))
@@ -82,10 +88,6 @@ def run(options: argparse.Namespace, world: World) -> None:
     entries: list[tuple[str, Request]] = [entry for entry in asked for _ in range(2)]
     policy = Policy(options.model, options.chat_template, world)
     policy.check(protocol.max_new_tokens, "pass a smaller --max_new_tokens")
-    folder = storage.RunFolder(Path(options.out), world, "redteam")
-    reads = [options.model, options.prompts, options.chat_template, options.pairwise, options.judge.partition(":")[2]]
-    reads += [options.ranks] * options.fresh  # which may else be beside the to_rank.jsonl that they rank
-    folder.check(vars(options), FREE, options.fresh, [*filter(None, reads)])
     folder.create(vars(options), {}, options.fresh)
 
     answers = policy.take(folder.path / "answers.jsonl", PROMPT, entries, protocol, options.seed)
