@@ -402,13 +402,15 @@ def attention(scale: Scale, device: str, say: Say) -> None:
         return [torch.randn(*shape, n, config.head_dim, device=where, dtype=torch.bfloat16, requires_grad=True) for n in heads]
 
     def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turns = rotary(torch.arange(q.shape[1], device=where), config.rope_theta, config.head_dim)
+        turns = turns_of[q.shape[1]]  # made once, as the pack's are
         q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (rotated(q, *turns), rotated(k, *turns), v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     groups = [lengths[i : i + scale.at_once] for i in range(0, len(lengths), scale.at_once)]
     sides = {"pack": (attend, [qkv(len(pack.tokens))]),
              "padded": (padded, [qkv(2 * len(each), int((each[:, :1] + each[:, 1:]).max())) for each in groups])}  # fmt: skip
+    turns_of = {q.shape[1]: rotary(torch.arange(q.shape[1], device=where), config.rope_theta, config.head_dim)
+                for q, *_ in sides["padded"][1]}  # fmt: skip
     figures = {"mask": seconds_of(lambda: pack_attend(pack, config, False, flex), where, 3) * 1e3}
     for name, (function, inputs) in sides.items():
         outs = [function(*each) for each in inputs]
@@ -438,8 +440,11 @@ def profile(scale: Scale, device: str, say: Say) -> None:
     profiler = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])  # on a GPU kernels alone: Python is not slowed
 
     def after(step: int, _: Any) -> None:
+        if not step:
+            profiler.start()  # seconds on a GPU, which are not the step's
         ends.append(time.perf_counter())
-        (profiler.stop if step else profiler.start)()
+        if step:
+            profiler.stop()
 
     run.through(run.config, after)
     events = [event for event in profiler.key_averages() if not event.is_user_annotation  # a span of kernels, FSDP2's or the compiler's
@@ -561,8 +566,12 @@ def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
                 lines.append(f"  pack {row['pack_tokens']:6} {activations:10} {row['pairs_per_s']:8.4g} pairs/s {row['tokens_per_s']:8.0f} "
                              f"tokens/s, useful {row['useful_share']:.1%}{gb(row)}")  # fmt: skip
         elif part.startswith("trl") and "pairs_per_s" in found:
-            ours = max((row["pairs_per_s"] for row in parts.get("step", {}).get("rows", ()) if not row["checkpoint_blocks"]), default=0.0)
-            beside = f", ours without checkpointing {ours / found['pairs_per_s']:.2f} times as fast" if ours else ""
+            step = parts.get("step", {})
+            ours = [row["pairs_per_s"] for row in step.get("rows", ()) if not row["checkpoint_blocks"]][:1]  # the default, not our best
+            beside = f", ours without checkpointing {ours[0] / found['pairs_per_s']:.2f} times as fast" if ours else ""
+            if ours and part == "trl_default":  # its step has the reference's forward
+                both = 1 / (1 / ours[0] + 1 / step["reference_pairs_per_s"])
+                beside += f", {both / found['pairs_per_s']:.2f} with the reference's forward"
             lines.append(f"  {found['pairs_per_s']:.4g} pairs/s, {found['pairs_at_once']} pairs at a time (did not fit: "
                          f"{found['did_not_fit'] or 'none'}){gb(found)}{beside}")  # fmt: skip
         elif part == "train20" and "losses" in found:

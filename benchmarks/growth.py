@@ -1,11 +1,12 @@
 """How the cost of a step grows: with the prompt's share of a pair, its length, the longest pair of a batch, the pairs of a step, and
-processes. Ours beside TRL's DPOTrainer at its best settings, as benchmarks/step.py sets them up: 4 M parameters, fp32, one thread.
+processes. Ours beside TRL's DPOTrainer at its best settings, the pairs of a step at once and one by one, as benchmarks/step.py sets them
+up: 4 M parameters, fp32, one thread.
 
-    python benchmarks/growth.py --write             # 12 minutes; results.json and figures/growth.png
+    python benchmarks/growth.py --write             # 18 minutes; results.json and figures/growth.png
 
-Every point is one step of both sides on the same pairs, after a warm-up of each; their references' log-probabilities must agree on the
-last one. Time and memory come from processes of their own: those of memory give freed memory back at once, so that a peak counts
-tensors. Processes: ours under torchrun, 16 pairs a step, seconds on the clock and of all processors.
+Every point is one step of each side on the same pairs, after a warm-up; the references' log-probabilities of ours and of TRL at once
+must agree on the last one. Time and memory come from processes of their own: those of memory give freed memory back at once, so that a
+peak counts tensors. Processes: ours under torchrun, 16 pairs a step, seconds on the clock and of all processors.
 """
 
 import argparse
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import MALLOC, Stream, draw_lengths, pairs_of, record, write_model
-from step import BEST, LR, OURS, REFERENCE_AGREES, SIZES, Worker
+from step import BEST, BY_ONE, LR, OURS, REFERENCE_AGREES, SIZES, Worker
 
 import plots
 from model import Config
 
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "growth.png"
 MODEL = SIZES["4M"]
+SIDES = (OURS, BEST, BY_ONE)
 SHARES = (10, 30, 50, 70, 90)  # per cent
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # tokens of prompt and both answers
 LONGEST = (25, 40, 55, 70, 85)  # per cent
@@ -81,24 +83,24 @@ def measure(folder: Path, points: dict[str, dict[int, Lengths]]) -> list[dict[st
         (folder / "plan.json").write_text(json.dumps(planned), encoding="utf-8")
         answers: dict[str, list[dict[str, Any]]] = {}
         for environment in ({}, MALLOC):
-            workers = {side: Worker(side, folder, "float32", ["warm-up", *kinds], environment) for side in (OURS, BEST)}
+            workers = {side: Worker(side, folder, "float32", ["warm-up", *kinds], environment) for side in SIDES}
             for worker in workers.values():
                 worker.ask("step")
             for _ in kinds:
                 for side, worker in workers.items():
                     answers.setdefault(f"{side} {'memory' if environment else 'time'}", []).append(worker.ask("step"))
-            ours, theirs = (torch.tensor(worker.ask("reference")["logprobs"]) for worker in workers.values())
+            ours, theirs = (torch.tensor(workers[side].ask("reference")["logprobs"]) for side in (OURS, BEST))
             torch.testing.assert_close(theirs, ours, rtol=REFERENCE_AGREES["float32"], atol=0)
             for worker in workers.values():
                 worker.end()
-        for side in (OURS, BEST):
+        for side in SIDES:
             for i, (name, place) in enumerate(wanted):
                 found.append({"series": name, "place": place, "side": side, "tokens": sum(map(sum, lengths[i])) / batch,
                               "cpu_s": answers[f"{side} time"][i]["cpu_s"] / batch,
                               "memory_mib": answers[f"{side} memory"][i]["memory_mib"]})  # fmt: skip
-                print("{series:10} {place:6} {side:10} {tokens:7.0f} tokens a pair {cpu_s:8.3f} cpu_s a pair {memory_mib:8.0f} MiB".format(
+                print("{series:10} {place:6} {side:16} {tokens:7.0f} tokens a pair {cpu_s:8.3f} cpu_s a pair {memory_mib:8.0f} MiB".format(
                     **found[-1]), flush=True)  # fmt: skip
-    return sorted(found, key=lambda point: (list(LABELS).index(point["series"]), point["side"] != OURS, point["place"]))
+    return sorted(found, key=lambda point: (list(LABELS).index(point["series"]), SIDES.index(point["side"]), point["place"]))
 
 
 def work(folder: Path, steps: int) -> None:
@@ -146,7 +148,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     figure, panels = plots.canvas(3 * len(labels), 6, 2, len(labels))
     for column, (name, words) in enumerate(labels.items()):
         time_axes, memory_axes = panels[column], panels[column + len(labels)]
-        for side, (color, marker, line, *_) in zip((OURS, BEST), plots.LOOKS, strict=False):
+        for side, (color, marker, line, *_) in zip(SIDES, plots.LOOKS, strict=False):
             mine = [point for point in points if point["series"] == name and point["side"] == side]
             if not mine:  # processes: ours alone
                 continue

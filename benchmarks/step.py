@@ -1,6 +1,6 @@
 """One training step of the selective recipe: this project beside TRL's DPOTrainer on the same checkpoint, pairs, precision and threads.
 
-    python benchmarks/step.py --write               # every run, half an hour; results.json
+    python benchmarks/step.py --write               # every run, an hour; results.json
     python benchmarks/step.py --runs 4M-float32     # one of them
 
 Both sides run their own training loop, data to optimizer, each in a process of its own that waits between steps: a round is a few steps
@@ -9,7 +9,8 @@ only down_proj trains. Before anything is timed the sides' gradients must agree,
 
     ours                  train.optimize, as a run of train.py calls it: the reference cached, a few pairs in a pack
     ours, one pack        --pack_tokens 8192: the step's pairs in one pack
-    TRL default           DPOConfig's defaults but for the precision: live reference, gradient checkpointing, every row through the head
+    TRL default           DPOConfig's defaults but for the precision: live reference, gradient checkpointing, every row through the head;
+                          of 8 pairs a step in the run that is named after them, else of 4
     TRL best              the reference cached, no checkpointing, and only the answers' rows through the head, as TRL does on a GPU
     TRL best, by one      the same, a pair at a time with gradient accumulation: little padding, at no cost on a CPU
 
@@ -48,7 +49,11 @@ from model import Config
 # vocabulary, width, feed-forward, layers, query heads, key heads, head size.
 SIZES = {"30M": (2000, 512, 1792, 8, 8, 2, 64), "4M": (500, 256, 896, 4, 4, 1, 64)}
 OURS, WHOLE, DEFAULT, BEST, BY_ONE = "ours", "ours, one pack", "TRL default", "TRL best", "TRL best, by one"
-RUNS = {"30M-float32": (OURS, WHOLE, DEFAULT, BEST, BY_ONE), "4M-float32": (OURS, DEFAULT, BEST), "4M-bfloat16": (OURS, DEFAULT, BEST)}
+# Size and precision -> pairs of a step, and the sides. The authors' launch gives a GPU 4 pairs at a time; TRL's default is 8.
+RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "30M-float32": (4, (OURS, WHOLE, DEFAULT, BEST, BY_ONE)), "30M-float32-8pairs": (8, (OURS, DEFAULT, BEST)),
+    "4M-float32": (4, (OURS, DEFAULT, BEST)), "4M-bfloat16": (4, (OURS, DEFAULT, BEST)),
+}  # fmt: skip
 BETA = 0.1
 LR = 1e-9  # an optimizer's step costs the same at any rate; at this one the policy stays the reference, which is checked after a step
 # Largest relative error of a gradient tensor. fp32: rounding in sums of thousands of terms leaves 1e-6 to 1e-5; one token lost or
@@ -56,9 +61,9 @@ LR = 1e-9  # an optimizer's step costs the same at any rate; at this one the pol
 AGREE = {"float32": 1e-4, "bfloat16": 0.1}
 REFERENCE_AGREES = {"float32": 1e-5, "bfloat16": 1e-2}  # relative, of sums over hundreds of tokens
 POOL = 200  # pairs that are sorted by length for the grouped rows
-# Of random batches of 4 pairs, over 10,000 of them: padded tokens over real ones, and tokens of two rows a pair over those of its tree.
-# A few batches scatter by 5 %, and the ratios with them, so they are drawn again until both means are these to 1 %.
-PADDING, SHARING = 1.42, 1.39
+# Of random batches, over 20,000 of them: padded tokens over real ones by the pairs of a batch, and tokens of two rows a pair over those of
+# its tree. A few batches scatter by 5 %, and the ratios with them, so they are drawn again until both means are these to 1 %.
+PADDING, SHARING = {4: 1.42, 8: 1.54}, 1.39
 
 Figures = dict[str, float]
 
@@ -73,7 +78,7 @@ def plan(rounds: int, batch: int, vocabulary: int) -> dict[str, list[list[Pair]]
     pool = pool[np.argsort(pool[:, 0] + pool[:, 1:].max(1), kind="stable")]
     firsts = [int((i + 0.5) / rounds * POOL) // batch * batch for i in range(rounds)]
     drawn = [draw_lengths(rng, batch) for _ in range(rounds)]
-    while batch == 4 and rounds > 1 and not typical(drawn):
+    while rounds > 1 and not typical(drawn):
         drawn = [draw_lengths(rng, batch) for _ in range(rounds)]
     lengths = {"warm-up": [draw_lengths(rng, batch)], "random": drawn, "grouped": [pool[first : first + batch] for first in firsts]}
     return {kind: [pairs_of(rng, each, vocabulary) for each in batches] for kind, batches in lengths.items()}
@@ -90,7 +95,7 @@ def typical(batches: list[np.ndarray]) -> bool:
     lengths = np.concatenate(batches)
     sharing = (lengths.sum() + lengths[:, 0].sum()) / lengths.sum()
     pads = float(np.mean([padding(each) for each in batches]))
-    return abs(pads / PADDING - 1) < 0.01 and abs(sharing / SHARING - 1) < 0.01
+    return abs(pads / PADDING[len(batches[0])] - 1) < 0.01 and abs(sharing / SHARING - 1) < 0.01
 
 
 def lengths_of(pairs: list[Pair]) -> np.ndarray:
@@ -347,9 +352,10 @@ def spread(values: list[float]) -> Figures:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def measure(size: str, dtype: str, sides: tuple[str, ...], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All rounds of one model and precision: figures, and ratios round by round."""
-    planned = plan(options.rounds, options.batch, SIZES[size][0])
+def measure(run: str, rounds_wanted: int, folder: Path) -> dict[str, Any]:
+    """All rounds of one model, precision and pairs of a step: figures, and ratios round by round."""
+    (size, dtype), (pairs, sides) = run.split("-")[:2], RUNS[run]
+    planned = plan(rounds_wanted, pairs, SIZES[size][0])
     (folder / "plan.json").write_text(json.dumps(planned), encoding="utf-8")
     workers: dict[str, Worker] = {}
     try:
@@ -366,7 +372,8 @@ def measure(size: str, dtype: str, sides: tuple[str, ...], options: argparse.Nam
         for worker in workers.values():
             worker.end()
     tensors = {side: tensors_mib(side, folder, dtype) for side in sides} if dtype == "float32" else {}
-    return summarise(planned, rows, tensors) | {"gradient_errors": errors, "parameters": parameters_of(Config(*SIZES[size]))}
+    shape = {"rounds": rounds_wanted, "pairs_a_step": pairs, "parameters": parameters_of(Config(*SIZES[size]))}
+    return shape | summarise(planned, rows, tensors) | {"gradient_errors": errors}
 
 
 def compare(rows: dict[str, list[Figures]], tensors: dict[str, float]) -> list[dict[str, Any]]:
@@ -425,7 +432,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=4, help="pairs of a step; the authors' launch gives a GPU 4 at a time")
     parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -437,15 +443,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as top:
         for run in options.runs:
-            size, dtype = run.split("-")
-            folder = Path(top) / size
+            size, pairs = run.split("-")[0], RUNS[run][0]
+            folder = Path(top) / f"{size}-{pairs}"
             if not folder.exists():
                 folder.mkdir()
                 write_model(folder / "model", Config(*SIZES[size]))
-            result = {"rounds": options.rounds} | measure(size, dtype, RUNS[run], options, folder)
+            result = measure(run, options.rounds, folder)
             print(table(run, result), flush=True)
             if options.write:  # what is measured is kept, whatever becomes of the next run
-                record_part("step", "runs", run, result, threads=1, pairs_a_step=options.batch)
+                record_part("step", "runs", run, result, threads=1)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_a_sharded_step_is_measured(tmp_path: Path) -> None:
     point = growth.sharded(tmp_path, 2)
     assert point["place"] == 2 and 0 < 0.5 * point["wall_s"] < point["cpu_s"]
     growth.draw([point, *({"series": name, "place": place, "side": side, "cpu_s": 1.0, "memory_mib": 2.0}
-                          for name, places in growth.series().items() for place in places for side in (step.OURS, step.BEST))],
+                          for name, places in growth.series().items() for place in places for side in growth.SIDES)],
                 tmp_path / "growth.png")  # fmt: skip
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
