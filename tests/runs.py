@@ -8,6 +8,7 @@ As a program it makes runs cheap, which else would spend their time on imports:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -145,10 +146,29 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def send(number: signal.Signals, pid: int) -> None:
+    """A signal to a process and all that descend from it."""
+    for process in family(pid):
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            continue
+
+
+def saving(checkpoints: Path, since: float) -> set[str]:
+    """The checkpoints being written, by a process started at `since`: what a killed one left lies there until the next save."""
+    found = set()
+    for path in checkpoints.glob(".step-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ctime > since:
+                found.add(path.name)
+    return found
+
+
 def kill_at(moment: Moment, out: Path, pid: int, alive: Callable[[], bool]) -> str:
     """SIGKILL a run and all its processes at a moment; says what it was doing: "save", or "" when that cannot be seen."""
     kind, number = moment
-    began, checkpoints, log = time.monotonic(), out / "checkpoints", out / "log.jsonl"
+    since, began, checkpoints, log = time.time(), time.monotonic(), out / "checkpoints", out / "log.jsonl"
     first_row = len(log_of(out)) if log.exists() else 0
     seen: set[str] = set()
     while alive():
@@ -159,17 +179,17 @@ def kill_at(moment: Moment, out: Path, pid: int, alive: Callable[[], bool]) -> s
         if kind == "export" and (out / ".model.partial").exists():
             break
         if kind == "save":
-            seen |= {path.name for path in checkpoints.glob(".step-*")}
+            seen |= saving(checkpoints, since)
             if len(seen) >= number:
                 time.sleep(random.random() * 0.02)  # a save of this size takes about as long
-                break
+                send(signal.SIGSTOP, pid)
+                time.sleep(0.002)  # whatever call it is in ends, and no other begins
+                if saving(checkpoints, since):
+                    break
+                send(signal.SIGCONT, pid)  # too late, on a busy machine: in the next one
         time.sleep(0.0005)
-    for process in family(pid):
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    return "save" if list(checkpoints.glob(".step-*")) else ""
+    send(signal.SIGKILL, pid)
+    return "save" if saving(checkpoints, since) else ""
 
 
 def killed(arguments: list[str], moments: list[Moment], copy_at: int = 0) -> list[str]:
