@@ -131,6 +131,7 @@ class Item(NamedTuple):
     texts: tuple[str, ...]  # for Chat.pair_ids or Chat.conversation_ids
     safe: tuple[bool, bool]
     held_out: bool
+    headers: tuple[bool, int]  # a role header in the prompt; in how many answers
 
 
 class Stream:
@@ -230,10 +231,11 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
                         cut = [len(a) < len(b) for a, b in zip(tree, whole, strict=True)]
                         part["prompts_cut"] += cut[0]
                         part["answers_cut"] += sum(cut[1:])
+                        part["prompts_with_header"] += item.headers[0]
+                        part["answers_with_header"] += item.headers[1]
                         report["example"] = report["example"] or _example(chat, tree)
         if problems:
-            count = sum(part["malformed"] for part in report["sources"])
-            raise ValueError(f"malformed rows: {count}; the first ones:\n" + "\n".join(problems))
+            raise ValueError("\n".join([f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:", *problems]))
         table = np.array(rows, dtype=np.int32).reshape(-1, 7 if options.stage == "pairs" else 6)
         for number, part in enumerate(report["sources"]):
             _summarise(part, table[table[:, -1] == number], options.stage)
@@ -300,10 +302,8 @@ def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any
         return None
     texts = chat.pair_texts(messages[:-1], answers[0], answers[1]) if pairs else (chat.render(messages),)
     held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
-    if not held_out:
-        part["prompts_with_header"] += any(map(chat.header.search, asked))
-        part["answers_with_header"] += sum(bool(chat.header.search(text)) for text in answers)
-    return Item(texts, safe, held_out)
+    headers = any(map(chat.header.search, asked)), sum(bool(chat.header.search(text)) for text in answers)
+    return Item(texts, safe, held_out, headers)
 
 
 def _tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:

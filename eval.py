@@ -18,6 +18,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -324,8 +325,10 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     protocol = protocol._replace(bos=protocol.bos if options.bos is None else options.bos)
     sources = {name: source or local_source(options.data, name) for name, source in options.tasks.items()}
     used = {"judge": any(TASKS[name].metric in JUDGED for name in sources), "pairwise": PREFERRED in sources}
-    if unused := [f"--{flag}" for flag in used if getattr(options, flag) and not used[flag]]:
-        raise ValueError(f"{' and '.join(unused)} must have answers to judge, and none of these tasks gives such; leave it out, or add one")
+    for flag, needed in used.items():
+        if getattr(options, flag) and not needed:
+            wanted = [PREFERRED] if flag == "pairwise" else [name for name, task in TASKS.items() if task.metric in JUDGED]
+            raise ValueError(f"--{flag} judges the answers of {', '.join(wanted)}, got none of these tasks; leave it out, or add one")
     folder = storage.RunFolder(Path(options.out), world, "eval")
     settings = {**vars(options), "bos": protocol.bos}
     reads = [options.model, options.reference, options.data, *sources.values(), options.chat_template, options.labelled, options.pairwise]
@@ -409,9 +412,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--pairs", nargs="+", metavar="SOURCE", help="preference pairs to view by safety quadrant: the held-out ones")
     what.add_argument("--prompt", help="answer this one prompt, greedily")
     what.add_argument("--compare", nargs="+", metavar="DIR", help="folders of reports to set side by side")
-    parser.add_argument("--model", help="a folder or a hub name")
-    parser.add_argument("--reference", help="the model to compare with: the one that the policy started from, usually")
-    parser.add_argument("--out", help="folder for the report and the transcripts; with --compare, for figure5.png")
+    parser.add_argument("--model", type=os.path.expanduser, help="a folder or a hub name")
+    parser.add_argument("--reference", type=os.path.expanduser, help="the model to compare with: usually the one that --model began as")
+    parser.add_argument("--out", type=os.path.expanduser, help="folder for the report and the transcripts; with --compare, for figure5.png")
     parser.add_argument("--data", default="", metavar="DIR",
                         help="rows of the tasks in DIR/NAME.jsonl, .json, .parquet, .csv or .txt, instead of the hub's")  # fmt: skip
     parser.add_argument("--judge", help="with --tasks: keyword, harmbench:MODEL or wildguard:MODEL")

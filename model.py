@@ -366,10 +366,10 @@ def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
     ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor."""
     stored = slices(Path(folder))
     if config.tie_word_embeddings and "lm_head.weight" in stored:  # the one tensor under its other name, or under both
-        embedding = stored.setdefault("model.embed_tokens.weight", stored["lm_head.weight"])
-        if not torch.equal(stored["lm_head.weight"][:], embedding[:]):
+        head = stored.pop("lm_head.weight")
+        embedding = stored.setdefault("model.embed_tokens.weight", head)
+        if embedding is not head and not torch.equal(head[:], embedding[:]):
             raise ValueError(f"{folder}: lm_head.weight must equal model.embed_tokens.weight, which config.json ties, got another tensor")
-        del stored["lm_head.weight"]
     wanted, found = config.shapes(), {name: tuple(s.get_shape()) for name, s in stored.items()}
     wrong = [f"missing {name}" for name in wanted if name not in found]
     wrong += [f"unexpected {name}" for name in found if name not in wanted]

@@ -11,6 +11,7 @@ better answer.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,13 +119,13 @@ def run(options: argparse.Namespace, world: World) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command line. Wrong usage is said in one line, after the usage, and exits with code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a folder or a hub name")
+    parser.add_argument("--model", required=True, type=os.path.expanduser, help="a folder or a hub name")
     parser.add_argument("--prompts", required=True, help="a table with a column prompt, goal, text or Behavior, or a .txt of prompts")
     parser.add_argument("--judge", required=True, help="of safety: harmbench:MODEL, wildguard:MODEL or keyword")
     helpful = parser.add_mutually_exclusive_group()
     helpful.add_argument("--pairwise", metavar="MODEL", help="judge of helpfulness: any causal language model that follows instructions")
     helpful.add_argument("--ranks", metavar="FILE", help="to_rank.jsonl with ranks")
-    parser.add_argument("--out", required=True, help="folder for the pairs, and for all that leads to them")
+    parser.add_argument("--out", required=True, type=os.path.expanduser, help="folder for the pairs, and for all that leads to them")
     parser.add_argument("--temperature", type=float, default=PROTOCOLS["paper"].temperature, help="of the answers; default %(default)s")
     parser.add_argument("--max_new_tokens", type=int, default=PROTOCOLS["paper"].max_new_tokens, help="default %(default)s")
     parser.add_argument("--limit", type=int, default=0, help="prompts; 0: all")

@@ -94,7 +94,7 @@ def _check_whole(files: list[Path]) -> None:
         parts = [match["part"] for match in same]
         if len(parts) > len(set(parts)) or (None in parts and len(parts) > 1):
             names = " and ".join(sorted(match.string for match in same))
-            raise ValueError(f"the rows of {folder / stem} must be there once, got {names}; move one of them away")
+            raise ValueError(f"the rows of {folder / stem} must be there once, got {names}; move one away, or pass one by its path")
     counts = Counter((match["stem"], match["shards"]) for _, match in matches if match["shards"])
     for (stem, shards), found in counts.items():
         if found < int(shards):
@@ -142,6 +142,10 @@ def find_source(text: str, stage: str) -> Source:
     return Source(text, splits[split], test, (start, stop), identity)
 
 
+class Damaged(ValueError):
+    """What stands in the place of the rows that a file does not give any more."""
+
+
 def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig").strip())
@@ -165,12 +169,12 @@ def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tu
             for number, line in enumerate(file, 1):
                 if match["kind"] == "json" and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                     rows = _parse(line + file.read())
-                    rows = rows if isinstance(rows, list) else [rows]
+                    rows = rows if isinstance(rows, list) else [Damaged(str(rows))]
                     yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
                 elif line.strip():
                     yield f"{path}:{number}", parse(line)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        yield f"{path}:{number + 1}", ValueError(f"the file breaks off or is damaged here ({error})")
+        yield f"{path}:{number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")
 
 
 def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, Any]]:
@@ -194,23 +198,18 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
                 number += 1
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
-        yield f"{path}: row {number + 1}", ValueError(f"the file breaks off or is damaged here ({error})")
+        yield f"{path}: row {number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")
 
 
 def source_rows(source: Source, most_test: int) -> tuple[int, Iterator[tuple[str, Any, bool]]]:
     """(how many, (file:line, row or ValueError, of the test split) of each): the training rows that the slice keeps, then
     the first most_test of the test split. Percentages are of the rows in the files, rounded to the nearest row. ValueError: a slice of
-    files that break off."""
-
-    def count(files: list[Path]) -> int:
-        rows = 0
-        for place, row in chain.from_iterable(read_rows(path, parse=len) for path in files):
-            if isinstance(row, ValueError) and source.bounds != (None, None):  # without a slice every row is looked at anyhow
-                raise ValueError(f"{place}: {row}")
-            rows += 1
-        return rows
-
-    rows, tests = count(source.training), count(source.test)
+    damaged files, whose rows cannot be counted."""
+    rows, tests = 0, sum(1 for path in source.test for _ in read_rows(path, parse=len))
+    for place, row in chain.from_iterable(read_rows(path, parse=len) for path in source.training):
+        if isinstance(row, Damaged) and source.bounds != (None, None):  # without a slice every row is looked at anyhow
+            raise ValueError(f"{place}: {row}")
+        rows += 1
     start, stop = (None if bound is None else round(rows * int(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
                    for bound in source.bounds)  # fmt: skip
     kept = range(rows)[start:stop]

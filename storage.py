@@ -312,8 +312,8 @@ class RunFolder:
     def check(self, settings: Mapping[str, Any], free: frozenset[str], fresh: bool, reads: Iterable[str] = ()) -> dict[str, Any] | None:
         """What a finished run of these settings left in done.json; None when there is still something to do.
 
-        ValueError when the folder holds files that are no run, another program's run, something that this one `reads`, or, without
-        `fresh`, a run with other settings, which it names. Settings in `free` may differ: they do not change what comes out. Writes
+        ValueError when the folder holds files that are no run, another program's run, the cache, something that this one `reads`, or,
+        without `fresh`, a run with other settings, which it names. Settings in `free` may differ: they do not change what comes out. Writes
         nothing.
         """
         self.free = free
@@ -325,9 +325,9 @@ class RunFolder:
             if fresh and record.exists() and Path.cwd().is_relative_to(whole):
                 raise ValueError(f"{self.path} cannot be made anew from inside it; run the command in another folder")
             if not record.exists():
-                caches = cache_root(settings.get("cache")).resolve()  # may have been begun in here by a run that was refused or killed
-                foreign = [path.name for path in sorted(self.path.glob("[!.]*"))  # dot files are a killed run's asides
-                           if not caches.is_relative_to(path.resolve())]  # fmt: skip
+                if (caches := cache_root(settings.get("cache")).resolve()).is_relative_to(whole):
+                    raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
+                foreign = [path.name for path in sorted(self.path.glob("[!.]*"))]  # dot files are a killed run's asides
                 if foreign or (self.path.exists() and not self.path.is_dir()):
                     raise ValueError(f"{self.path} is no run folder (no run.json beside {foreign[:3]}); pass another --out")
                 try:

@@ -77,9 +77,10 @@ def try_stages(config: Config, world: World, run: Callable[[Config, World], obje
 def toy_run(config: Config, world: World, run: Callable[[Config, World], object], free: frozenset[str]) -> dict[str, Any]:
     """The whole path, each stage by `run` (train.run); returns what done.json holds. `free`: the settings that may differ on resuming."""
     folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
-    if config.batch > toy_data.PAIRS or (config.steps == 1 and config.warmup):
-        raise ValueError(f"the toy run has {toy_data.PAIRS} pairs of each kind and takes 2 steps or more, got --batch {config.batch} and "
-                         f"--steps {config.steps}")  # fmt: skip
+    steps = config.steps or config.epochs * toy_data.PAIRS // config.batch
+    if config.batch > toy_data.PAIRS or (steps == 1 and config.warmup):  # as the second stage would say, after the first
+        raise ValueError(f"the toy run has {toy_data.PAIRS} pairs of each kind, and the learning rate of a single step is 0: it takes 2 or "
+                         f"more, got --batch {config.batch}, --epochs {config.epochs} and --steps {config.steps}")  # fmt: skip
     if (result := folder.check(settings, free, config.fresh)) is not None:
         if config.export_changed and not config.dry_run:
             run(preference_stage(config, folder.path), world)

@@ -386,6 +386,22 @@ def test_truncated_and_damaged_files(name, chat, tmp_path):
             load_stream([f"{tmp_path / name}[:20%]"], chat)
 
 
+def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
+    """A row that cannot be read counts as one, and stops no slice without it; nor does a test split that breaks off and is not read."""
+    texts = pa.array([b"question 0", b"question 1", b"\xff"], pa.binary()).view(pa.string())
+    folder = tmp_path / "d"
+    folder.mkdir()
+    pq.write_table(pa.table({key: [own(i)[key] for i in range(3)] for key in own()} | {"prompt": texts}), folder / "train.parquet")
+    whole = write(folder / "test.jsonl.gz", [own(i) for i in range(300)]).read_bytes()
+    (folder / "test.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for suffix in ("[:2]", "[:67%]"):
+        assert prompts(load_stream([f"{folder}{suffix}"], chat, held_out=0)[0], chat) == ["question 0", "question 1"]
+    with pytest.raises(ValueError, match=r"train\.parquet: row 3: text must be UTF-8"):
+        load_stream([f"{folder}[1:]"], chat, held_out=0)
+    with pytest.raises(ValueError, match=r"test\.jsonl\.gz:\d+: the file breaks off"):
+        load_stream([f"{folder}[:2]"], chat)
+
+
 def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
     """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not."""
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
@@ -586,7 +602,8 @@ def test_data_folders_may_be_read_only_but_caches_may_not(chat, tmp_path, monkey
 
 def test_report_counts_what_the_rows_hold(chat, tmp_path):
     """A file with known numbers of everything: the report has them; the text names the file, the schema, marks scored tokens."""
-    rows = [own(0), own(1), own(2), own(3), own(4, chosen=""), own(5, rejected=" \n"), own(6, rejected="good 6"),
+    rows = [own(0), own(1), own(2), own(3), own(4, chosen=""), own(5, rejected=" \n"),
+            own(6, prompt="<|user|>", chosen="<|user|>", rejected="<|user|>"),  # identical: its headers are not trained on
             own(7, prompt=" "), own(8, chosen="<|assistant|>\nhi", prompt="<|user|> x")]  # fmt: skip
     train, _ = load_stream([str(write(tmp_path / "a.jsonl", rows))], chat, held_out=0, mixed=True)
     part, = train.report["sources"]

@@ -323,8 +323,8 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
         ("--tasks", "toxigen"): r"--data .* must hold toxigen.jsonl",
         ("--tasks", "xstest", "--judge", f"harmbench:{tmp_path / 'classifier'}"): r"a judge must be a causal language model",
         ("--tasks", "xstest", "--model", str(tmp_path / "small")): r"has 257 positions, .*an answer of 256 tokens; leave out xstest",
-        ("--tasks", "ethics_cm", "--judge", "keyword"): "--judge must have answers to judge, and none of these tasks gives such",
-        ("--tasks", "ethics_cm", "--pairwise", "nobody/nothing"): "--pairwise must have answers to judge",
+        ("--tasks", "ethics_cm", "--judge", "keyword"): "--judge judges the answers of .*xstest.*, got none of these tasks",
+        ("--tasks", "xstest", "--pairwise", "nobody/nothing"): "--pairwise judges the answers of alpaca_eval, got none of these tasks",
         ("--tasks", "strongreject", "--judge", f"harmbench:{place / 'judge'}", "--labelled", str(tmp_path / "refusals.jsonl")):
             r"labels of refusal, which no judge of these tasks says",
         ("--tasks", "strongreject", "--judge", f"harmbench:{place / 'judge'}", "--labelled", str(tmp_path / "long.jsonl")):

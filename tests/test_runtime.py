@@ -59,7 +59,7 @@ def killed(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_killed_at_random_moments_ends_with_the_same_bytes(killed: Path, whole: Path) -> None:
     """Claim: SIGKILL at ten random moments, saves included, each followed by the same command: the bytes of the run never killed."""
     doing = json.loads(killed.with_suffix(".json").read_text(encoding="utf-8"))
-    assert doing.count("save") >= 3  # five waited for one
+    assert doing.count("save") >= 5  # of those that wait for one
     assert runs.model_bytes(killed) == runs.model_bytes(whole)
     assert runs.losses(killed) == runs.losses(whole) and [row["step"] for row in log_of(killed)] == list(range(200))
     assert not list(killed.rglob(".*partial*")) and not list((killed / "checkpoints").glob(".*"))

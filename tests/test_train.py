@@ -641,17 +641,15 @@ def test_dry_run_of_the_toy_recipe(world: World, tmp_path: Path, capsys: pytest.
         train.toy_run(train.parse(["--dry_run", "--out", str(tmp_path)]), world, train.run, train.FREE)
 
 
-def test_a_cache_inside_the_run_folder_is_no_foreign_file(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: a run that was tried or refused, with its cache in its own folder, can begin there; other files still forbid it."""
-    command = [*bfpo(toys, tmp_path / "run", "--steps", "2"), "--cache", str(tmp_path / "run" / "some" / "cache")]
-    assert train.run(train.parse([*command, "--dry_run"]), world) == {} and [p.name for p in (tmp_path / "run").iterdir()] == ["some"]
-    with pytest.raises(ValueError, match="a step needs 5000 rows of safety"):
-        train.run(train.parse([*command, "--batch", "5000"]), world)
-    assert train.run(train.parse(command), world)["steps"] == 2
-    shutil.rmtree(tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"no run folder \(no run\.json beside \['notes\.txt'\]"):
+def test_a_run_folder_holds_no_cache_and_nobody_elses_files(toys: Path, world: World, tmp_path: Path) -> None:
+    """Claim: neither a folder with the cache in it becomes a run folder, which --fresh would remove, nor one with other files."""
+    command = bfpo(toys, tmp_path / "run", "--steps", "2")
+    for cache in ("cache", "some/cache"):
+        with pytest.raises(ValueError, match=f"must not hold the cache .*run/{cache}: --fresh would remove it"):
+            train.run(train.parse([*command, "--cache", str(tmp_path / "run" / cache)]), world)
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "run" / "some").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no run folder \(no run\.json beside \['some'\]"):
         train.run(train.parse(command), world)
 
 
@@ -752,8 +750,8 @@ def test_toy_recipe_prints_its_table_again(world: World, tmp_path: Path, capsys:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     train.toy_run(replace(config, export_changed=True), world, train.run, train.FREE)  # asked for afterwards
     assert (tmp_path / "toy" / "bfpo" / "changed.safetensors").exists()
-    for wrong in (["--batch", "4001"], ["--steps", "1"]):  # before the first stage is trained
-        with pytest.raises(ValueError, match=f"takes 2 steps or more, got .*{' '.join(wrong)}"):
+    for wrong in (["--batch", "4001"], ["--steps", "1"], ["--batch", "3000", "--epochs", "1"]):  # before the first stage is trained
+        with pytest.raises(ValueError, match=f"it takes 2 or more, got .*{wrong[0]} {wrong[1]}"):
             train.toy_run(train.parse([*wrong, "--out", str(tmp_path / "other")]), world, train.run, train.FREE)
     assert not (tmp_path / "other").exists()
     assert len(losses(tmp_path / "toy" / "sft")) == len(losses(tmp_path / "toy" / "bfpo")) == 2
