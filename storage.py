@@ -327,7 +327,8 @@ class RunFolder:
             if not record.exists():
                 if (caches := cache_root(settings.get("cache")).resolve()).is_relative_to(whole):
                     raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
-                foreign = [path.name for path in sorted(self.path.glob("[!.]*"))]  # dot files are a killed run's asides
+                foreign = sorted(path.name for path in self.path.glob("*")  # but for what a run leaves that is killed at once
+                                 if path.name != ".lock" and not path.name.startswith(".run.json."))  # fmt: skip
                 if foreign or (self.path.exists() and not self.path.is_dir()):
                     raise ValueError(f"{self.path} is no run folder (no run.json beside {foreign[:3]}); pass another --out")
                 try:

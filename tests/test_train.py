@@ -648,9 +648,14 @@ def test_a_run_folder_holds_no_cache_and_nobody_elses_files(toys: Path, world: W
         with pytest.raises(ValueError, match=f"must not hold the cache .*run/{cache}: --fresh would remove it"):
             train.run(train.parse([*command, "--cache", str(tmp_path / "run" / cache)]), world)
         assert not list(tmp_path.iterdir())
-    (tmp_path / "run" / "some").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"no run folder \(no run\.json beside \['some'\]"):
-        train.run(train.parse(command), world)
+    for name in ("some", ".ssh"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=rf"no run folder \(no run\.json beside \['{name}'\]"):
+            train.run(train.parse(command), world)
+        (tmp_path / "run" / name).rmdir()
+    for name in (".lock", ".run.json.17"):  # what a run leaves that is killed at once
+        (tmp_path / "run" / name).touch()
+    assert train.run(train.parse([*command, "--dry_run"]), world) == {}
 
 
 def test_sources_are_found_before_anything_is_fetched_or_tokenised(toys: Path, world: World, tmp_path: Path) -> None:
