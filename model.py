@@ -101,7 +101,7 @@ class Config:
                 raise ValueError(f"{name} must be {constraint}, got {getattr(self, name)!r}")
 
         for name, value in list(vars(self).items())[:7]:
-            check(name, isinstance(value, int) and value >= 1, "an integer >= 1")
+            check(name, type(value) is int and value >= 1, "an integer >= 1")
         check("model_type", self.model_type in ONLY_VALUES["model_type"], "mistral or llama")
         check("num_attention_heads", self.num_attention_heads % self.num_key_value_heads == 0, "a multiple of num_key_value_heads")
         check("head_dim", self.head_dim % 2 == 0, "even, as positions rotate pairs")
@@ -455,6 +455,7 @@ class Mistral(nn.Module):
         folder = find_model(path_or_hub_name)
         with torch.device("meta"):
             model = Mistral(Config.read(folder)).to(dtype)
+        stored_weights(model.config, folder)  # all is there, and of these shapes, before memory is taken
         model.to_empty(device=device)
         load_weights(model, folder)
         return model

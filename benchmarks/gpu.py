@@ -15,7 +15,9 @@ trains (fp32), the rest is bfloat16.
     train20      20 steps of it at the recipe's defaults: is the peak under 80e9 bytes?
     trl_best     TRL's DPOTrainer: the reference cached (its cost is not in the step, as it is not in ours), no checkpointing
     trl_default  the same at its defaults: a live reference, gradient checkpointing. Both have our dtypes, and 4 pairs at a time: fewer if
-                 these do not fit, which is then said.
+                 these do not fit, which is then said. Attention is transformers' default, whose padding mask keeps SDPA from its flash
+                 kernel. alloc_retries over 0: memory was so scarce that it cost time; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+                 is then worth a try.
     attention    one layer's attention of a pack by FlexAttention, and of the same pairs as padded rows by SDPA, 4 pairs at a time
     profile      the time of one step on the device, by kind of kernel
     compiled     `step` with every block under torch.compile
@@ -62,6 +64,7 @@ from storage import RunFolder
 # bfloat16, 8 bits of mantissa: a few percent.
 AGREE = {"float32": 1e-4, "bfloat16": 0.08}
 LIMIT_BYTES = 80e9
+NO_TIME = "no time was left"
 # Parts of a kernel's name (an operation's on a CPU) -> what it does; the first match counts.
 KINDS = {
     "collectives": ("nccl",), "attention": ("flex_attention", "triton_tem", "flash", "fmha", "BlockedAttention"),
@@ -205,10 +208,20 @@ def product_rate(order: int, device: torch.device) -> float:
 
 
 def peak(device: torch.device) -> dict[str, int]:
-    """The most bytes since the last reset, of tensors and of what the allocator keeps for them; none on a CPU."""
+    """Since the last reset: the most bytes of tensors and of what the allocator kept for them, and how often it had to give all unused ones
+    back before it got more; nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"]}  # fmt: skip
+
+
+def reset_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_accumulated_memory_stats()
 
 
 class Run:
@@ -245,10 +258,7 @@ class Run:
                 if row["step"] == last:
                     raise Enough
 
-        gc.collect()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak(world.device)
         self.model.checkpoint_blocks = config.checkpoint_blocks
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
             train.optimize(self.model, self.trained, config, self.steps, self.rows, lambda: ({}, 0.0), Folder(Path(folder), world))
@@ -311,17 +321,23 @@ def compiled(scale: Scale, device: str, say: Say) -> None:
 
 def train20(scale: Scale, device: str, say: Say) -> None:
     run, losses = Run(scale, device, scale.steps), list[float]()
-    memory = run.through(run.config, lambda _, row: losses.append(row["loss"]))
-    say(steps=scale.steps, losses=losses, plan_bytes=run.planned_bytes(run.config), **memory)
-    if memory:
-        say(under_80e9_bytes=memory["reserved_bytes"] < LIMIT_BYTES, device_bytes=torch.cuda.get_device_properties(0).total_memory)
+    say(steps=scale.steps, plan_bytes=run.planned_bytes(run.config))
+    if device == "cuda":
+        say(device_bytes=torch.cuda.get_device_properties(0).total_memory)
+
+    def after(_: int, row: dict[str, Any]) -> None:
+        losses.append(row["loss"])
+        memory = peak(run.world.device)
+        say(losses=losses, **memory, **({"under_80e9_bytes": memory["reserved_bytes"] < LIMIT_BYTES} if memory else {}))
+
+    run.through(run.config, after)
 
 
 # --- others beside it, and inside it ---------------------------------------------------------------------------------
 
 
-def trl_steps(scale: Scale, device: str, best: bool, at_once: int) -> dict[str, Any]:
-    """DPOTrainer.train on the pairs of `step`."""
+def trl_steps(scale: Scale, device: str, best: bool, at_once: int, say: Say) -> None:
+    """DPOTrainer.train on the pairs of `step`: figures of the steps after the first, said after each."""
     import trl.trainer.dpo_trainer
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -352,6 +368,9 @@ def trl_steps(scale: Scale, device: str, best: bool, at_once: int) -> dict[str, 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize(where)
             ends.append(time.perf_counter())
+            if timed := len(ends) - 1:
+                seconds = (ends[-1] - ends[0]) / timed
+                say(timed_steps=timed, pairs_per_s=2 * scale.batch / seconds, step_s=seconds, **peak(where))
 
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
@@ -363,11 +382,9 @@ def trl_steps(scale: Scale, device: str, best: bool, at_once: int) -> dict[str, 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
         trainer = Trainer(model, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                           callbacks=[Clock()])  # fmt: skip
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        say(pairs_at_once=at_once, attention=model.config._attn_implementation)
+        reset_peak(where)
         trainer.train()
-    seconds = (ends[-1] - ends[0]) / scale.timed
-    return {"pairs_per_s": 2 * scale.batch / seconds, "step_s": seconds, **peak(where)}
 
 
 def trl_part(scale: Scale, device: str, say: Say, best: bool) -> None:
@@ -376,11 +393,12 @@ def trl_part(scale: Scale, device: str, say: Say, best: bool) -> None:
             raise NotMeasured(f"{name} is not installed")
     too_many, at_once = [], scale.at_once
     while at_once:
-        say(doing=f"{at_once} pairs at a time")
+        say(doing=f"{at_once} pairs at a time", did_not_fit=too_many)
         try:
-            return say(pairs_at_once=at_once, did_not_fit=too_many, timed_steps=scale.timed, **trl_steps(scale, device, best, at_once))
+            return trl_steps(scale, device, best, at_once, say)
         except torch.OutOfMemoryError:
             too_many.append(at_once)
+            say(pairs_per_s=None)  # of the steps before
         at_once //= 2
         gc.collect()
         torch.cuda.empty_cache()
@@ -473,7 +491,7 @@ def generate(scale: Scale, device: str, say: Say) -> None:
 
 # part -> what measures it, and the seconds it may take; in the order of their worth, as all share the time
 PARTS: dict[str, tuple[Callable[[Scale, str, Say], None], int]] = {
-    "check": (check, 240), "step": (step, 170), "train20": (train20, 150), "trl_best": (lambda *a: trl_part(*a, best=True), 110),
+    "check": (check, 240), "step": (step, 170), "train20": (train20, 200), "trl_best": (lambda *a: trl_part(*a, best=True), 110),
     "trl_default": (lambda *a: trl_part(*a, best=False), 110), "attention": (attention, 60), "profile": (profile, 80),
     "compiled": (compiled, 120), "generate": (generate, 200),
 }  # fmt: skip
@@ -533,7 +551,7 @@ def measure(chosen: Sequence[str], tiny: bool, seconds: float, done: Callable[[s
         for part in (part for part in PARTS if part == "check" or part in chosen):
             limit = min(PARTS[part][1], end - time.monotonic())
             if refused or limit < 5:
-                found[part] = {"not_measured": refused or "no time was left"}
+                found[part] = {"not_measured": refused or NO_TIME}
             else:
                 found[part] = run_part(part, tiny, Path(folder), limit)
             if part == "check" and (why := found[part].get("failed") or found[part].get("disagreement")):
@@ -548,7 +566,8 @@ def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
 
     def gb(row: Mapping[str, Any]) -> str:
         cells = [f"{row[f'{key}_bytes'] / 1e9:.1f} {key}" for key in ("allocated", "reserved", "plan") if f"{key}_bytes" in row]
-        return ", GB: " + ", ".join(cells) if cells else ""
+        retries = f", {row['alloc_retries']} times short of memory" if row.get("alloc_retries") else ""
+        return ", GB: " + ", ".join(cells) + retries if cells else ""
 
     for part, found in parts.items():
         lines.append(f"{part} ({found['part_s']:.0f} s)" if "part_s" in found else part)
@@ -565,7 +584,7 @@ def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
                 activations = "recomputed" if row["checkpoint_blocks"] else "kept"
                 lines.append(f"  pack {row['pack_tokens']:6} {activations:10} {row['pairs_per_s']:8.4g} pairs/s {row['tokens_per_s']:8.0f} "
                              f"tokens/s, useful {row['useful_share']:.1%}{gb(row)}")  # fmt: skip
-        elif part.startswith("trl") and "pairs_per_s" in found:
+        elif part.startswith("trl") and found.get("pairs_per_s"):
             step = parts.get("step", {})
             ours = [row["pairs_per_s"] for row in step.get("rows", ()) if not row["checkpoint_blocks"]][:1]  # the default, not our best
             beside = f", ours without checkpointing {ours[0] / found['pairs_per_s']:.2f} times as fast" if ours else ""
@@ -576,7 +595,8 @@ def table(parts: Mapping[str, Mapping[str, Any]]) -> str:
                          f"{found['did_not_fit'] or 'none'}){gb(found)}{beside}")  # fmt: skip
         elif part == "train20" and "losses" in found:
             verdict = f"; under 80e9 bytes: {found['under_80e9_bytes']}" if "under_80e9_bytes" in found else ""
-            lines.append(f"  {found['steps']} steps, loss {found['losses'][0]:.6g} to {found['losses'][-1]:.6g}{gb(found)}{verdict}")
+            losses = found["losses"]
+            lines.append(f"  {len(losses)} of {found['steps']} steps, loss {losses[0]:.6g} to {losses[-1]:.6g}{gb(found)}{verdict}")
         elif part == "attention" and "milliseconds" in found:
             lines.append("  ms: " + ", ".join(f"{name} {each:.3g}" for name, each in found["milliseconds"].items()))
             lines.append("  padded / pack: " + ", ".join(f"{name} {each:.2f}" for name, each in found["padded_over_pack"].items()))
@@ -607,7 +627,7 @@ def main() -> None:
 
     def done(part: str, figures: dict[str, Any]) -> None:
         print(table({part: figures}), flush=True)
-        if options.write:
+        if options.write and figures.get("not_measured") != NO_TIME:  # an earlier run's figures stay
             record_part("gpu", "parts", part, figures)
 
     found = measure(options.parts, options.tiny, 60 * options.minutes, done)

@@ -151,18 +151,40 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(fits: int, monkeypatch: py
     pytest.importorskip("trl")
     said: dict[str, Any] = {}
 
-    def steps(scale: Any, device: str, best: bool, at_once: int) -> dict[str, Any]:
+    def steps(scale: Any, device: str, best: bool, at_once: int, say: Any) -> None:
+        say(pairs_at_once=at_once, pairs_per_s=2.0)
         if at_once > fits:
+            assert f"2 pairs/s, {at_once} pairs at a time" in gpu.table({"trl_best": said})
             raise torch.OutOfMemoryError
-        return {"pairs_per_s": 3.0}
+        say(pairs_per_s=3.0)
 
     monkeypatch.setattr(gpu, "trl_steps", steps)
     if fits == 0:
         with pytest.raises(gpu.NotMeasured, match="one pair at a time does not fit"):
             gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", said.update)
+        assert said["pairs_per_s"] is None  # what a step of more pairs took is not what the report ends with
     else:
         gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", said.update)
         assert said["pairs_at_once"] == fits and said["did_not_fit"] == [2][: 2 - fits] and said["pairs_per_s"] == 3.0
+
+
+def test_steps_are_said_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a part of many steps that is stopped has reported those it did. Oracle: tiny runs whose report ends them after two steps."""
+
+    def stop_after(done: Any, said: dict[str, Any], **more: Any) -> None:
+        said.update(more)
+        if done(said) == 2:
+            raise KeyboardInterrupt
+
+    train20: dict[str, Any] = {}
+    with pytest.raises(KeyboardInterrupt):
+        gpu.train20(gpu.TINY, "cpu", partial(stop_after, lambda said: len(said.get("losses", ())), train20))
+    assert "2 of 3 steps" in gpu.table({"train20": train20}) and train20["plan_bytes"] > 0
+    pytest.importorskip("trl")
+    best: dict[str, Any] = {}
+    with pytest.raises(KeyboardInterrupt):
+        gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", partial(stop_after, lambda said: said.get("timed_steps", 0), best))
+    assert best["pairs_per_s"] * best["step_s"] == pytest.approx(2 * gpu.TINY.batch) and best["attention"] == "sdpa"
 
 
 # --- step, growth, where ---------------------------------------------------------------------------------------------
