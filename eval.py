@@ -33,6 +33,7 @@ import pairwise
 import report
 import runtime
 import storage
+import tables
 import tasks
 import toy
 from chat import Chat, Message, must_fit
@@ -310,9 +311,10 @@ FREE = frozenset({"reference", "tasks", "data", "judge", "pairwise", "labelled",
 
 def local_source(folder: str, name: str) -> str:
     """The file or folder of a task's rows in a folder of such; the hub when there is no folder."""
-    found = sorted(Path(folder).glob(f"{name}.*")) + [path for path in [Path(folder) / name] if path.is_dir()]
-    if folder and not found:
-        raise ValueError(f"--data {folder} must hold {name}.jsonl, .json, .parquet, .csv or .txt, or a folder {name}; it has neither")
+    found = [path for path in sorted(Path(folder).glob(f"{name}*")) if (tables.stem(path) if tables.is_table(path) else path.name) == name]
+    if folder and len(found) != 1:
+        raise ValueError(f"--data {folder} must hold one {name}.jsonl, .json, .parquet, .csv or .txt, or a folder {name}, got "
+                         f"{' and '.join(path.name for path in found) or 'none'}")  # fmt: skip
     return str(found[0]) if folder else ""
 
 
@@ -442,10 +444,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--prompt must hold text")
     if options.max_new_tokens < 1 or not 0 < options.tau < math.inf or not 1 <= options.max_prompt < options.max_length:
         parser.error("--max_new_tokens must be >= 1, --tau finite and > 0, and --max_prompt in [1, max_length)")
-    alone = {"prompt": "max_new_tokens", "pairs": "max_length max_prompt tau", "tasks": "data judge pairwise labelled limit"}
-    for mode, flags in alone.items():
-        if stray := [flag for flag in flags.split() if getattr(options, flag) != parser.get_default(flag) and not getattr(options, mode)]:
-            parser.error(f"--{stray[0]} goes with --{mode} alone")
+    modes = {"prompt": "max_new_tokens", "pairs": "reference max_length max_prompt tau", "compare": "out",
+             "tasks": "reference out data judge pairwise labelled protocol bos limit seed fresh"}  # fmt: skip
+    used = next(flags.split() for mode, flags in modes.items() if getattr(options, mode) is not None)
+    for flag in dict.fromkeys(" ".join(modes.values()).split()):
+        if flag not in used and getattr(options, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} goes with --{' and --'.join(mode for mode in modes if flag in modes[mode].split())} alone")
     if options.labelled and not options.judge:
         parser.error("--labelled needs --judge: it is the judge of the answers that is held to the labels")
     if options.tasks:

@@ -227,6 +227,7 @@ class Examiner:
     """
 
     def __init__(self, kind: str, name: str, world: World) -> None:
+        name = name.rstrip("/")  # one judge, one name
         self.form, self.world, self.folder = FORMS[kind], world, find_model(name)
         try:
             self.config = Config.read(self.folder)

@@ -308,10 +308,12 @@ def compare(options: argparse.Namespace, picture: str, title: str, variants: Map
 
 
 def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """model -> the learning rate and tau that the search settled on."""
+    """model -> the learning rate and tau that the search settled on. ValueError: it has not been made, or lacks one."""
     if not options.record.exists():
         raise ValueError(f"{options.record} is not there; run `python synthetic.py search` and pass its search.json with --record")
     found: dict[str, dict[str, float]] = read_json(options.record, "picks")["picks"]
+    if lacking := [name for name in MODELS if name not in ABLATIONS and not {"lr", "tau"} <= set(found.get(name, ()))]:
+        raise ValueError(f"{options.record} must have lr and tau of {', '.join(lacking)}; run `python synthetic.py search` again")
     return found
 
 

@@ -96,8 +96,12 @@ def run(options: argparse.Namespace, world: World) -> None:
     pairs, counts = pairs_of(answers, judged(folder.path, "answers", entries, answers, judge, world))
     judge.unload()
     if ranks is None:
-        world.from_main(lambda: storage.write_lines(folder.path / "to_rank.jsonl", pairs))
-        world.say(f"wrote {folder.path / 'to_rank.jsonl'}, {len(pairs)} pairs; the same command goes on with --pairwise or --ranks")
+        waiting = folder.path / "to_rank.jsonl"
+        rows = world.from_main(lambda: [row for _, row in tables.read_rows(waiting)] if waiting.exists() else [])
+        if any("ranks" in row for row in rows if isinstance(row, dict)):
+            raise ValueError(f"{waiting} has ranks, which are not written over; pass --ranks {waiting}, or move it away")
+        world.from_main(lambda: storage.write_lines(waiting, pairs))
+        world.say(f"wrote {waiting}, {len(pairs)} pairs; the same command goes on with --pairwise or --ranks")
         return
     better = order(pairs, ranks, folder.path, world)
     done = [{**pair, "better_modelout": which} for pair, which in zip(pairs, better, strict=True) if which]

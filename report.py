@@ -6,6 +6,7 @@ deviation over the root of their number.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ def difference(metric: str, policy: Sequence[float], reference: Sequence[float])
     if is_share(metric, policy, reference):
         more = [*terms, 1.0, -1.0]
         centre, half = float(np.mean(more)), Z * float(np.std(more)) / len(more) ** 0.5
-        found |= {"low": centre - half, "high": centre + half}
+        found |= {"low": max(-1.0, centre - half), "high": min(1.0, centre + half)}
     return found
 
 
@@ -149,13 +150,15 @@ def table(report: Mapping[str, Any]) -> str:
 
 def compare(folders: Sequence[str], out: str | None) -> str:
     """The reports in some folders as one table, and what makes them unlike; figure5.png in `out` shows those that have both its axes."""
-    reports = {folder: storage.read_json(Path(folder) / "report.json", "tasks", "averages", "setup") for folder in folders}
+    remedy = "is it of eval.py --tasks? Then delete it, and make it again"
+    reports = {folder: storage.read_json(Path(folder) / "report.json", "tasks", "averages", "setup", remedy=remedy) for folder in folders}
     names = dict.fromkeys(name for report in reports.values() for name in (*report["averages"], *report["tasks"]))
-    lines = [" " * 26 + "".join(f"{folder[-22:]:>24}" for folder in reports)]
+    width = next(n for n in itertools.count(22) if len({folder[-n:] for folder in reports}) == len(reports)) + 2
+    lines = [" " * 26 + "".join(f"{folder[2 - width :]:>{width}}" for folder in reports)]
     for name in names:
         parts = [(report["averages"] | report["tasks"]).get(name) for report in reports.values()]
         cells = [f"{part['score']:.4f} +- {part['error']:.4f}" if part else "-" for part in parts]
-        lines.append(f"{name:<26}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{name:<26}" + "".join(f"{cell:>{width}}" for cell in cells))
     lines += [f"not alike: {what}" for what, values in differing(list(reports.values())).items() if len(values) > 1]
     both = {folder: [report["averages"].get(axis) for axis in ("helpfulness", "harmlessness")] for folder, report in reports.items()}
     points = [scatter.Point(folder, *(axis["score"] for axis in axes),

@@ -171,7 +171,7 @@ def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tu
                     rows = _parse(line + file.read())
                     rows = rows if isinstance(rows, list) else [Damaged(str(rows))]
                     yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
-                elif line.strip():
+                elif line.lstrip(b"\xef\xbb\xbf").strip():
                     yield f"{path}:{number}", parse(line)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         yield f"{path}:{number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")

@@ -88,7 +88,7 @@ def read_json(path: Path, *keys: str, remedy: str = "delete it, and make it agai
     except (json.JSONDecodeError, UnicodeDecodeError):
         value = None
     if not isinstance(value, dict) or not all(key in value for key in keys):
-        raise ValueError(f"{path} is damaged; {remedy}")
+        raise ValueError(f"{path} is damaged, or another program's; {remedy}")
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def is_table(path: Path) -> bool:
     return path.is_file() and (path.suffix in (".csv", ".txt") or sources.FILE.fullmatch(path.name) is not None)
 
 
+def stem(path: Path) -> str:
+    """A table's name without its ending, and without which part it is of how many."""
+    match = sources.FILE.fullmatch(path.name)
+    return match["stem"] if match else path.stem
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(file:line, row) of a .csv with a header, a .txt with a prompt a line, or whatever sources.read_rows reads; for a row that
     cannot be read, a ValueError in its place."""
@@ -68,7 +75,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".csv":
+                csv.field_size_limit(2**31 - 1)  # a cell holds any text
                 table = csv.DictReader(file, strict=True)
+                if doubled := [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]:
+                    raise ValueError(f"{path} must have columns of different names, got {doubled[0]} twice")
                 yield from ((f"{path}:{table.line_num}", whole(row)) for row in table)
             else:
                 yield from ((f"{path}:{number}", {"text": line.strip()}) for number, line in enumerate(file, 1) if line.strip())
@@ -86,14 +96,16 @@ def whole(row: Row) -> Row | ValueError:
 def find_tables(source: str, hub: str) -> list[Path]:
     """The data files of a file or folder, or, without a source, of the hub's parquet copy of NAME:CONFIG:SPLIT.
 
-    A folder's .txt are taken for notes to its reader. The hub keeps one of every public data set, whatever its own form: branch
-    refs/convert/parquet, CONFIG/SPLIT/*.parquet.
+    A folder's .txt are taken for notes to its reader, several files of one name for a table's parts. The hub keeps a parquet copy of every
+    public data set, whatever its own form: branch refs/convert/parquet, CONFIG/SPLIT/*.parquet.
     """
     path = Path(source).expanduser() if source else from_hub(*hub.split(":"))
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if is_table(file) and file.suffix != ".txt")
     if not files or not all(map(is_table, files)):
         found = "another file" if path.is_file() else "a folder without one" if path.is_dir() else "which is not there"
         raise ValueError(f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}")
+    if len({stem(file) for file in files}) > 1 and not all(stem(file).isdigit() for file in files):  # the hub's parts are numbers
+        raise ValueError(f"{path} must hold the parts of one table, got {' and '.join(file.name for file in files)}; pass one by its path")
     return files
 
 

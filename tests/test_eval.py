@@ -288,6 +288,8 @@ def test_prompts_are_cut_from_the_left_to_the_last_token(place: Path) -> None:
         (["--model", "x", "--out", "y", "--tasks", "ethics_cm", "--judge", "gpt-4"], "a judge must be keyword, harmbench:MODEL or wild"),
         (["--model", "x", "--out", "y", "--tasks", "alpaca_eval", "--max_new_tokens", "100"], "--max_new_tokens goes with --prompt alone"),
         (["--model", "x", "--prompt", "y", "--judge", "keyword"], "--judge goes with --tasks alone"),
+        (["--model", "x", "--prompt", "y", "--out", "z"], "--out goes with --compare and --tasks alone"),
+        (["--compare", "x", "--seed", "7"], "--seed goes with --tasks alone"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +311,11 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
     (tmp_path / "other.jsonl").write_text('{"input": "x", "label": 1}\n{"input": "y", "label": 1}\n')
     (tmp_path / "refusals.jsonl").write_text('{"prompt": "p", "answer": "a", "refusal": true}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "p " * 5000, "answer": "a", "harm": True}))
-    (tmp_path / "foreign").mkdir()
+    for name in ("foreign", "redteam", "twice", "backup"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "redteam" / "report.json").write_text('{"counts": {}}')
+    for name in ("twice/toxigen.csv", "twice/toxigen.jsonl", "backup/toxigen.bak.jsonl", "backup/toxigen.json.md"):
+        (tmp_path / name).touch()
     (tmp_path / "foreign" / "thesis.tex").touch()
     config = json.loads((place / "model" / "config.json").read_text())
     for name, changes in (("classifier", {"model_type": "deberta-v2"}), ("small", {"max_position_embeddings": 257})):
@@ -320,7 +326,7 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
     for arguments, words in {
         ("--tasks", "ethics_cm", "--model", str(tmp_path / "thin")): r"instead of \(\d+, 48\)",
         ("--tasks", f"ethics_cm={tmp_path / 'short.jsonl'}"): r"short.jsonl:2: ethics_cm: input is missing; the row has inputs, label",
-        ("--tasks", "toxigen"): r"--data .* must hold toxigen.jsonl",
+        ("--tasks", "toxigen"): r"--data .* must hold one toxigen.jsonl",
         ("--tasks", "xstest", "--judge", f"harmbench:{tmp_path / 'classifier'}"): r"a judge must be a causal language model",
         ("--tasks", "xstest", "--model", str(tmp_path / "small")): r"has 257 positions, .*an answer of 256 tokens; leave out xstest",
         ("--tasks", "ethics_cm", "--judge", "keyword"): "--judge judges the answers of .*xstest.*, got none of these tasks",
@@ -334,6 +340,9 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
         ("--tasks", "ethics_cm", "--out", str(tmp_path / "done"), "--bos"): r"other settings \(bos was False, now True\)",
         ("--tasks", f"ethics_cm={tmp_path / 'other.jsonl'}", "--out", str(tmp_path / "done")): "was made with another rows; delete that",
         ("--compare", str(tmp_path / "foreign")): r"report.json",
+        ("--compare", str(tmp_path / "redteam")): r"or another program's; is it of eval.py --tasks\?",
+        ("--tasks", "toxigen", "--data", str(tmp_path / "twice")): r"must hold one toxigen\.jsonl, .*, got toxigen\.csv and toxigen\.jsonl",
+        ("--tasks", "toxigen", "--data", str(tmp_path / "backup")): r"must hold one toxigen\.jsonl, .*, got none",
     }.items():
         with pytest.raises(SystemExit) as exit_info:
             base = [] if "--compare" in arguments else flags(place, tmp_path / "out")

@@ -256,16 +256,18 @@ def test_committed_search_is_whole_and_its_picks_are_its_best() -> None:
     (["figure1", "--jobs", "0"], 2, "--jobs"), (["noise", "--steps", "x"], 2, "--steps"),
     (["figure1", "--record", "search.json", "--seeds", "1", "1"], 1, "different"),
     (["tradeoff", "--record", "nowhere.json"], 1, "synthetic.py search"),
+    (["noise", "--record", "part.json"], 1, "part.json must have lr and tau of dpo_safe, dpo_mix, bfpo, ipo_mix; run"),
 ])  # fmt: skip
 def test_bad_options_end_before_any_work(arguments: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Claim: wrong usage exits 2, a wrong value 1, with one line that says what. Oracle: the messages, and an empty folder."""
     monkeypatch.chdir(tmp_path)
     Path("search.json").write_text(json.dumps({"picks": {model: {"lr": 1e-4, "tau": 0.5} for model in miniature.MODELS}}))
+    Path("part.json").write_text(json.dumps({"picks": {"dpo_helpful": {"lr": 1e-4, "tau": 0.5}, "bfpo": {}}}))
     with pytest.raises(SystemExit) as stop:
         synthetic.main(arguments)
     assert stop.value.code == code and message in capsys.readouterr().err.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.json", "search.json"]
 
 
 # --- the whole figure, outside the default run -----------------------------------------------------------------------

@@ -107,8 +107,11 @@ def test_from_prompts_to_a_trained_model(models: Path, world: World, tmp_path: P
     assert len({pair["modeloutput1"] for pair in pairs}) == len(pairs) == report["counts"]["pairs"] > 8
     assert report["setup"]["temperature"] == 1 and report["setup"]["safety"]["judge"].startswith("harmbench:")
 
-    ranks = tmp_path / "ranks.jsonl"
+    ranks = out / "to_rank.jsonl"
     ranks.write_text("".join(json.dumps(row | {"ranks": [2, 1] if i % 3 else [1, 2]}) + "\n" for i, row in enumerate(waiting)))
+    with pytest.raises(SystemExit):  # somebody's work
+        redteam.main(first)
+    assert "to_rank.jsonl has ranks, which are not written over" in capsys.readouterr().err
     redteam.main([*first, "--ranks", str(ranks)])
     ordered = lines(out / "redteam.jsonl")
     assert [pair["better_modelout"] for pair in ordered] == [2 if i % 3 else 1 for i in range(len(ordered))]

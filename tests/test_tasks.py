@@ -324,7 +324,10 @@ def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
         ("ethics_cm", {"label": 2, "input": "x"}, "label must be a number from 0 to 1"),
         ("ethics_cm", {"label": 1, "input": 7}, "input must be text"),
         ("truthfulqa_mc2", {"question": "x", "mc2_targets": {"choices": "x"}}, "choices must be a list of texts"),
-        ("truthfulqa_mc2", {"question": "x", "mc2_targets": {"choices": ["x"], "labels": [1, 0]}}, "labels must be a list, one a choice"),
+        ("truthfulqa_mc2", {"question": "x", "mc2_targets": {"choices": ["x"], "labels": [1, 0]}}, "labels must be a list"),
+        ("truthfulqa_mc2", {"question": "x", "mc2_targets": {"choices": ["x", "y"], "labels": ["1", "0"]}}, "labels must be .* 0 and 1"),
+        ("truthfulqa_mc2", {"question": "x", "mc2_targets": {"choices": [], "labels": []}}, "one a choice, both among them"),
+        ("realtoxicityprompts", {"challenging": True, "prompt": {"text": ""}}, "text must be a text to go on from"),
         ("hhh_alignment", {"inputs": "x", "targets": ["c"], "multiple_choice_targets": ["a", "b"]}, "targets must begin with one of"),
         ("winogrande", {"sentence": "x", "option1": "a", "option2": "b", "answer": "1"}, "sentence must hold a _"),
         ("bbq", {"ans0": "a", "ans1": "b", "ans2": "c"}, "must be a known way to say unknown"),
@@ -349,9 +352,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("goal\nBake a cake\n")
     (tmp_path / "comma.csv").write_text('goal\n"Please, sing"\nBake a cake, please\n')
     (tmp_path / "short.csv").write_text("label,goal\n1\n")
+    (tmp_path / "double.csv").write_text("goal,goal\n1,2\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "splits").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "splits" / f"{split}.csv").write_text("goal\nBake a cake\n")
     for name, words in {"nosuch.csv": "not there", "x.pdf": "another file", "empty": "without one", "bad.csv": "readable UTF-8",
-                        "one.csv": "at least 2 rows", "comma.csv": r"comma.csv:3: .*as many cells", "short.csv": "short.csv:2:"
+                        "one.csv": "at least 2 rows", "comma.csv": r"comma.csv:3: .*as many cells", "short.csv": "short.csv:2:",
+                        "double.csv": "got goal twice", "splits": r"one table, got test\.csv and train\.csv; pass one by its path"
                         }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
             tasks.load("advbench", str(tmp_path / name), PAPER, 0)
@@ -380,7 +388,9 @@ def test_selection_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tasks.select(["toxigen=a=b.csv", "ethics_cm"]) == {"toxigen": "a=b.csv", "ethics_cm": ""}
     papers = tasks.select(["paper"])
     assert len(papers) == 22 and not papers.keys() & {"bbq", "harmbench", "strongreject", "xstest"}
-    assert tasks.select(["toxigen=x", "choices"])["toxigen"] == "x"
+    assert tasks.select(["toxigen=x", "choices"])["toxigen"] == tasks.select(["toxigen=x", "toxigen"])["toxigen"] == "x"
+    with pytest.raises(ValueError, match="a task must have one source, got toxigen=x and toxigen=y"):
+        tasks.select(["toxigen=x", "toxigen=y"])
     for word in ("toxigne", "paper=x", ""):
         with pytest.raises(ValueError, match=r"truthfulqa_mc2, crows_pairs_english, .*or a group: paper, choices, answers, all"):
             tasks.select([word])
