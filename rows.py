@@ -38,6 +38,7 @@ def open_streams(config: Config, chat: Chat, world: World) -> tuple[dict[str, St
                 sources, chat, stage="sft" if name == "sft" else "pairs", max_length=config.max_length,
                 max_prompt=config.max_prompt, prefer=config.prefer, mixed=name == "safety",
                 cache_dir=config.cache or None)  # fmt: skip
+            world.same(f"the rows of {name}", training[name].fingerprint)
             world.say(describe(training[name].report))
     first, stream = next(iter(training.items()))
     if len(stream) < config.batch:

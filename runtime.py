@@ -89,6 +89,13 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def same(self, what: str, value: Result) -> Result:
+        """The value, if every rank has the same: nodes may have disks of their own. ValueError names a rank that has another."""
+        first, *others = self.gather(value)
+        if other := [rank for rank, found in enumerate(others, 1) if found != first]:
+            raise ValueError(f"{what} must be the same on every node, but rank {other[0]} reads another than rank 0; copy it there")
+        return value
+
 
 def keep_freed_memory() -> None:
     """Has glibc keep what a step frees for the next one, unless the environment says otherwise. By default it gives it back, and the
@@ -105,7 +112,7 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     replicate > 1 shards parameters inside size / replicate ranks (a node, usually) and replicates across. ValueError
     when a GPU is asked for and there is none, or replicate does not divide the number of processes.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "auto":
@@ -167,6 +174,10 @@ def one_voice() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has left
         speak(error)
         code = 1
+    except RuntimeError:  # of a collective that rank 0 has left?
+        if not (dist.is_initialized() and dist.get_rank() and rank_0_spoke()):
+            raise
+        code = 1
     several = dist.is_initialized() and dist.get_world_size() > 1
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
@@ -191,12 +202,16 @@ def speak(error: Exception) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if store is not None:
             store.set("rank 0 spoke", "1")
-    elif store is not None:  # before there is a group, every rank fails alike
-        deadline = time.monotonic() + SPEAK_GRACE_S
-        while time.monotonic() < deadline and not store.check(["rank 0 spoke"]):
-            time.sleep(0.1)
-        if not store.check(["rank 0 spoke"]):
-            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif store is not None and not rank_0_spoke():  # before there is a group, every rank fails alike
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def rank_0_spoke() -> bool:
+    """Whether rank 0 has said what went wrong, or does so within SPEAK_GRACE_S."""
+    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + SPEAK_GRACE_S
+    while not (spoke := store.check(["rank 0 spoke"])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return bool(spoke)
 
 
 def answer_roll_call(rank: int, size: int, signals: int) -> None:

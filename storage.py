@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -50,9 +51,12 @@ def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
 
 
 def weights_sha256(folder: Path, world: World) -> str:
-    """Of a model folder: one sum over config.json and the weights' files."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(json.dumps(sha256_all(files, world)).encode()).hexdigest()
+    """Of a model folder: one sum over config.json and the weights' files. Each node reads its own; ValueError: they are not the same."""
+    files, local = [folder / "config.json", *sorted(folder.glob("*.safetensors"))], int(os.environ.get("LOCAL_RANK", 0))
+    mine = {path.name: sha256(path) for path in files[local :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]}
+    node = world.rank - local  # its first rank
+    sums = dict(sorted(item for first, part in world.gather((node, mine)) if first == node for item in part.items()))
+    return world.same(f"the model {folder}", hashlib.sha256(json.dumps(sums).encode()).hexdigest())
 
 
 def set_aside(path: Path, aside: Path) -> None:
@@ -226,7 +230,10 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int
     found = world.from_main(lambda: _manifest(path))
     if found is None or sha256_all([path / name for name in found["sha256"]], world) != found["sha256"]:
         return None
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    try:
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    except (CheckpointException, RuntimeError) as error:  # some tensors may be filled: no going on from an earlier one
+        raise ValueError(f"checkpoint {path} is whole but not of this model; delete it, and run again ({error})") from error
     return int(found["step"])
 
 
@@ -240,7 +247,7 @@ def best_checkpoint(folder: Path) -> tuple[float, Path | None]:
 def _manifest(path: Path) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, OSError):
         value = read_json(path / MANIFEST, "step", "held_out_loss", "sha256")
-        return value if all((path / name).is_file() for name in value["sha256"]) else None
+        return value if value["sha256"] and all((path / name).is_file() for name in value["sha256"]) else None
     return None
 
 
@@ -324,9 +331,13 @@ class RunFolder:
                 raise ValueError(f"{self.path} must not hold what the run reads, got {inside[0]}; pass another --out")
             if fresh and record.exists() and Path.cwd().is_relative_to(whole):
                 raise ValueError(f"{self.path} cannot be made anew from inside it; run the command in another folder")
+            if (caches := cache_root(settings.get("cache")).resolve()).is_relative_to(whole):
+                raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
+            stages = whole if settings.get("recipe") == "toy" else None  # whose runs are its own
+            others = (path.parent for path in whole.rglob("run.json") if path.parent != whole and path.parent.parent != stages)
+            if fresh and (other := next(others, None)):
+                raise ValueError(f"{self.path} must not hold other runs, which --fresh would remove, got {other}; move it away")
             if not record.exists():
-                if (caches := cache_root(settings.get("cache")).resolve()).is_relative_to(whole):
-                    raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
                 foreign = sorted(path.name for path in self.path.glob("*")  # but for what a run leaves that is killed at once
                                  if path.name != ".lock" and not path.name.startswith(".run.json."))  # fmt: skip
                 if foreign or (self.path.exists() and not self.path.is_dir()):
@@ -406,10 +417,17 @@ class RunFolder:
                                 **surroundings()})  # fmt: skip
 
         self.world.from_main(make)
+        sign, token = self.path / ".sign", self.world.from_main(lambda: uuid.uuid4().hex)
+
+        def seen() -> bool:
+            return sign.exists() and sign.read_text(encoding="utf-8") == token
+
+        self.world.from_main(lambda: write_text(sign, token))  # a run.json may be an earlier run's, on a node's own disk
         deadline = time.monotonic() + SHARED_DISK_S
-        while not (self.path / "run.json").exists() and time.monotonic() < deadline:
+        while not seen() and time.monotonic() < deadline:
             time.sleep(0.5)
-        blind = [rank for rank, seen in enumerate(self.world.gather((self.path / "run.json").exists())) if not seen]
+        blind = [rank for rank, sees in enumerate(self.world.gather(seen())) if not sees]
+        self.world.from_main(sign.unlink)
         if blind:
             raise ValueError(f"{self.path.absolute()} must be on a disk that all nodes share, but rank {blind[0]} does not see it")
 

@@ -283,7 +283,7 @@ def optimize(
             row = {"step": step, "lr": learning_rate(step, steps, config.lr, config.warmup), "grad_norm": norm.item()}
             row |= summarise(config, rows, items, outcome, world)
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                remedy = "Lower --lr, and start again with --fresh" if step else "The starting weights give it: nothing was trained yet"
+                remedy = "Lower --lr, and start over with --fresh" if step else "The starting weights or --tau give it; nothing was trained"
                 raise ValueError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were not changed; "
                                  f"{rows.blame(outcome.items, outcome.loss, world)}. {remedy}")  # fmt: skip
             if step == 0 and config.objective != "sft":

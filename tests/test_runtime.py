@@ -139,12 +139,39 @@ def test_two_nodes_take_the_same_steps(whole: Path, toys: Path, tmp_path: Path) 
     assert runs.weight_distance(tmp_path / "run", whole) <= 1e-5
 
 
+def test_nodes_with_other_files_are_refused(toys: Path, tmp_path: Path) -> None:
+    """Claim: nodes that find another model, or other rows, under the same name are told so before any work, and one of them alone speaks.
+    Oracle: one relative path, two folders."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(toys / "start", folder / "start")
+        shutil.copytree(toys / "pku", folder / "pku")
+    first, other = (folder / "start" / "model.safetensors" for folder in folders)
+    command = bfpo(toys, tmp_path / "run", *STEPS, "--cache", str(tmp_path / "cache"))
+    command[command.index("--model") + 1], command[command.index("--safety") + 1] = "start", "pku[:40]"
+    rows = next((folders[1] / "pku").rglob("train*.jsonl"))
+    kept = rows.read_bytes()
+    rows.write_bytes(kept + kept.splitlines(keepends=True)[0])
+    for what in ("the rows of safety", "the model start"):
+        nodes = runs.launch_nodes(command, folders, processes=1, program="train.py")
+        said = "".join(err for *_, err in nodes)
+        assert all(code for code, *_ in nodes) and said.count(f"{what} must be the same on every node") == said.count("error:") == 1, said
+        rows.write_bytes(kept)
+        flipped = bytearray(first.read_bytes())
+        flipped[-1] ^= 1
+        other.write_bytes(flipped)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow  # half a minute of waiting
 def test_nodes_without_a_shared_disk_are_refused(toys: Path, tmp_path: Path) -> None:
-    """Claim: nodes that do not see each other's run folder are told so before any work. Oracle: one relative path, two folders."""
+    """Claim: nodes that do not see each other's run folder are told so before any work. Oracle: one relative path, two folders, an
+    earlier run in that of the second."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
+    (tmp_path / "b" / "run").mkdir()
+    (tmp_path / "b" / "run" / "run.json").write_text("{}")
     nodes = runs.launch_nodes(bfpo(toys, Path("run"), *STEPS), folders, processes=1, program="train.py")
     said = "".join(err for *_, err in nodes)
     assert all(code for code, *_ in nodes) and said.count("must be on a disk that all nodes share") == 1, said
@@ -297,6 +324,25 @@ with runtime.one_voice():
     assert time.time() - died.stat().st_mtime < 28  # without it torchrun's SIGKILL comes 30 s after its SIGTERM, at the earliest
 
 
+def test_ranks_that_rank_0_left_are_silent(tmp_path: Path) -> None:
+    """Claim: when rank 0 fails alone, what it says is not followed by the tracebacks of those that waited for it. Oracle: a collective."""
+    script = tmp_path / "alone.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import runtime
+with runtime.one_voice():
+    world = runtime.start("cpu")
+    if world.is_main:
+        raise OSError("the disk of rank 0 is full")
+    world.sum(torch.ones(3))
+""")
+    done = launch([], 2, str(script))
+    assert done.returncode == 1 and "error: the disk of rank 0 is full" in done.stderr
+    assert "RuntimeError" not in done.stderr and "error on rank 1" not in done.stderr, done.stderr[-2000:]
+
+
 def test_full_disk_leaves_the_earlier_checkpoints_whole(toys: Path, whole: Path, world: World) -> None:
     """Claim: a checkpoint that cannot be written ends the run with one line; the earlier one is whole, and the run goes on from it.
 
@@ -367,6 +413,24 @@ def test_checkpoint_of_several_files_comes_back(world: World, tmp_path: Path, mo
     assert storage.load_checkpoint(tmp_path, read, world) == 0
 
 
+def test_a_whole_checkpoint_of_something_else_is_named(world: World, tmp_path: Path) -> None:
+    """Claim: a checkpoint that is whole but lacks a tensor, or has it in another shape, is an error in words; one whose sums are of no
+    file is damaged. Oracle: the messages, a checkpoint of other tensors."""
+    storage.save_checkpoint(tmp_path, 1, {"weight": torch.zeros(4)}, world, keep=2)
+    for other in ({"weight": torch.zeros(8)}, {"weight": torch.zeros(4), "bias": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"step-00000001 is whole but not of this model; delete it"):
+            storage.load_checkpoint(tmp_path, other, world)
+    manifest = tmp_path / "step-00000001" / storage.MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": {}}))
+    assert storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world) == 0
+
+
+def test_a_launchers_leftover_is_not_a_group(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: WORLD_SIZE without RANK, which some machines export, is one process. Oracle: the world of none."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (runtime.start("cpu").size, runtime.start("cpu").rank) == (1, 0)
+
+
 def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Path) -> None:
     """Claim: what a kill leaves of run.json, or of an earlier run under --fresh, does not lock the folder."""
     folder = storage.RunFolder(tmp_path / "run", world)
@@ -409,6 +473,13 @@ def test_run_folder_is_not_what_the_run_reads_or_another_programs(world: World, 
     for program in ("eval", "redteam"):
         with pytest.raises(ValueError, match=rf"holds a run of train\.py, not of {program}\.py"):
             storage.RunFolder(folder.path, world, program).check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
+    with pytest.raises(ValueError, match=r"must not hold the cache .*run/cache"):
+        folder.check({"tau": 1, "lr": 1, "cache": str(folder.path / "cache")}, frozenset({"cache"}), fresh=False)
+    storage.RunFolder(folder.path / "sub" / "tau1", world).create({"tau": 2}, {}, fresh=False)
+    with pytest.raises(ValueError, match=r"must not hold other runs, which --fresh would remove, got .*sub/tau1; move it away"):
+        folder.check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
+    assert folder.check({"tau": 1, "lr": 1}, frozenset(), fresh=False) is None
+    shutil.rmtree(folder.path / "sub")
     monkeypatch.chdir(folder.path)  # where a hub's name is no path, and the folder cannot be renamed
     here = storage.RunFolder(Path(), world)
     assert here.check({"tau": 1, "lr": 1}, frozenset(), fresh=False, reads=["org/model", "org/data[:20%]", "zephyr"]) is None
