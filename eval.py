@@ -489,7 +489,7 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(f"--reference must read the policy's tokens as its own, got {reference_folder}, whose tokenizer is another")
         train, held = load_stream(options.pairs, chat, stage="pairs", max_length=options.max_length, max_prompt=options.max_prompt)
         stream = held if len(held) else train
-        world.say(f"{len(stream)} {'held-out ' if len(held) else ''}pairs of {len(train) + len(held)}")
+        world.say(f"{len(stream)} {'held-out' if len(held) else 'training'} pairs of {len(train) + len(held)}")
         policy, reference = (
             score(Mistral.from_pretrained(name, dtype=dtype, device=world.device), stream, world, SCORED_PACK_TOKENS, text)
             for name, text in ((folder, "policy"), (reference_folder, "reference"))
