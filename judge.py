@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,7 +184,8 @@ def digest(value: Any) -> str:
 
 def file_name(identity: Mapping[str, str]) -> str:
     """A judge's name as part of a file name, so that another judge has another file."""
-    return re.sub(r"\W+", "-", identity["judge"]).strip("-")
+    name = re.sub(r"\W+", "-", identity["judge"]).strip("-")
+    return name if len(name) <= 100 else f"{name[-90:]}-{digest(name)[:8]}"  # a file system allows 255
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
@@ -227,7 +229,7 @@ class Examiner:
     """
 
     def __init__(self, kind: str, name: str, world: World) -> None:
-        name = name.rstrip("/")  # one judge, one name
+        name = os.path.normpath(name) if Path(name).is_dir() else name  # one judge, one name
         self.form, self.world, self.folder = FORMS[kind], world, find_model(name)
         try:
             self.config = Config.read(self.folder)

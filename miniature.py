@@ -15,6 +15,7 @@ judges it. The runs lie in one folder that all commands share: what is finished 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -142,12 +143,27 @@ def work(job: Job) -> None:
 Records = dict[Job, dict[str, Any]]
 
 
+def locked(work: Path) -> IO[str]:
+    """The lock of the folder that all jobs share. They inherit it: what outlives a killed command keeps the next one out.
+
+    ValueError when another command has it."""
+    work.mkdir(parents=True, exist_ok=True)
+    lock = open(work / ".lock", "w")  # noqa: SIM115  # the system lets go of it with the last process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"{work} is in use by another command, or by what one left running; wait for it, or pass another --work") from None
+    return lock
+
+
 def run_all(jobs: Sequence[Job], workers: int) -> Records:
     """Each job's record, and its SFT model's; `workers` processes at a time, SFT models before what starts from them.
 
     Prints a line for each, and the time left. Ctrl-C or SIGTERM lets the running ones save and leave; the same command goes on.
-    OSError when one fails, with the end of what it printed.
+    OSError when one fails, with the end of what it printed. ValueError: another command is at it.
     """
+    lock = locked(Path(jobs[0].work))
     every = list(dict.fromkeys([*(job.first for job in jobs), *jobs]))
     records = {job: record for job in every if (record := job.record()) is not None}
     todo = [job for job in every if job not in records]
@@ -164,8 +180,9 @@ def run_all(jobs: Sequence[Job], workers: int) -> Records:
             started[job.first].result()
         log = job.root / f"{job.name}.log"
         with open(log, "wb") as output:
-            process = subprocess.Popen([sys.executable, str(HERE / "miniature.py"), json.dumps(asdict(job))], stdout=output,
-                                       stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+            command = [sys.executable, str(HERE / "miniature.py"), json.dumps(asdict(job))]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
             running.add(process)
             code = process.wait()
             running.discard(process)
@@ -194,6 +211,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Records:
             process.terminate()
         pool.shutdown(wait=True)
         signal.signal(signal.SIGTERM, handler)
+        lock.close()
     return records
 
 

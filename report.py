@@ -178,8 +178,9 @@ def differing(reports: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
     values: dict[str, set[str]] = {}
     for report in reports:
         setup = report["setup"]
-        for what in ("protocol", "bos_rule"):
+        for what in ("protocol", "bos_rule", "seed"):
             values.setdefault(what, set()).add(json.dumps(setup[what]))
+        values.setdefault("dtype", set()).add(setup["models"]["policy"]["dtype"])
         for name, part in report["averages"].items():
             values.setdefault(f"the tasks in the average {name}", set()).add(json.dumps(part.get("tasks")))
         for name, rows in setup["rows"].items():

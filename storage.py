@@ -265,11 +265,14 @@ def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, c
 
     def begin() -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
-        for line in path.read_bytes().splitlines() if path.exists() else ():
+        stored = path.read_bytes().splitlines() if path.exists() else []
+        for number, line in enumerate(stored, 1):
             try:
                 lines.append(json.loads(line))
             except ValueError:
-                break  # a kill cut the last line short
+                if number < len(stored):  # no kill did that
+                    raise ValueError(f"{path}:{number} is damaged, and {len(stored) - number} lines follow; mend it, or delete the file"
+                                     ) from None  # fmt: skip
         plain = json.loads(json.dumps(identity))
         if lines and lines[0] != plain:
             changed = sorted(key for key in plain.keys() | lines[0].keys() if lines[0].get(key) != plain.get(key))
@@ -333,8 +336,8 @@ class RunFolder:
                 raise ValueError(f"{self.path} cannot be made anew from inside it; run the command in another folder")
             if (caches := cache_root(settings.get("cache")).resolve()).is_relative_to(whole):
                 raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
-            stages = whole if settings.get("recipe") == "toy" else None  # whose runs are its own
-            others = (path.parent for path in whole.rglob("run.json") if path.parent != whole and path.parent.parent != stages)
+            own = {whole, *(whole / name for name in ("sft", "bfpo", "dpo", "ipo") if settings.get("recipe") == "toy")}  # its stages
+            others = (path.parent for path in whole.rglob("run.json") if path.parent not in own)
             if fresh and (other := next(others, None)):
                 raise ValueError(f"{self.path} must not hold other runs, which --fresh would remove, got {other}; move it away")
             if not record.exists():

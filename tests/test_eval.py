@@ -176,13 +176,14 @@ def test_answers_wait_for_a_judge(place: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_reports_side_by_side(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Claim: one table of several reports, a line for what is unlike, Figure 5 of those that have both axes. Oracle: scores, the file."""
-    for name, more in (("one", ["--bos"]), ("two", ["--model", str(place / "reference")])):
+    for name, more in (("one", ["--bos"]), ("two", ["--model", str(place / "reference"), "--seed", "7"])):
         evaluation.main(flags(place, tmp_path / name, "--tasks", "ethics_cm", "strongreject", "--judge", "keyword", "--limit", "4", *more))
     folders = [str(tmp_path / name) for name in ("one", "two")]
     capsys.readouterr()
     evaluation.main(["--compare", *folders, "--out", str(tmp_path / "figures")])
     table = capsys.readouterr().out
-    assert "not alike: bos_rule" in table and "not alike: protocol" in table and "not alike: the rows" not in table
+    assert all(f"not alike: {what}\n" in table for what in ("bos_rule", "protocol", "seed"))
+    assert "not alike: the rows" not in table and "not alike: dtype" not in table
     assert "no figure: no report has both" in table and not (tmp_path / "figures").exists()
     for folder, x in zip(folders, (0.1, 0.2), strict=True):
         path = Path(folder) / "report.json"

@@ -197,6 +197,18 @@ def test_a_model_that_fails_stops_the_command(tmp_path: Path) -> None:
     assert not (job.root / "bfpo.log").exists()
 
 
+def test_one_command_at_a_time_in_a_work_folder(tmp_path: Path) -> None:
+    """Claim: a second command on the same models is refused, also when the first was killed and its job lives on. Oracle: a process that
+    inherits the lock, as a job does."""
+    with miniature.locked(tmp_path) as lock:
+        orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is in use by another command, or by what one left running"):
+            miniature.run_all([Job(str(tmp_path), 1, steps=2)], 1)
+    orphan.communicate(b"\n")
+    miniature.locked(tmp_path).close()
+
+
 def test_a_stop_lets_the_models_save(tmp_path: Path) -> None:
     """Claim: SIGTERM ends the command with 130 and its models after the step they are in, leaving checkpoints. Oracle: the folder."""
     command = [sys.executable, str(ROOT / "synthetic.py"), "search", "--jobs", "1"]

@@ -126,7 +126,8 @@ def test_from_prompts_to_a_trained_model(models: Path, world: World, tmp_path: P
     assert "red-teaming" in done.stdout and (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_a_stopped_run_goes_on(models: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on(models: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """Claim: answers and verdicts that a killed run kept are not computed again, and the pairs are those of an unbroken run. Oracle: the
     unbroken run's file, and the chunks counted."""
     prompts = tmp_path / "prompts.txt"
@@ -141,6 +142,12 @@ def test_a_stopped_run_goes_on(models: Path, world: World, tmp_path: Path, monke
     drawn: list[int] = []
     generate = evaluation.generate
     monkeypatch.setattr(evaluation, "generate", lambda *a, **k: drawn.append(len(a[2])) or generate(*a, **k))
+    whole_line = content[3]
+    kept.write_text(kept.read_text().replace(whole_line, whole_line[:10] + "\n"))
+    with pytest.raises(SystemExit):  # no kill does that to a line in the middle
+        redteam.main(broken)
+    assert "answers.jsonl:4 is damaged, and 3 lines follow" in capsys.readouterr().err
+    kept.write_text(kept.read_text().replace(whole_line[:10] + "\n", whole_line))
     redteam.main(broken)
     assert drawn == [4, 3] and lines(tmp_path / "b" / "redteam.jsonl") == lines(tmp_path / "a" / "redteam.jsonl")
 

@@ -480,6 +480,13 @@ def test_run_folder_is_not_what_the_run_reads_or_another_programs(world: World, 
         folder.check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
     assert folder.check({"tau": 1, "lr": 1}, frozenset(), fresh=False) is None
     shutil.rmtree(folder.path / "sub")
+    toy = storage.RunFolder(tmp_path / "toy", world)
+    for name in ("", "sft", "bfpo"):
+        storage.RunFolder(toy.path / name, world).create({"recipe": name or "toy"}, {}, fresh=False)
+    assert toy.check({"recipe": "toy"}, frozenset(), fresh=True) is None
+    storage.RunFolder(toy.path / "eval", world, "eval").create({}, {}, fresh=False)
+    with pytest.raises(ValueError, match=r"must not hold other runs, which --fresh would remove, got .*toy/eval"):
+        toy.check({"recipe": "toy"}, frozenset(), fresh=True)
     monkeypatch.chdir(folder.path)  # where a hub's name is no path, and the folder cannot be renamed
     here = storage.RunFolder(Path(), world)
     assert here.check({"tau": 1, "lr": 1}, frozenset(), fresh=False, reads=["org/model", "org/data[:20%]", "zephyr"]) is None
