@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from runtime import World, duration, local_part
 from sources import cache_root, local_path, sha256
-from weights import write_safetensors
+from weights import weight_files, write_safetensors
 
 MANIFEST = "manifest.json"
 CHECKPOINT_FILE_BYTES = 2**28  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
@@ -52,7 +52,7 @@ def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
 
 def weights_sha256(folder: Path, world: World) -> str:
     """Of a model folder: one sum over config.json and the weights' files. Each node reads its own; ValueError: they are not the same."""
-    files, local = [folder / "config.json", *sorted(folder.glob("*.safetensors"))], int(os.environ.get("LOCAL_RANK", 0))
+    files, local = [folder / "config.json", *(folder / name for name in weight_files(folder))], int(os.environ.get("LOCAL_RANK", 0))
     mine = {path.name: sha256(path) for path in files[local :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]}
     node = world.rank - local  # its first rank
     sums = dict(sorted(item for first, part in world.gather((node, mine)) if first == node for item in part.items()))
@@ -113,7 +113,10 @@ def log_rows(path: Path) -> list[dict[str, Any]]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file, written aside and renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch()
+    mode = aside.stat().st_mode  # of any new file; save_file's can be read by nobody else
     save_file(dict(tensors), aside, metadata=dict(metadata))
+    aside.chmod(mode)
     os.replace(aside, path)
 
 
@@ -138,6 +141,8 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
     def read() -> Tensor | None:
         if not path.exists():
             return None
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{path} is somebody else's, and cannot be read; change its mode, or pass another --cache")
         with contextlib.suppress(SafetensorError, KeyError, TypeError, OSError), safe_open(path, "pt") as file:
             found: Tensor = file.get_tensor("values")
             if found.shape == shape and sha256_of(found) == file.metadata()["sha256"]:
@@ -146,8 +151,11 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
         path.unlink(missing_ok=True)
         return None
 
-    def keep() -> Tensor:
+    def begin() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        open(path.with_suffix(".lock"), "a").close()
+
+    def keep() -> Tensor:
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if (found := read()) is not None:
@@ -158,6 +166,7 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
     if (found := world.from_main(read)) is not None:
         world.say(f"{what}: read from {path}")
         return found
+    world.from_main(begin)  # what cannot be written is said before the work
     made = make()
     made = world.from_main(keep)
     world.say(f"{what}: computed, kept in {path}")

@@ -555,6 +555,22 @@ def test_reference_that_two_runs_compute_at_once_is_one_reference(world: World, 
 
     assert torch.equal(storage.cached_tensor(path, (1,), slow, world, "ours"), first)
     assert torch.equal(storage.cached_tensor(path, (1,), lambda: second, world, "a later run's"), first)
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it, as they may read the tokens
+    with pytest.raises(OSError, match="plain"):  # said before the work
+        storage.cached_tensor(tmp_path / "plain" / "x.safetensors", (1,), lambda: pytest.fail("computed"), world, "in vain")
+
+
+def test_weights_are_summed_as_they_are_read(toys: Path, world: World, tmp_path: Path) -> None:
+    """Claim: a file of weights that the model does not read is no part of what a run began with; one that it reads is. Oracle: the sums."""
+    shutil.copytree(toys / "start", tmp_path / "model")
+    before = storage.weights_sha256(tmp_path / "model", world)
+    assert before == storage.weights_sha256(toys / "start", world)
+    shutil.copyfile(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "consolidated.safetensors")
+    assert storage.weights_sha256(tmp_path / "model", world) == before
+    with open(tmp_path / "model" / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    assert storage.weights_sha256(tmp_path / "model", world) != before
 
 
 def test_a_kill_in_the_reference_loses_one_part(toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
