@@ -176,6 +176,7 @@ def test_steps_are_said_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> Non
         if done(said) == 2:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(gpu.train, "load_weights", gpu.train.load_weights)  # gpu.py puts another in its place: undone at the end
     train20: dict[str, Any] = {}
     with pytest.raises(KeyboardInterrupt):
         gpu.train20(gpu.TINY, "cpu", partial(stop_after, lambda said: len(said.get("losses", ())), train20))
