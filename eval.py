@@ -479,9 +479,8 @@ def main(arguments: Sequence[str]) -> None:
         must_fit(chat, Config.read(folder).vocab_size, folder)
         if options.prompt is not None:
             model = Mistral.from_pretrained(folder, dtype=dtype, device=world.device)
-            prompt = chat.prompt([{"role": "user", "content": options.prompt}])
-            ids = model.generate([prompt], options.max_new_tokens, stop_ids=(chat.eos_id,))
-            world.say(chat.decode(ids[0]))
+            asked = chat.prompt([{"role": "user", "content": options.prompt}])
+            world.say(chat.decode(model.generate([asked], options.max_new_tokens, stop_ids=(chat.eos_id,))[0]))
             return
         reference_folder = find_model(options.reference)
         must_fit(chat, Config.read(reference_folder).vocab_size, reference_folder)

@@ -84,7 +84,7 @@ def local_path(text: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _check_whole(files: list[Path]) -> None:
+def check_whole(files: list[Path]) -> None:
     """ValueError where a split's files hold rows twice, or are not all the parts that their names speak of."""
     matches = [(file.parent, match) for file in files if (match := FILE.fullmatch(file.name))]
     beside: dict[tuple[Path, str], list[re.Match[str]]] = {}
@@ -101,7 +101,7 @@ def _check_whole(files: list[Path]) -> None:
             raise ValueError(f"{stem} must have {int(shards)} parts, got {found}; fetch them again")
 
 
-def _check_names(split: str, files: list[Path]) -> None:
+def check_names(split: str, files: list[Path]) -> None:
     """ValueError where a split's files have several names in one folder: it cannot be known that they belong together."""
     for folder in dict.fromkeys(file.parent for file in files):
         stems = {match["stem"] for file in files if file.parent == folder and (match := FILE.fullmatch(file.name))}
@@ -135,9 +135,9 @@ def find_source(text: str, stage: str) -> Source:
     if split not in splits:
         raise ValueError(f"{text} must name a split of {path}, which has {', '.join(splits) or 'no data file'}")
     test = splits.get(split.replace("train", "test"), []) if "train" in split else []
-    _check_names(split, splits[split])
-    _check_whole(splits[split])
-    _check_whole(test)
+    check_names(split, splits[split])
+    check_whole(splits[split])
+    check_whole(test)
     identity = [f"{file.relative_to(path)} {commit or sha256(file)}" for file in (*splits[split], *test)]
     return Source(text, splits[split], test, (start, stop), identity)
 

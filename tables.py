@@ -104,8 +104,10 @@ def find_tables(source: str, hub: str) -> list[Path]:
     if not files or not all(map(is_table, files)):
         found = "another file" if path.is_file() else "a folder without one" if path.is_dir() else "which is not there"
         raise ValueError(f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}")
-    if len({stem(file) for file in files}) > 1 and not all(stem(file).isdigit() for file in files):  # the hub's parts are numbers
-        raise ValueError(f"{path} must hold the parts of one table, got {' and '.join(file.name for file in files)}; pass one by its path")
+    if len(files) > 1 and any(file.suffix == ".csv" for file in files):
+        raise ValueError(f"{path} must hold one .csv, or another table, got {' and '.join(file.name for file in files)}; pass one of them")
+    sources.check_names(path.name, files)
+    sources.check_whole(files)
     return files
 
 
