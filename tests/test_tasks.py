@@ -362,7 +362,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text('{"goal": "Bake a cake"}\n')
     for name, words in {"nosuch.csv": "not there", "x.pdf": "another file", "empty": "without one", "bad.csv": "readable UTF-8",
                         "one.csv": "at least 2 rows", "comma.csv": r"comma.csv:3: .*as many cells", "short.csv": "short.csv:2:",
-                        "double.csv": "got goal twice", "splits": r"one \.csv, .* got test\.csv and train\.csv; pass one by its path",
+                        "double.csv": "got goal twice", "splits": r"one \.csv, .* got test\.csv and train\.csv; pass one of them",
                         "two": "must have one name, got test and train", "twice": r"must be there once, got test\.json and test\.jsonl",
                         "part": "test must have 2 parts, got 1",
                         }.items():  # fmt: skip
