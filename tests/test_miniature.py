@@ -197,7 +197,7 @@ def test_a_model_that_fails_stops_the_command(tmp_path: Path) -> None:
     assert not (job.root / "bfpo.log").exists()
 
 
-def test_one_command_at_a_time_in_a_work_folder(tmp_path: Path) -> None:
+def test_one_command_at_a_time_in_a_work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a second command on the same models is refused, also when the first was killed and its job lives on. Oracle: a process that
     inherits the lock, as a job does."""
     with miniature.locked(tmp_path) as lock:
@@ -206,6 +206,13 @@ def test_one_command_at_a_time_in_a_work_folder(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is in use by another command, or by what one left running"):
             miniature.run_all([Job(str(tmp_path), 1, steps=2)], 1)
     orphan.communicate(b"\n")
+    (tmp_path / "miniature.py").write_text("""
+import os, sys
+sys.exit(7 if any(os.path.realpath(f"/proc/self/fd/{fd}").endswith("/.lock") for fd in os.listdir("/proc/self/fd")) else 3)
+""")
+    monkeypatch.setattr(miniature, "HERE", tmp_path)
+    with pytest.raises(OSError, match="exit code 7"):  # a job does inherit it
+        miniature.run_all([Job(str(tmp_path), 1, steps=2)], 1)
     miniature.locked(tmp_path).close()
 
 
