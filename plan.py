@@ -26,7 +26,7 @@ import torch
 from data import Stream, batch_indices, deal
 from kernels import ATTENTION_BLOCK, HEAD_CHUNK, KEPT_KEYS, MLP_ROWS
 from model import Config
-from runtime import World, duration
+from runtime import World, duration, launched
 from storage import CHECKPOINT_FILE_BYTES
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines() if Path("/proc/meminfo").exists() else []
     free = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return (free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return (free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // launched("LOCAL_WORLD_SIZE", 1)
 
 
 # --- time ------------------------------------------------------------------------------------------------------------

@@ -106,13 +106,18 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
+def launched(name: str, alone: int) -> int:
+    """RANK, WORLD_SIZE or the like as torchrun set it; `alone` without RANK: then it did not start us, and the others are leftovers."""
+    return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
+
+
 def start(device: str = "auto", replicate: int = 1) -> World:
     """Join the process group that torchrun describes, or make a group of one; pick the device; lay out the mesh.
 
     replicate > 1 shards parameters inside size / replicate ranks (a node, usually) and replicates across. ValueError
     when a GPU is asked for and there is none, or replicate does not divide the number of processes.
     """
-    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
+    rank, size = launched("RANK", 0), launched("WORLD_SIZE", 1)
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "auto":
@@ -123,7 +128,7 @@ def start(device: str = "auto", replicate: int = 1) -> World:
         raise ValueError(f"replicate must divide the number of processes, {size}, got {replicate}")
     where = torch.device("cpu")
     if device == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        where = torch.device("cuda", launched("LOCAL_RANK", 0))
         if where.index >= torch.cuda.device_count():
             raise ValueError(f"each process needs a GPU of its own, got {torch.cuda.device_count()} for process {where.index} (from 0) "
                              "of this node; pass torchrun a smaller --nproc_per_node, or --device cpu")  # fmt: skip
@@ -167,7 +172,7 @@ def one_voice() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun may send one after the other
             signal.signal(number, signal.SIG_IGN)
-        if os.environ.get("RANK", "0") == "0":
+        if launched("RANK", 0) == 0:
             print("\nstopped; the same command goes on from what was saved (without --fresh once the earlier run is gone)", file=sys.stderr)
         code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except USER_ERRORS as error:
@@ -175,7 +180,10 @@ def one_voice() -> Iterator[None]:
         speak(error)
         code = 1
     except RuntimeError:  # of a collective that rank 0 has left?
-        if not (dist.is_initialized() and dist.get_rank() and rank_0_spoke()):
+        if not (dist.is_initialized() and dist.get_rank()):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not rank_0_spoke():
             raise
         code = 1
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -196,7 +204,7 @@ def speak(error: Exception) -> None:
         error = OSError(f"{error}; free space, or write elsewhere (--out; --cache of train.py)")
     if isinstance(error, torch.OutOfMemoryError):
         error = OSError(f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks")
-    rank = int(os.environ.get("RANK", 0))
+    rank = launched("RANK", 0)
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -209,9 +217,11 @@ def speak(error: Exception) -> None:
 def rank_0_spoke() -> bool:
     """Whether rank 0 has said what went wrong, or does so within SPEAK_GRACE_S."""
     store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + SPEAK_GRACE_S
-    while not (spoke := store.check(["rank 0 spoke"])) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return bool(spoke)
+    with contextlib.suppress(dist.DistError):  # without torchrun the store leaves with rank 0
+        while not store.check(["rank 0 spoke"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(store.check(["rank 0 spoke"]))
+    return False
 
 
 def answer_roll_call(rank: int, size: int, signals: int) -> None:

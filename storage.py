@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from runtime import World, duration, local_part
+from runtime import World, duration, launched, local_part
 from sources import cache_root, local_path, sha256
 from weights import weight_files, write_safetensors
 
@@ -52,8 +52,8 @@ def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
 
 def weights_sha256(folder: Path, world: World) -> str:
     """Of a model folder: one sum over config.json and the weights' files. Each node reads its own; ValueError: they are not the same."""
-    files, local = [folder / "config.json", *(folder / name for name in weight_files(folder))], int(os.environ.get("LOCAL_RANK", 0))
-    mine = {path.name: sha256(path) for path in files[local :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]}
+    files, local = [folder / "config.json", *(folder / name for name in weight_files(folder))], launched("LOCAL_RANK", 0)
+    mine = {path.name: sha256(path) for path in files[local :: launched("LOCAL_WORLD_SIZE", 1)]}
     node = world.rank - local  # its first rank
     sums = dict(sorted(item for first, part in world.gather((node, mine)) if first == node for item in part.items()))
     return world.same(f"the model {folder}", hashlib.sha256(json.dumps(sums).encode()).hexdigest())
@@ -215,8 +215,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
     try:
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), files, save_distributed=True))
     except CheckpointException as error:  # no Exception: it would pass every handler, and hides its causes
-        causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-        raise OSError(f"checkpoint {target} could not be written ({causes}); the earlier ones are whole") from error
+        raise OSError(f"checkpoint {target} could not be written ({causes(error)[1]}); the earlier ones are whole") from error
     sums = sha256_all(world.from_main(lambda: sorted(aside.glob("*.safetensors"))), world)
     world.from_main(finish)
 
@@ -241,9 +240,21 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int
         return None
     try:
         load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-    except (CheckpointException, RuntimeError) as error:  # some tensors may be filled: no going on from an earlier one
-        raise ValueError(f"checkpoint {path} is whole but not of this model; delete it, and run again ({error})") from error
+    except CheckpointException as error:  # some tensors may be filled: no going on from an earlier one
+        wrong, said = causes(error)
+        if all(isinstance(cause, ValueError) or str(cause).startswith("Missing key") for cause in wrong):
+            raise ValueError(f"checkpoint {path} is whole but not of this model; delete it, and run again ({said})") from error
+        raise OSError(f"checkpoint {path} could not be read ({said}); it is whole: run again") from error
     return int(found["step"])
+
+
+def causes(error: CheckpointException) -> tuple[list[BaseException], str]:
+    """What the ranks' saving or loading died of, also in words. An interrupt among it, which torch wraps too, is raised as itself."""
+    found = {rank: failure[0] for rank, failure in error.failures.items()}
+    for cause in found.values():
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+    return [*found.values()], "; ".join(f"rank {rank}: {str(cause).partition(chr(10))[0]}" for rank, cause in found.items())
 
 
 def best_checkpoint(folder: Path) -> tuple[float, Path | None]:
@@ -331,9 +342,9 @@ class RunFolder:
     def check(self, settings: Mapping[str, Any], free: frozenset[str], fresh: bool, reads: Iterable[str] = ()) -> dict[str, Any] | None:
         """What a finished run of these settings left in done.json; None when there is still something to do.
 
-        ValueError when the folder holds files that are no run, another program's run, the cache, something that this one `reads`, or,
-        without `fresh`, a run with other settings, which it names. Settings in `free` may differ: they do not change what comes out. Writes
-        nothing.
+        ValueError when the folder holds files that are no run, another program's run, something that this one `reads`, without `fresh` a
+        run with other settings, which it names, or, before anything is removed or begun, the cache. Settings in `free` may differ: they do
+        not change what comes out. Writes nothing.
         """
         self.free = free
 
@@ -341,14 +352,15 @@ class RunFolder:
             record, whole = self.path / "run.json", self.path.resolve()
             if inside := [name for name in reads if (path := local_path(name)) and path.resolve().is_relative_to(whole)]:
                 raise ValueError(f"{self.path} must not hold what the run reads, got {inside[0]}; pass another --out")
-            if fresh and record.exists() and Path.cwd().is_relative_to(whole):
-                raise ValueError(f"{self.path} cannot be made anew from inside it; run the command in another folder")
-            if (caches := cache_root(settings.get("cache")).resolve()).is_relative_to(whole):
+            caches = cache_root(settings.get("cache")).resolve()
+            if (fresh or not record.exists()) and caches.is_relative_to(whole):
                 raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
-            own = {whole, *(whole / name for name in ("sft", "bfpo", "dpo", "ipo") if settings.get("recipe") == "toy")}  # its stages
-            others = (path.parent for path in whole.rglob("run.json") if path.parent not in own)
-            if fresh and (other := next(others, None)):
-                raise ValueError(f"{self.path} must not hold other runs, which --fresh would remove, got {other}; move it away")
+            if fresh and record.exists():
+                if Path.cwd().is_relative_to(whole):
+                    raise ValueError(f"{self.path} cannot be made anew from inside it; run the command in another folder")
+                own = {whole, *(whole / name for name in ("sft", "bfpo", "dpo", "ipo") if settings.get("recipe") == "toy")}  # its stages
+                if other := next((path.parent for path in whole.rglob("run.json") if path.parent not in own), None):
+                    raise ValueError(f"{self.path} must not hold other runs, which --fresh would remove, got {other}; move it away")
             if not record.exists():
                 foreign = sorted(path.name for path in self.path.glob("*")  # but for what a run leaves that is killed at once
                                  if path.name != ".lock" and not path.name.startswith(".run.json."))  # fmt: skip
@@ -518,7 +530,7 @@ def surroundings() -> dict[str, Any]:
         | {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")},
         "git_commit": commit or None,
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": launched("WORLD_SIZE", 1),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -106,8 +106,9 @@ def find_tables(source: str, hub: str) -> list[Path]:
         raise ValueError(f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}")
     if len(files) > 1 and any(file.suffix == ".csv" for file in files):
         raise ValueError(f"{path} must hold one .csv, or another table, got {' and '.join(file.name for file in files)}; pass one of them")
-    sources.check_names(path.name, files)
-    sources.check_whole(files)
+    if not path.is_file():
+        sources.check_names(path.name, files)
+        sources.check_whole(files)
     return files
 
 

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -384,7 +383,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    with contextlib.redirect_stderr(sys.stderr if os.environ.get("RANK", "0") == "0" else io.StringIO()):
+    with contextlib.redirect_stderr(sys.stderr if runtime.launched("RANK", 0) == 0 else io.StringIO()):
         config = parse(arguments)
     with runtime.one_voice():
         world = runtime.start(config.device, config.replicate)

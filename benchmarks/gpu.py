@@ -398,7 +398,7 @@ def trl_part(scale: Scale, device: str, say: Say, best: bool) -> None:
             return trl_steps(scale, device, best, at_once, say)
         except torch.OutOfMemoryError:
             too_many.append(at_once)
-            say(pairs_per_s=None)  # of the steps before
+            say(**dict.fromkeys(("timed_steps", "pairs_per_s", "step_s", *peak(torch.device(device)))))  # of the steps before
         at_once //= 2
         gc.collect()
         torch.cuda.empty_cache()

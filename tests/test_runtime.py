@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
 import torch
 from runs import ROOT, bfpo, drift, launch, log_of, sft
 
+import plan
 import runtime
 import storage
 import train
@@ -307,6 +309,7 @@ def test_rank_that_waits_for_a_dead_one_ends_too(tmp_path: Path) -> None:
     script.write_text(f"""
 import ctypes, os, pathlib, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+import plan
 import runtime
 runtime.ANSWER_S = 2.0
 with runtime.one_voice():
@@ -331,6 +334,7 @@ def test_ranks_that_rank_0_left_are_silent(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+import plan
 import runtime
 with runtime.one_voice():
     world = runtime.start("cpu")
@@ -365,7 +369,8 @@ def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     to say that there is one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match=r"got 1 for process 1 .*--nproc_per_node"):
         runtime.start("cuda")
 
@@ -425,10 +430,36 @@ def test_a_whole_checkpoint_of_something_else_is_named(world: World, tmp_path: P
     assert storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world) == 0
 
 
-def test_a_launchers_leftover_is_not_a_group(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: WORLD_SIZE without RANK, which some machines export, is one process. Oracle: the world of none."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert (runtime.start("cpu").size, runtime.start("cpu").rank) == (1, 0)
+def test_an_interrupt_while_a_checkpoint_is_read_is_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: SIGTERM, or a disk that fails, while a good checkpoint is read ends the run with no advice to delete it. Oracle: what is
+    raised out of torch's reader."""
+    storage.save_checkpoint(tmp_path, 1, {"weight": torch.ones(4)}, world, keep=2)
+    failure: BaseException = KeyboardInterrupt(signal.SIGTERM)
+
+    def fail(*_: Any) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.HuggingFaceStorageReader, "read_data", fail)
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world)
+        assert interrupt.value.args == (signal.SIGTERM,)
+        failure = OSError(errno.EIO, "Input/output error")
+        with pytest.raises(OSError, match=r"step-00000001 could not be read \(rank 0: .*Input/output error\); it is whole: run again$"):
+            storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world)
+    assert storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world) == 1
+
+
+def test_a_launchers_leftovers_are_not_a_group(toys: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: WORLD_SIZE and the like without RANK, which some machines export, are one process, which reads all of its files and may have
+    all memory. Oracle: the world of none."""
+    alone = storage.weights_sha256(toys / "start", world)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "64"}.items():
+        monkeypatch.setenv(name, value)
+    assert (runtime.start("cpu").size, runtime.start("cpu").rank) == (1, 0) and storage.surroundings()["processes"] == 1
+    assert storage.weights_sha256(toys / "start", world) == alone
+    memory = Path("/proc/meminfo").read_text(encoding="utf-8").split()
+    assert plan.free_bytes(world.device) > int(memory[memory.index("MemTotal:") + 1]) * 1024 / 64
 
 
 def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Path) -> None:
@@ -473,8 +504,10 @@ def test_run_folder_is_not_what_the_run_reads_or_another_programs(world: World, 
     for program in ("eval", "redteam"):
         with pytest.raises(ValueError, match=rf"holds a run of train\.py, not of {program}\.py"):
             storage.RunFolder(folder.path, world, program).check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
+    inside = {"tau": 1, "lr": 1, "cache": str(folder.path / "cache")}
     with pytest.raises(ValueError, match=r"must not hold the cache .*run/cache"):
-        folder.check({"tau": 1, "lr": 1, "cache": str(folder.path / "cache")}, frozenset({"cache"}), fresh=False)
+        folder.check(inside, frozenset({"cache"}), fresh=True)
+    assert folder.check(inside, frozenset({"cache"}), fresh=False) is None  # nothing will be removed
     storage.RunFolder(folder.path / "sub" / "tau1", world).create({"tau": 2}, {}, fresh=False)
     with pytest.raises(ValueError, match=r"must not hold other runs, which --fresh would remove, got .*sub/tau1; move it away"):
         folder.check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
@@ -487,6 +520,8 @@ def test_run_folder_is_not_what_the_run_reads_or_another_programs(world: World, 
     storage.RunFolder(toy.path / "eval", world, "eval").create({}, {}, fresh=False)
     with pytest.raises(ValueError, match=r"must not hold other runs, which --fresh would remove, got .*toy/eval"):
         toy.check({"recipe": "toy"}, frozenset(), fresh=True)
+    with pytest.raises(ValueError, match="is no run folder"):  # of others' runs nothing would be removed
+        storage.RunFolder(tmp_path, world).check({"cache": "/elsewhere"}, frozenset(), fresh=True)
     monkeypatch.chdir(folder.path)  # where a hub's name is no path, and the folder cannot be renamed
     here = storage.RunFolder(Path(), world)
     assert here.check({"tau": 1, "lr": 1}, frozenset(), fresh=False, reads=["org/model", "org/data[:20%]", "zephyr"]) is None

@@ -368,6 +368,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
                         }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
             tasks.load("advbench", str(tmp_path / name), PAPER, 0)
+    (tmp_path / "part" / "test-00000-of-00002.jsonl").write_text('{"goal": "Bake a cake"}\n{"goal": "Sing a song"}\n')
+    assert len(tasks.load("advbench", str(tmp_path / "part" / "test-00000-of-00002.jsonl"), PAPER, 0)) == 2  # a part, asked for as one
 
 
 def test_rows_come_from_the_hubs_parquet_copy(hub: Hub) -> None:
