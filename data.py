@@ -89,8 +89,8 @@ def _messages(row: dict[str, Any], name: str) -> list[Message]:
 
 
 def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
-    """prefer: chosen is "helpful": the better answer; "safe": the safe one of a safe and an unsafe answer, else the better one, of two
-    unsafe answers too; "safer" (SFT): as safe, but of two with the same label the safer one where the schema says which it is."""
+    """prefer says which answer is chosen. helpful: the better one. safe: the safe one if just one is safe, else the better one. safer
+    (SFT): as safe, but of two with one label the safer one, where the schema says which it is."""
     if not schema.labels:
         chosen, rejected = (_messages(row, name) for name in schema.answers)
         roles = [chosen[-1]["role"], rejected[-1]["role"]]
@@ -107,9 +107,9 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
     ids = [schema.first_id, schema.first_id + 1]
     better, safer = (ids.index(checked(row, name, lambda value: type(value) is int and value in ids, f"{ids[0]} or {ids[1]}"))
                      if name else None for name in (schema.better, schema.safer))  # fmt: skip
-    first = better or 0
-    if prefer != "helpful":  # labels that differ say it, whatever safer_response_id does
-        first = safe.index(True) if safe[0] != safe[1] else safer if prefer == "safer" and safer is not None else first
+    first = safer if prefer == "safer" and safer is not None else better or 0
+    if prefer != "helpful" and safe[0] != safe[1]:  # labels that differ say it, whatever safer_response_id does
+        first = safe.index(True)
     return Pair(prompt, answers[first], answers[1 - first], safe[first], safe[1 - first])
 
 
@@ -313,7 +313,7 @@ def _tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[I
     chunks = iter(lambda: list(islice(items, CHUNK_ROWS)), [])
     with ThreadPoolExecutor(1) as thread:
         jobs = ((chunk, thread.submit(tokenise, [item.texts for item in chunk])) for chunk in chain(chunks, [[]]))
-        for (chunk, job), _ in pairwise(jobs):
+        for (chunk, job), _ in pairwise(jobs):  # the next chunk is submitted before this one is waited for
             yield from zip(chunk, job.result(), strict=True)
 
 
@@ -443,7 +443,7 @@ def main() -> None:
     for quadrant, labels, target in zip(QUADRANTS, safe.tolist(), label(*safe.T).tolist(), strict=True):
         if not flags.sft:
             pairs = sum(part["quadrants"][quadrant] for part in parts)
-            print(f"{quadrant:>14}: labels {labels[0]} {labels[1]}, target {target:+.2f}/tau, {pairs} pairs")
+            print(f"{quadrant:>14}: labels {labels[0]} {labels[1]}, {pairs} pairs, target {target:+.2f}/tau (alpha 1/2, B_1 3)")
 
 
 if __name__ == "__main__":

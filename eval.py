@@ -36,7 +36,7 @@ import storage
 import tables
 import tasks
 import toy
-from chat import Chat, Message, must_fit
+from chat import Chat, must_fit
 from data import SCORED_PACK_TOKENS, Stream, deal, load_stream
 from judge import Case, Examiner, Judge, agreements, digest, file_name, judge_name, labelled_rows, load_judge
 from metrics import Question, Request, Terms
@@ -108,14 +108,14 @@ def choice_logprobs(model: Mistral, chat: Chat, questions: Sequence[Question], w
     split = iter(encode_requests(chat, [request for question in questions for request in question.requests], bos,
                                  model.config.max_position_embeddings))  # fmt: skip
     slots: dict[tuple[int, tuple[int, ...], tuple[int, ...]], int] = {}  # (question, context, choice) -> its place in `found`
-    grown: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = {}
+    choices_of: dict[tuple[int, tuple[int, ...]], dict[tuple[int, ...], int]] = {}  # (question, context) -> {choice: that place}
     places = []
     for number, question in enumerate(questions):
         keys = [(number, tuple(head), tuple(tail)) for head, tail in (next(split) for _ in question.choices)]
         for key in keys:
-            grown.setdefault(key[:2], {})[key[2]] = slots.setdefault(key, len(slots))
+            choices_of.setdefault(key[:2], {})[key[2]] = slots.setdefault(key, len(slots))
         places.append([slots[key] for key in keys])
-    trees = [([head, *tails], list(tails.values())) for (_, head), tails in grown.items()]
+    trees = [([head, *tails.keys()], list(tails.values())) for (_, head), tails in choices_of.items()]
     filled, scored = list[int](), list[Tensor]()
     for items in my_packs([sum(map(len, tree)) for tree, _ in trees], world, SCORED_PACK_TOKENS):
         pack = Pack.build([trees[i][0] for i in items]).to(world.device)
@@ -135,30 +135,17 @@ def choice_logprobs(model: Mistral, chat: Chat, questions: Sequence[Question], w
 
 def generate(
     model: Mistral, chat: Chat, prompts: Sequence[Sequence[int]], world: World, *, max_new_tokens: int, temperature: float,
-    top_p: float = 1.0, seed: int, stop: Sequence[str] = (), text: str = "",
+    top_p: float = 1.0, seed: int, stop: Sequence[str] = (),
 ) -> list[tuple[str, int]]:  # fmt: skip
     """(answer, its tokens) to each prompt, in order, on every rank; prompt i is sampled with seed + i, whatever the batch."""
-    mine = list(range(world.rank, len(prompts), world.size))
-    batches = [mine[k : k + GENERATION_BATCH] for k in range(0, len(mine), GENERATION_BATCH)]
-    found: dict[int, tuple[str, int]] = {}
-    for batch in tqdm(batches, desc=text, unit="batch", disable=not (world.is_main and text), mininterval=2.0, leave=False):
-        new = model.generate([prompts[i] for i in batch], max_new_tokens, temperature, top_p, seeds=[seed + i for i in batch],
-                             stop_ids=(chat.eos_id,), stop_strings=stop, decode=chat.decode)  # fmt: skip
-        for i, ids in zip(batch, new, strict=True):
-            answer = chat.decode(ids)
-            found[i] = (answer[: min((answer.find(s) for s in stop if s in answer), default=len(answer))], len(ids))
+    mine, found = range(world.rank, len(prompts), world.size), dict[int, tuple[str, int]]()
+    new = model.generate([prompts[i] for i in mine], max_new_tokens, temperature, top_p, seeds=[seed + i for i in mine],
+                         stop_ids=(chat.eos_id,), stop_strings=stop, decode=chat.decode, batch=GENERATION_BATCH)  # fmt: skip
+    for i, ids in zip(mine, new, strict=True):
+        answer = chat.decode(ids)
+        found[i] = (answer[: min((answer.find(s) for s in stop if s in answer), default=len(answer))], len(ids))
     every = {i: answer for part in world.gather(found) for i, answer in part.items()}
     return [every[i] for i in range(len(prompts))]
-
-
-def answers(
-    model: Mistral, chat: Chat, conversations: Sequence[Sequence[Message]], world: World, *, max_new_tokens: int,
-    temperature: float, seed: int, text: str,
-) -> list[str]:  # fmt: skip
-    """One answer to each conversation, as `generate` gives them."""
-    prompts = [chat.prompt(conversation) for conversation in conversations]
-    found = generate(model, chat, prompts, world, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, text=text)
-    return [answer for answer, _ in found]
 
 
 def prompt_ids(chat: Chat, request: Request, bos: bool, longest: int) -> list[int]:
@@ -262,19 +249,16 @@ TOY_TEMPERATURE = 1.0  # the policy's own distribution, which is what the theore
 TOY_NEW_TOKENS = 32  # the longest answer of the grammar has 20
 
 
-def toy_scores(
-    folder: Path, requests: Sequence[toy.Request], world: World, seed: int, text: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def toy_scores(folder: Path, requests: Sequence[toy.Request], world: World, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(scores, transcript) of a model that answers every request once.
 
     helpful: mean of the exact judge over benign requests; harmless: share of the forbidden ones answered without a step.
     Each comes with its standard error over requests.
     """
     model, chat = Mistral.from_pretrained(folder, device=world.device), Chat(folder)
-    conversations = [[{"role": "user", "content": request.text}] for request in requests]
-    texts = answers(model, chat, conversations, world, max_new_tokens=TOY_NEW_TOKENS, temperature=TOY_TEMPERATURE,
-                    seed=seed, text=text)  # fmt: skip
-    verdicts = [toy.judge(request, answer) for request, answer in zip(requests, texts, strict=True)]
+    prompts = [chat.prompt([{"role": "user", "content": request.text}]) for request in requests]
+    found = generate(model, chat, prompts, world, max_new_tokens=TOY_NEW_TOKENS, temperature=TOY_TEMPERATURE, seed=seed)
+    verdicts = [toy.judge(request, answer) for request, (answer, _) in zip(requests, found, strict=True)]
     values = {
         "helpful": [verdict.helpful for request, verdict in zip(requests, verdicts, strict=True) if not request.forbidden],
         "harmless": [float(verdict.harmless) for request, verdict in zip(requests, verdicts, strict=True) if request.forbidden],
@@ -285,7 +269,7 @@ def toy_scores(
         scores |= {name: sample.mean().item(), f"{name}_error": sample.std().item() / len(column) ** 0.5, f"{name}_n": len(column)}
     transcript = [
         {"prompt": request.text, "forbidden": request.forbidden, "answer": answer, "helpful": verdict.helpful, "harmless": verdict.harmless}
-        for request, answer, verdict in zip(requests, texts, verdicts, strict=True)
+        for request, (answer, _), verdict in zip(requests, found, verdicts, strict=True)
     ]
     return scores, transcript
 
@@ -304,9 +288,9 @@ def toy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-# These may differ when a run goes on: what they change is in files of its own, which say what they were made with, or is not kept.
+# A run may go on with other values of these: what depends on them lies in files that say what they were made with, or is not kept.
 FREE = frozenset({"reference", "tasks", "data", "judge", "pairwise", "labelled", "out", "fresh", "device", "pairs", "prompt", "compare",
-                  "max_new_tokens", "max_length", "max_prompt", "tau"})  # fmt: skip
+                  "max_new_tokens", "max_length", "max_prompt", "alpha", "b1", "tau"})  # fmt: skip
 
 
 def local_source(folder: str, name: str) -> str:
@@ -433,7 +417,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=512, help="with --prompt")
     parser.add_argument("--max_length", type=int, default=1024, help="with --pairs")
     parser.add_argument("--max_prompt", type=int, default=512, help="with --pairs")
-    parser.add_argument("--tau", type=float, default=0.01, help="with --pairs: of the target g / tau")
+    for name, usual in {"alpha": 0.5, "b1": 3.0, "tau": 0.01}.items():
+        parser.add_argument(f"--{name}", type=float, default=usual, help="with --pairs: of the target g / tau, as in training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
     if not options.compare and not options.model:
@@ -442,9 +427,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--pairs needs --reference DIR: a margin is measured over the reference")
     if options.prompt is not None and not options.prompt.strip():
         parser.error("--prompt must hold text")
-    if options.max_new_tokens < 1 or not 0 < options.tau < math.inf or not 1 <= options.max_prompt < options.max_length:
-        parser.error("--max_new_tokens must be >= 1, --tau finite and > 0, and --max_prompt in [1, max_length)")
-    modes = {"prompt": "max_new_tokens", "pairs": "reference max_length max_prompt tau", "compare": "out",
+    if options.max_new_tokens < 1 or not 1 <= options.max_prompt < options.max_length:
+        parser.error("--max_new_tokens must be >= 1, and --max_prompt in [1, max_length)")
+    if not 0 < options.tau < math.inf or not 1 < options.b1 < math.inf or not math.isfinite(options.alpha):
+        parser.error("--tau must be finite and > 0, --b1 finite and > 1, --alpha finite")
+    modes = {"prompt": "max_new_tokens", "pairs": "reference max_length max_prompt alpha b1 tau", "compare": "out",
              "tasks": "reference out data judge pairwise labelled protocol bos limit seed fresh"}  # fmt: skip
     used = next(flags.split() for mode, flags in modes.items() if getattr(options, mode) is not None)
     for flag in dict.fromkeys(" ".join(modes.values()).split()):
@@ -493,7 +480,7 @@ def main(arguments: Sequence[str]) -> None:
             score(Mistral.from_pretrained(name, dtype=dtype, device=world.device), stream, world, SCORED_PACK_TOKENS, text)
             for name, text in ((folder, "policy"), (reference_folder, "reference"))
         )
-        world.say(quadrant_table(preference_view(policy, reference, stream, 0.5, 3.0, options.tau)))
+        world.say(quadrant_table(preference_view(policy, reference, stream, options.alpha, options.b1, options.tau)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ instead goes through `compiled_on`. Imports torch alone.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.  Here also: S scored rows.
+# H query heads, G key/value heads, K head size, A actions.  Here also: S scored rows, P query heads of a key head (H/G).
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class BlockedAttention(torch.autograd.Function):
     """Attention of a pack on a CPU, rotation included: a block of rows at a time against the keys it may see. Probabilities are kept for
     the backward, or computed again of blocks that see over KEPT_KEYS. A plan lists (spans, blocks): the tokens of the spans are the keys
     of the blocks, each (rows, the keys they see, bias); bias [rows, 1, c], 0 or -inf, masks the last c of these. Faster than two SDPA calls
-    a pair: a group's query heads are rows of one product, and nothing masked is computed but at the diagonal. Inside, the group comes
-    first: q [G, T H/G, K], k and v [G, T, K]."""
+    a pair: the query heads of a key head are rows of one product, and nothing masked is computed but at the diagonal. Inside, key heads
+    come first: q [G, T P, K], k and v [G, T, K]."""
 
     @staticmethod
     def _group_first(x: Tensor, G: int, tables: tuple[Tensor, ...] = ()) -> Tensor:
-        x = x.unflatten(1, (G, -1)).transpose(0, 1)  # [T, H, K] -> [G, T, H/G, K]
+        x = x.unflatten(1, (G, -1)).transpose(0, 1)  # [T, H, K] -> [G, T, P, K]
         return (rotated(x, *tables).to(x.dtype) if tables else x).flatten(1, 2)
 
     @staticmethod
@@ -69,12 +69,12 @@ class BlockedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Any, plan: Any) -> Tensor:
         this, (T, H, _), G = BlockedAttention, q.shape, k.shape[1]
         q, k, v = this._group_first(q, G, tables[:2]), this._group_first(k, G, tables[2:]), this._group_first(v, G)
-        ctx.tables, ctx.plan, ctx.T, R, out = tables, plan, T, H // G, torch.empty_like(q, dtype=torch.float32)
+        ctx.tables, ctx.plan, ctx.T, P, out = tables, plan, T, H // G, torch.empty_like(q, dtype=torch.float32)
         limit, kept = KEPT_KEYS * any(ctx.needs_input_grad), list[Tensor | None]()
         for spans, blocks in plan:
             keys, values = this._keys(k, spans), this._keys(v, spans)
             for rows, seen, bias in blocks:
-                block = slice(rows.start * R, rows.stop * R)
+                block = slice(rows.start * P, rows.stop * P)
                 p = this._probabilities(q[:, block].float(), keys[:, seen], bias)
                 torch.bmm(p, values[:, seen], out=out[:, block])
                 kept.append(p if p.shape[-1] <= limit else None)
@@ -84,13 +84,13 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         this, (q, k, v, *kept), (cos, sin, cos_keys, sin_keys) = BlockedAttention, ctx.saved_tensors, ctx.tables
-        scale, R, dout = q.shape[-1] ** -0.5, q.shape[1] // ctx.T, this._group_first(grads[0], len(q))
+        scale, P, dout = q.shape[-1] ** -0.5, q.shape[1] // ctx.T, this._group_first(grads[0], len(q))
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         next_kept = iter(kept)
         for spans, blocks in ctx.plan:
             keys, values, dkeys, dvalues = (this._keys(x, spans) for x in (k, v, dk, dv))
             for rows, seen, bias in blocks:
-                block = slice(rows.start * R, rows.stop * R)
+                block = slice(rows.start * P, rows.stop * P)
                 q_block, dout_block = q[:, block].float(), dout[:, block].float()
                 p = next(next_kept)
                 p = this._probabilities(q_block, keys[:, seen], bias) if p is None else p
@@ -111,12 +111,12 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
                  window: int | None) -> list[Any]:  # fmt: skip
     """BlockedAttention's plan for a pack of trees with these lengths (prompt, response, ...), whose queries are the tokens `rows`: all of
     them, or the `scored` ones. `sees` (mask_mod form) says who sees whom. Small neighbouring trees share a block and its mask."""
-    groups: list[list[tuple[int, ...]]] = [[]]
+    bunches: list[list[tuple[int, ...]]] = [[]]  # of trees
     for sizes in lengths:
-        if sum(map(sum, groups[-1])) + sum(sizes) > ATTENTION_BLOCK:
-            groups.append([])
-        groups[-1].append(sizes)
-    plan, token, row = list[Any](), 0, 0  # of a group: its first key and query
+        if sum(map(sum, bunches[-1])) + sum(sizes) > ATTENTION_BLOCK:
+            bunches.append([])
+        bunches[-1].append(sizes)
+    plan, token, row = list[Any](), 0, 0  # of a bunch: its first key and query
     biases: dict[tuple[int, int], Tensor] = {}  # blocks of a response that have the same size mask alike
 
     def block(row: int, end: int, keys: Tensor, first: int, masked: int, alike: bool = False) -> tuple[slice, slice, Tensor | None]:
@@ -128,14 +128,14 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
                 biases[size] = bias
         return slice(row, end), slice(first, len(keys)), bias
 
-    for group in filter(None, groups):
-        T = sum(map(sum, group))
-        if T <= ATTENTION_BLOCK:
-            end = row + (sum(sum(sizes[1:]) for sizes in group) if scored else T)
-            plan.append(((slice(token, token + T),), [block(row, end, torch.arange(token, token + T), 0, 0)]))
-            token, row = token + T, end
+    for bunch in filter(None, bunches):
+        tokens = sum(map(sum, bunch))
+        if tokens <= ATTENTION_BLOCK:
+            end = row + (sum(sum(sizes[1:]) for sizes in bunch) if scored else tokens)
+            plan.append(((slice(token, token + tokens),), [block(row, end, torch.arange(token, token + tokens), 0, 0)]))
+            token, row = token + tokens, end
             continue
-        prompt, *responses = group[0]
+        prompt, *responses = bunch[0]
         start = token + prompt
         for b, length in enumerate(responses):
             keys = torch.cat((torch.arange(token, token + prompt), torch.arange(start, start + length)))
@@ -200,8 +200,8 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, by a third of the passes that autograd makes of it. Nothing here
-    is changed in place and returned, nor cast to what it is: torch 2.11 compiles a gradient of zeros for that."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, by a third of the passes that autograd makes of it. No output
+    is a tensor changed in place, or cast to the dtype it has: torch 2.11 compiles a gradient of zeros for that."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

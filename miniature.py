@@ -135,7 +135,7 @@ def work(job: Job) -> None:
     config = job.config()
     done = train.run(config, world)
     requests = toy_data.held_out(job.root / "data", job.split)
-    scores, transcript = toy_scores(Path(config.out) / "model", requests, world, job.seed, "answers")
+    scores, transcript = toy_scores(Path(config.out) / "model", requests, world, job.seed)
     write_json(job.scores, {"settings": asdict(config), **scores, "seconds": time.monotonic() - began, "held_out": done["held_out"],
                             "transcript": transcript})  # fmt: skip
 

@@ -59,8 +59,8 @@ CHECKPOINT_NAMES = {
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "chat_template.jinja", "generation_config.json")  # fmt: skip
 
-# Entries of config.json beside Config's own: those that change the computation, with the values at which it is the one of this file,
-# and those that never change it. Any other is refused by name.
+# Entries of config.json beside Config's own. ONLY_VALUES: those that change the computation, with the values that this file implements.
+# NO_EFFECT: those that never change it. Any other is refused by name.
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "model_type": ("mistral", "llama"), "hidden_act": ("silu", "swish"), "rope_scaling": (None, {"rope_type": "default"}),
     "attention_bias": (False, None), "mlp_bias": (False, None), "quantization_config": (None,), "attention_dropout": (0, None),
@@ -88,7 +88,7 @@ class Config:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     sliding_window: int | None = None  # a token sees this many positions, its own included
-    max_position_embeddings: int = 32768  # a promise to servers; nothing here depends on it
+    max_position_embeddings: int = 32768  # the longest text of servers and eval.py; not looked at here
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -100,7 +100,7 @@ class Config:
             if not fine:
                 raise ValueError(f"{name} must be {constraint}, got {getattr(self, name)!r}")
 
-        for name, value in list(vars(self).items())[:7]:
+        for name, value in list(vars(self).items())[:7]:  # vocab_size to head_dim
             check(name, type(value) is int and value >= 1, "an integer >= 1")
         check("model_type", self.model_type in ONLY_VALUES["model_type"], "mistral or llama")
         check("num_attention_heads", self.num_attention_heads % self.num_key_value_heads == 0, "a multiple of num_key_value_heads")
@@ -118,7 +118,7 @@ class Config:
         rope = raw.pop("rope_parameters", None) or {}
         raw |= {f"rope_parameters.{name}": value for name, value in rope.items()} if isinstance(rope, dict) else {"rope_parameters": rope}
         theta = raw.setdefault("rope_theta", raw.get("rope_parameters.rope_theta", 10000.0))
-        free, only = NO_EFFECT | set(fields) - {"model_type"}, ONLY_VALUES | {"rope_parameters.rope_theta": (theta,)}
+        free, only = NO_EFFECT | (set(fields) - {"model_type"}), ONLY_VALUES | {"rope_parameters.rope_theta": (theta,)}
         refused = [f"{name} = {value!r}" for name, value in raw.items() if name not in free and value not in only.get(name, ())]
         if refused:
             raise ValueError(f"{path} must describe a plain Mistral or Llama, got {', '.join(refused)}: not implemented; delete an entry "
@@ -178,7 +178,7 @@ class Pack:
             if len(sizes) < 2 or min(sizes) < 1:
                 raise ValueError(f"tree {i} of a pack must be a prompt and responses of at least 1 token each, got lengths {sizes}")
         parts = [(i, b) for i, sizes in enumerate(lengths) for b in range(len(sizes))]
-        number = {part: r for r, part in enumerate(sorted((part for part in parts if part[1]), key=lambda part: part[::-1]))}
+        number = {(i, b): r for r, (b, i) in enumerate(sorted((b, i) for i, b in parts if b))}  # branch by branch
         length = np.array([lengths[i][b] for i, b in parts], dtype=np.int64)
         of_part = np.array([(i, b, lengths[i][0] if b else 0, number.get((i, b), -1)) for i, b in parts], dtype=np.int64)
         tree, branch, before, response = np.repeat(of_part.reshape(-1, 4), length, axis=0).T.copy()
@@ -388,7 +388,7 @@ def load_weights(model: Mistral, folder: str | Path) -> None:
 
 
 class Mistral(nn.Module):
-    """The language model. Blocks are called as modules, so that hooks of FSDP2 and torch.compile act on each; `generate` wants it whole."""
+    """The language model. Blocks are called as modules, for the hooks of FSDP2 and torch.compile. `generate` needs it unsharded."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -425,7 +425,7 @@ class Mistral(nn.Module):
 
     def logprobs(self, pack: Pack) -> Tensor:
         """log pi(y | x) = sum over t of log pi(y_t | x, y_<t) for every response of the pack, fp32 [R], chosen ones first. An empty pack
-        gives [0] after the same collectives, forward and backward, as any other."""
+        gives shape [0] after the same collectives, forward and backward, as any other."""
         R, device = sum(len(sizes) - 1 for sizes in pack.lengths), pack.tokens.device
         pack = pack if R else Pack.build([([0], [0])]).to(device)
         positions_S, S = pack.positions[pack.rows], len(pack.rows)
@@ -473,7 +473,7 @@ class Mistral(nn.Module):
         must_be_replaceable(folder, {"config.json", *COMPANIONS})
         if like is not None and not Path(like).is_dir():
             raise ValueError(f"like must be a folder with a tokenizer's files, got {like}")
-        getattr(self, "reshard", lambda: None)()  # a forward may leave FSDP2's root gathered, in the compute dtype
+        getattr(self, "reshard", lambda: None)()  # FSDP2's defaults leave the root gathered, in the compute dtype
         parameters = dict(self.named_parameters())
         dtype = dtype or max((p.dtype for p in parameters.values()), key=lambda dtype: dtype.itemsize)
         layout = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
@@ -508,8 +508,8 @@ class Mistral(nn.Module):
     def generate(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
                  seeds: Sequence[int] | None = None, stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
                  decode: Callable[[list[int]], str] | None = None, batch: int = 64) -> list[list[int]]:  # fmt: skip
-        """New token ids of every prompt: the most probable at temperature 0, else drawn from softmax(logits / temperature) cut to `top_p`
-        by one uniform number a token from the prompt's own seed (default: its index), so that its batch matters to rounding alone (bf16).
+        """New token ids of every prompt: the most probable at temperature 0, else drawn from softmax(logits / temperature) cut to `top_p`.
+        Each prompt has a seed of its own (default: its index), so that the batch changes an answer by rounding alone (bf16).
 
         A prompt ends before a stop id, after the token that completes a stop string in the text of `decode`, or at max_new_tokens.
         """

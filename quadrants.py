@@ -39,13 +39,13 @@ def quadrant_sums(h: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, alpha: 
 def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
     """quadrant -> {"pairs" (int), "margin_nats", "target_nats", "target_side_share" (0 to 1)}.
 
-    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out.
+    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out, and the share where the target is 0, which has no side.
     """
     means: dict[str, dict[str, float]] = {}
     for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):
         if pairs:
-            means[quadrant] = {"pairs": int(pairs), "margin_nats": h / pairs, "target_nats": target / pairs,
-                               "target_side_share": on_target_side / pairs}  # fmt: skip
+            means[quadrant] = {"pairs": int(pairs), "margin_nats": h / pairs, "target_nats": target / pairs}
+            means[quadrant] |= {"target_side_share": on_target_side / pairs} if target else {}
     return means
 
 
@@ -71,5 +71,6 @@ def quadrant_table(view: Mapping[str, Mapping[str, float]]) -> str:
     for name in QUADRANTS:
         if name in view:
             q = view[name]
-            lines.append(f"{name:<16}{q['pairs']:>8}{q['margin_nats']:>+10.2f}{q['target_nats']:>+10.1f}{q['target_side_share']:>16.1%}")
+            share = f"{q['target_side_share']:.1%}" if "target_side_share" in q else "-"
+            lines.append(f"{name:<16}{q['pairs']:>8}{q['margin_nats']:>+10.2f}{q['target_nats']:>+10.1f}{share:>16}")
     return "\n".join(lines)

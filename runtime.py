@@ -280,8 +280,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: to
     """
     # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2 would copy it twice a pack.
     as_it_is = {parameter for parameter in model.parameters() if world.size == 1 and parameter.dtype == dtype}
-    # cast_forward_inputs off: the model hands its blocks fp32 tables that must stay fp32.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=as_it_is)
     # By default the root stays whole after a forward. Weights that are then read into its shards, as on resuming after the reference

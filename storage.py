@@ -191,7 +191,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
 
     torch.distributed.checkpoint in its safetensors form, plus a manifest with the files' sha256 sums. A kill at any
     moment leaves the earlier checkpoints untouched: the folder gets its name only once everything is on disk.
-    loss: on held-out rows, where it was computed.
+    loss: on held-out rows, given only for a checkpoint to be kept because it is the least so far.
     """
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
 

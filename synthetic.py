@@ -51,7 +51,7 @@ def ranking(scores_A: Tensor) -> list[int]:
 
 
 def names(actions: Sequence[int]) -> list[str]:
-    """Actions as the paper calls them: y1, y2, ..."""
+    """Actions as y1, y2, ..."""
     return [f"y{y + 1}" for y in actions]
 
 
@@ -111,7 +111,7 @@ def report_figure4(objectives: Sequence[str], mean_OA: Tensor, half_width_OA: Te
           "actions first, the less helpful of two unsafe")
 
 
-def figure4(out: Path) -> int:
+def figure4(out: Path) -> None:
     """Trains, prints the table, and writes figure4.png, curves.csv and summary.json into out."""
     out.mkdir(parents=True, exist_ok=True)
     print(f"Figure 4 (§3.4): {SEEDS} seeds, {STEPS} Adam steps, lr {LR}, batch {BATCH}, tau {TAU:g}, "
@@ -142,7 +142,6 @@ def figure4(out: Path) -> int:
                   {name: half_width[:, i].numpy() for i, name in enumerate(objectives)}, SAFE, desired[0],
                   exact[0].tolist())
     print(f"wrote {out}/figure4.png, curves.csv and summary.json")
-    return 0
 
 
 # ---------------------------------------------------------------------------------------- the theorem checks

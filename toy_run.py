@@ -101,7 +101,7 @@ def toy_run(config: Config, world: World, run: Callable[[Config, World], object]
     world.say("[4/4] answers to held-out requests, judged exactly")
     requests, scores = toy_data.held_out(folder.path / "data"), {}
     for title, stage in (("SFT", "sft"), (name, config.objective)):
-        scores[title], transcript = toy_scores(folder.path / stage / "model", requests, world, config.seed, f"answers, {title}")
+        scores[title], transcript = toy_scores(folder.path / stage / "model", requests, world, config.seed)
         world.from_main(partial(write_lines, folder.path / stage / "answers.jsonl", transcript))
     result = {"scores": scores, "model": f"{config.objective}/model"}
     folder.finish(result)

@@ -303,9 +303,9 @@ def optimize(
             if config.eval_every and done % config.eval_every == 0 and done < steps:
                 figures, held_out_loss = evaluate()
                 folder.write_row({"step": step, "held_out": figures, "held_out_loss": held_out_loss})
-                least = world.from_main(partial(storage.best_checkpoint, checkpoints))[0] if config.keep_best else -math.inf
-                if held_out_loss is not None and held_out_loss < least:
-                    least_loss = held_out_loss
+                if config.keep_best and held_out_loss is not None:
+                    least = world.from_main(partial(storage.best_checkpoint, checkpoints))[0]
+                    least_loss = held_out_loss if held_out_loss < least else None
             stopping = max(world.gather(stop.requested))
             if done % config.save_every == 0 or done == steps or least_loss is not None or stopping:
                 storage.save_checkpoint(checkpoints, done, state, world, config.keep, least_loss)

@@ -241,6 +241,13 @@ def test_preference_view_of_four_quadrants(place: Path, tmp_path: Path, capsys: 
         assert int(n) == len(margins) and float(goal) == target / 0.5
         assert float(margin) == pytest.approx(np.mean(margins), abs=0.006)  # printed to two places
         assert float(share[:-1]) == pytest.approx(100 * np.mean([h * target > 0 for h in margins]), abs=0.06)
+    evaluation.main(["--model", str(place / "model"), "--reference", str(place / "reference"), "--pairs", str(path), "--tau", "0.5",
+                     "--alpha", "1", "--b1", "2", "--device", "cpu"])  # fmt: skip
+    again = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    # (2 I - I') / (2 - 1) - 1, over tau; a target of 0 has no side
+    for quadrant, target in {"both_safe": 0.0, "chosen_safe": 2.0, "rejected_safe": -4.0, "both_unsafe": -2.0}.items():
+        assert again[quadrant][:2] == held[quadrant][:2] and float(again[quadrant][2]) == target
+        assert again[quadrant][3] == ("-" if not target else held[quadrant][3])
 
 
 def test_pairs_are_not_scored_under_another_tokenizers_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -34,10 +34,13 @@ def test_quadrant_means_equal_a_loop_over_pairs(pairs):
 
 
 def test_target_side_follows_the_targets_sign():
-    """Claim: h > 0 fails where the label asks for h < 0, and h = 0 is on no side. Oracle: defect 6 of the authors' code."""
+    """Claim: h > 0 fails where h < 0 is asked for, h = 0 is on no side, a target of 0 has none. Oracle: defect 6 of the authors' code."""
     for h, shares in ((5.0, [1, 1, 0, 0]), (-5.0, [0, 0, 1, 1]), (0.0, [0, 0, 0, 0])):
         means = quadrant_means(quadrant_sums(torch.full((4,), h), CHOSEN_SAFE, REJECTED_SAFE, 0.5, 3.0, 1.0))
         assert [means[quadrant]["target_side_share"] for quadrant in QUADRANTS] == shares
+    for alpha, quadrant in ((1.0, "both_safe"), (0.0, "both_unsafe")):  # their targets are 0
+        means = quadrant_means(quadrant_sums(torch.ones(4), CHOSEN_SAFE, REJECTED_SAFE, alpha, 3.0, 1.0))
+        assert [name for name in QUADRANTS if "target_side_share" not in means[name]] == [quadrant]
 
 
 def test_quadrant_sums_add_up_and_do_not_leak():
