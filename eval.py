@@ -164,7 +164,7 @@ class Policy:
     def __init__(self, name: str, template: str | None, world: World) -> None:
         self.folder, self.world = find_model(name), world
         config, self.chat = Config.read(self.folder), Chat(self.folder, template)
-        self.positions, self.dtype = config.max_position_embeddings, torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        self.positions, self.dtype = config.max_position_embeddings, world.dtype
         stored_weights(config, self.folder)
         must_fit(self.chat, config.vocab_size, name)
         self.identity = {"weights_sha256": storage.weights_sha256(self.folder, world), "chat_sha256": self.chat.fingerprint,
@@ -288,11 +288,6 @@ def toy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-# A run may go on with other values of these: what depends on them lies in files that say what they were made with, or is not kept.
-FREE = frozenset({"reference", "tasks", "data", "judge", "pairwise", "labelled", "out", "fresh", "device", "pairs", "prompt", "compare",
-                  "max_new_tokens", "max_length", "max_prompt", "alpha", "b1", "tau"})  # fmt: skip
-
-
 def local_source(folder: str, name: str) -> str:
     """The file or folder of a task's rows in a folder of such; the hub when there is no folder."""
     found = [path for path in sorted(Path(folder).glob(f"{name}*")) if (tables.stem(path) if tables.is_table(path) else path.name) == name]
@@ -316,9 +311,10 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
             wanted = [PREFERRED] if flag == "pairwise" else [name for name, task in TASKS.items() if task.metric in JUDGED]
             raise ValueError(f"--{flag} judges the answers of {', '.join(wanted)}, got none of these tasks; leave it out, or add one")
     folder = storage.RunFolder(Path(options.out), world, "eval")
-    settings = {**vars(options), "bos": protocol.bos}
+    # What may not differ when a run goes on; what depends on another flag lies in a file that says what it was made with.
+    settings = {name: getattr(options, name) for name in ("model", "protocol", "limit", "seed", "chat_template")} | {"bos": protocol.bos}
     reads = [options.model, options.reference, options.data, *sources.values(), options.chat_template, options.labelled, options.pairwise]
-    folder.check(settings, FREE, options.fresh, [*filter(None, reads), (options.judge or "").partition(":")[2]])
+    folder.check(settings, frozenset(), options.fresh, [*filter(None, reads), (options.judge or "").partition(":")[2]])
     names = {"policy": options.model, **({"reference": options.reference} if options.reference else {})}
     for name in names.values():
         find_model(name, weights=False)  # before data sets are fetched and the judges' weights summed
@@ -460,12 +456,11 @@ def main(arguments: Sequence[str]) -> None:
         if options.tasks:
             benchmark(options, world)
             return
-        dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
         folder = find_model(options.model)
         chat = Chat(folder, options.chat_template)
         must_fit(chat, Config.read(folder).vocab_size, folder)
         if options.prompt is not None:
-            model = Mistral.from_pretrained(folder, dtype=dtype, device=world.device)
+            model = Mistral.from_pretrained(folder, dtype=world.dtype, device=world.device)
             asked = chat.prompt([{"role": "user", "content": options.prompt}])
             world.say(chat.decode(model.generate([asked], options.max_new_tokens, stop_ids=(chat.eos_id,))[0]))
             return
@@ -477,7 +472,7 @@ def main(arguments: Sequence[str]) -> None:
         stream = held if len(held) else train
         world.say(f"{len(stream)} {'held-out' if len(held) else 'training'} pairs of {len(train) + len(held)}")
         policy, reference = (
-            score(Mistral.from_pretrained(name, dtype=dtype, device=world.device), stream, world, SCORED_PACK_TOKENS, text)
+            score(Mistral.from_pretrained(name, dtype=world.dtype, device=world.device), stream, world, SCORED_PACK_TOKENS, text)
             for name, text in ((folder, "policy"), (reference_folder, "reference"))
         )
         world.say(quadrant_table(preference_view(policy, reference, stream, options.alpha, options.b1, options.tau)))

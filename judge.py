@@ -301,8 +301,7 @@ class Examiner:
 
     @functools.cached_property
     def model(self) -> Mistral:
-        dtype = torch.bfloat16 if self.world.device.type == "cuda" else torch.float32
-        return Mistral.from_pretrained(self.folder, dtype=dtype, device=self.world.device)
+        return Mistral.from_pretrained(self.folder, dtype=self.world.dtype, device=self.world.device)
 
     def unload(self) -> None:
         self.__dict__.pop("model", None)

@@ -52,6 +52,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models compute in here, unless something else is asked for."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
     def say(self, text: str) -> None:
         """Print on rank 0, at once."""
         if self.is_main:

@@ -324,7 +324,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     from the loop when the policy of step 0 is not the reference, or a loss is not finite.
     """
     # dtype auto is settled first, so that a run cannot go on in another precision on another device
-    auto = "bfloat16" if world.device.type == "cuda" else "float32"
+    auto = str(world.dtype).removeprefix("torch.")
     config = replace(config, dtype=config.dtype.replace("auto", auto), pack_tokens=config.pack_tokens or PACK_TOKENS[world.device.type])
     folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
     reads = (config.model, config.chat_template, *config.safety, *config.helpfulness, *config.sft)
