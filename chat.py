@@ -30,6 +30,90 @@ ZEPHYR = """\
 """
 
 
+def _common(a: Ids, b: Ids) -> int:
+    """Length of the longest common prefix."""
+    shorter = min(len(a), len(b))
+    return int(np.cumprod(a[:shorter] == b[:shorter]).sum())
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of the texts; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    """A JSON object as a file, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _respell(tokenizer: str, spelling: dict[str, str]) -> str:
+    """tokenizer.json with other spellings of its control tokens, which keep their ids and flags. The old spellings are
+    then in no vocabulary and no merge, so no text can give them."""
+    content = json.loads(tokenizer)
+    for token in content["added_tokens"]:
+        if token["content"] in spelling:
+            token.update(content=spelling[token["content"]], special=False)
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {spelling.get(token, token): number for token, number in model["vocab"].items()}
+    else:  # Unigram
+        model["vocab"] = [[spelling.get(token, token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [[a, b] for a, b in model["merges"] if not {a, b, a + b} & spelling.keys()]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
+    return json.dumps(content | {"truncation": None, "padding": None, "post_processor": None})
+
+
+def _find_template(folder: Path, config: dict[str, Any], template: str | None) -> str:
+    if template == "zephyr":
+        return ZEPHYR
+    file = Path(template) if template else folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if template:
+        raise ValueError(f"template must be 'zephyr' or a file with a jinja template, got {template}")
+    own = config.get("chat_template") or ZEPHYR
+    if isinstance(own, str):
+        return own
+    named = {entry["name"]: str(entry["template"]) for entry in own}
+    if "default" not in named:
+        raise ValueError(f"{folder} has chat templates named {', '.join(named)} and no default; pass one as --chat_template FILE")
+    return named["default"]
+
+
+def _compile(template: str) -> Any:
+    """The template in a sandbox, with the settings, filters and functions that transformers renders it with."""
+    from datetime import datetime
+
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    marks = r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})"  # they only say which part is scored
+    template = re.sub(marks, lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], template)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template must be valid jinja: {error}") from error
+
+
 class Chat:
     """template: None takes the model's own (chat_template.jinja or tokenizer_config.json), or Zephyr's if it has none;
     "zephyr" takes Zephyr's; anything else names a file that holds a jinja template. The attribute `template` has BOS in
@@ -193,91 +277,7 @@ def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]
     return [prompt, *responses]
 
 
-def _common(a: Ids, b: Ids) -> int:
-    """Length of the longest common prefix."""
-    shorter = min(len(a), len(b))
-    return int(np.cumprod(a[:shorter] == b[:shorter]).sum())
-
-
-def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of the texts; nothing if there are none."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def write_object(path: Path, content: dict[str, Any]) -> None:
-    """A JSON object as a file, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def must_fit(chat: Chat, entries: int, model: str | Path) -> None:
     """ValueError where the tokenizer gives ids that a model with so many entries in its embedding does not have."""
     if chat.vocabulary > entries:
         raise ValueError(f"{model}: the tokenizer has {chat.vocabulary} entries, the model {entries}; they do not match")
-
-
-def _respell(tokenizer: str, spelling: dict[str, str]) -> str:
-    """tokenizer.json with other spellings of its control tokens, which keep their ids and flags. The old spellings are
-    then in no vocabulary and no merge, so no text can give them."""
-    content = json.loads(tokenizer)
-    for token in content["added_tokens"]:
-        if token["content"] in spelling:
-            token.update(content=spelling[token["content"]], special=False)
-    model = content["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {spelling.get(token, token): number for token, number in model["vocab"].items()}
-    else:  # Unigram
-        model["vocab"] = [[spelling.get(token, token), score] for token, score in model["vocab"]]
-    if "merges" in model:
-        model["merges"] = [[a, b] for a, b in model["merges"] if not {a, b, a + b} & spelling.keys()]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
-    return json.dumps(content | {"truncation": None, "padding": None, "post_processor": None})
-
-
-def _find_template(folder: Path, config: dict[str, Any], template: str | None) -> str:
-    if template == "zephyr":
-        return ZEPHYR
-    file = Path(template) if template else folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if template:
-        raise ValueError(f"template must be 'zephyr' or a file with a jinja template, got {template}")
-    own = config.get("chat_template") or ZEPHYR
-    if isinstance(own, str):
-        return own
-    named = {entry["name"]: str(entry["template"]) for entry in own}
-    if "default" not in named:
-        raise ValueError(f"{folder} has chat templates named {', '.join(named)} and no default; pass one as --chat_template FILE")
-    return named["default"]
-
-
-def _compile(template: str) -> Any:
-    """The template in a sandbox, with the settings, filters and functions that transformers renders it with."""
-    from datetime import datetime
-
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    marks = r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})"  # they only say which part is scored
-    template = re.sub(marks, lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], template)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template must be valid jinja: {error}") from error

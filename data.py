@@ -155,46 +155,6 @@ class Stream:
         return np.split(flat, np.cumsum(self.lengths[i][:-1]))
 
 
-def load_stream(
-    sources: Sequence[str], chat: Chat, *, stage: str = "pairs", prefer: str = "helpful", max_length: int = 1024,
-    max_prompt: int = 512, held_out: float = 0.02, mixed: bool = False, cache_dir: str | Path | None = None,
-) -> tuple[Stream, Stream]:  # fmt: skip
-    """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
-
-    stage "pairs" or "sft"; prefer "helpful" or "safe", as in read_pair; lengths in tokens, with BOS and EOS. Held-out rows: the
-    first HELD_OUT_ROWS of a source's test split; where it has none, the questions whose hash falls in the first held_out of
-    all hashes, so that none of such sources is on both sides; held_out=0: none. mixed: warn of a source whose pairs all fall
-    in one safety quadrant. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call at once: one
-    builds, the others wait, however long it takes. ValueError: wrong arguments, or rows that break their schema: the first
-    ten with file:line, and their number.
-    """
-    known = stage in ("pairs", "sft") and prefer in ("helpful", "safe")
-    if stage == "sft":
-        prefer, max_prompt = "safer", 1  # the prompt is BOS
-    if not (sources and known and 1 <= max_prompt < max_length and 0 <= held_out < 1):
-        raise ValueError("sources must be one or more, stage pairs or sft, prefer helpful or safe, max_prompt in [1, max_length),"
-                         f" held_out in [0, 1), got {list(sources)}, {stage}, {prefer}, {max_prompt} with max_length {max_length},"
-                         f" {held_out}")  # fmt: skip
-    found = [find_source(text, stage) for text in sources]
-    options = Options(stage, prefer, max_length, max_prompt, held_out)
-    key = json.dumps([FORMAT, chat.fingerprint, options, [(source.text, source.identity) for source in found]])
-    root = cache_root(cache_dir)
-    folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
-            with open(f"{folder}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # if its holder is killed, the system lets go of it
-                if not folder.exists():
-                    _build(folder, found, chat, options)
-    except OSError as error:
-        raise ValueError(f"the token cache must be writable, got {error}; name another: train.py --cache, or BFPO_CACHE") from error
-    try:
-        return _open_cache(folder, mixed)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the token cache {folder} is damaged ({error}); delete it and run again") from error
-
-
 def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
     sums = read_object(folder / SUMS)
     if changed := [name for name in ("report.json", *sums) if sha256(folder / name) != sums.get(name)]:
@@ -205,6 +165,86 @@ def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
         one = [quadrant for quadrant, pairs in part["quadrants"].items() if mixed and pairs == part["training_rows"]]
         part["warning"] = f"every pair of {part['source']} is {one[0]}; mixed labels are expected here" if one else ""
     return Stream(folder, False, report), Stream(folder, True, report)
+
+
+def _summarise(part: dict[str, Any], table: Ids, stage: str) -> None:
+    """Adds to a source's report what its kept rows say, [n, parts + 4] as in rows.npy."""
+    train = table[table[:, -2] == 0]
+    if not len(train):
+        raise ValueError(f"{part['source']} must have rows to train on, got {part['rows']} rows, of which {part['empty']} empty,"
+                         f" {part['identical']} with identical answers and {len(table)} held out")  # fmt: skip
+    lengths, unsafe = train[:, :-4], 1 - train[:, -4:-2]
+    columns = [*(lengths.T if stage == "pairs" else ()), lengths.sum(1)]
+    part |= {"training_rows": len(train), "held_out_rows": len(table) - len(train)}
+    part["quadrants"] = dict(zip(QUADRANTS, np.bincount(unsafe @ (2, 1), minlength=4).tolist(), strict=True))
+    part["tokens"] = {name: {f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)}
+                      for name, column in zip(("prompt", "chosen", "rejected", "total")[-len(columns):], columns, strict=True)}  # fmt: skip
+
+
+def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any], share: float) -> Item | None:
+    """None if there is nothing to learn from the row; share: of all questions, held out."""
+    pairs, safe = options.stage == "pairs", (True, True)
+    if part["schema"] == "messages":
+        messages = _messages(row, "messages")
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if not answers:
+            raise ValueError("messages must have an assistant's turn")
+    else:
+        pair = read_pair(row, SCHEMAS[part["schema"]], options.prefer)
+        messages, safe = [*pair.prompt, {"role": "assistant", "content": pair.chosen}], pair[3:]
+        answers = [pair.chosen, pair.rejected][: 1 + pairs]
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    if not all(text.strip() for text in (*asked, *answers)):
+        part["empty"] += 1
+        return None
+    texts = chat.pair_texts(messages[:-1], answers[0], answers[1]) if pairs else (chat.render(messages),)
+    held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
+    headers = any(map(chat.header.search, asked)), sum(bool(chat.header.search(text)) for text in answers)
+    return Item(texts, safe, held_out, headers)
+
+
+def _items(source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]) -> Iterator[Item]:
+    """The rows worth tokenising. What is left out is counted in part; the first malformed rows go to problems."""
+    from tqdm import tqdm
+
+    total, rows = source_rows(source, HELD_OUT_ROWS if options.held_out else 0)
+    seconds = 0.1 if sys.stderr.isatty() else 10.0  # between lines
+    for place, row, test in tqdm(rows, f"tokenising {source.text}", total, unit=" rows", mininterval=seconds, delay=seconds, leave=False):
+        part["rows"] += 1
+        try:
+            if not isinstance(row, dict):
+                raise row if isinstance(row, ValueError) else ValueError(f"a row must be an object, got {reprlib.repr(row)}")
+            part["schema"] = part["schema"] or find_schema(list(row), options.stage)
+            item = _item(row, chat, options, part, share=1 if test else 0 if source.test else options.held_out)
+        except ValueError as error:
+            part["malformed"] += 1
+            problems += [f"{place}: {error}"] if len(problems) < 10 else []
+            if not part["schema"] and isinstance(row, dict):
+                break  # unknown columns: the other rows would only say the same
+        else:
+            if item and not problems:
+                yield item
+
+
+def _tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:
+    """Each item with its ids, not truncated. A chunk is tokenised in a thread while this one prepares the next: the
+    tokenizer, which uses every core, lets Python run beside it."""
+    tokenise = chat.pair_ids if stage == "pairs" else chat.conversation_ids
+    chunks = iter(lambda: list(islice(items, CHUNK_ROWS)), [])
+    with ThreadPoolExecutor(1) as thread:
+        jobs = ((chunk, thread.submit(tokenise, [item.texts for item in chunk])) for chunk in chain(chunks, [[]]))
+        for (chunk, job), _ in pairwise(jobs):  # the next chunk is submitted before this one is waited for
+            yield from zip(chunk, job.result(), strict=True)
+
+
+def _example(chat: Chat, tree: Sequence[Ids], most: int = 600) -> str:
+    """A decoded tree, scored tokens between [[ and ]], without the middle of long parts."""
+    def short(text: str) -> str:
+        return text if len(text) <= most else f"{text[: most // 2]} [... {len(text) - most} ...] {text[-most // 2 :]}"
+
+    prompt = chat.decode(tree[0], skip_special_tokens=False)
+    answers = [chat.decode([*tree[0], *response], skip_special_tokens=False)[len(prompt) :] for response in tree[1:]]
+    return short(prompt) + "\n".join(f"[[{short(answer)}]]" for answer in answers)
 
 
 def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options) -> None:
@@ -247,87 +287,47 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _summarise(part: dict[str, Any], table: Ids, stage: str) -> None:
-    """Adds to a source's report what its kept rows say, [n, parts + 4] as in rows.npy."""
-    train = table[table[:, -2] == 0]
-    if not len(train):
-        raise ValueError(f"{part['source']} must have rows to train on, got {part['rows']} rows, of which {part['empty']} empty,"
-                         f" {part['identical']} with identical answers and {len(table)} held out")  # fmt: skip
-    lengths, unsafe = train[:, :-4], 1 - train[:, -4:-2]
-    columns = [*(lengths.T if stage == "pairs" else ()), lengths.sum(1)]
-    part |= {"training_rows": len(train), "held_out_rows": len(table) - len(train)}
-    part["quadrants"] = dict(zip(QUADRANTS, np.bincount(unsafe @ (2, 1), minlength=4).tolist(), strict=True))
-    part["tokens"] = {name: {f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)}
-                      for name, column in zip(("prompt", "chosen", "rejected", "total")[-len(columns):], columns, strict=True)}  # fmt: skip
+def load_stream(
+    sources: Sequence[str], chat: Chat, *, stage: str = "pairs", prefer: str = "helpful", max_length: int = 1024,
+    max_prompt: int = 512, held_out: float = 0.02, mixed: bool = False, cache_dir: str | Path | None = None,
+) -> tuple[Stream, Stream]:  # fmt: skip
+    """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
 
-
-def _items(source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]) -> Iterator[Item]:
-    """The rows worth tokenising. What is left out is counted in part; the first malformed rows go to problems."""
-    from tqdm import tqdm
-
-    total, rows = source_rows(source, HELD_OUT_ROWS if options.held_out else 0)
-    seconds = 0.1 if sys.stderr.isatty() else 10.0  # between lines
-    for place, row, test in tqdm(rows, f"tokenising {source.text}", total, unit=" rows", mininterval=seconds, delay=seconds, leave=False):
-        part["rows"] += 1
-        try:
-            if not isinstance(row, dict):
-                raise row if isinstance(row, ValueError) else ValueError(f"a row must be an object, got {reprlib.repr(row)}")
-            part["schema"] = part["schema"] or find_schema(list(row), options.stage)
-            item = _item(row, chat, options, part, share=1 if test else 0 if source.test else options.held_out)
-        except ValueError as error:
-            part["malformed"] += 1
-            problems += [f"{place}: {error}"] if len(problems) < 10 else []
-            if not part["schema"] and isinstance(row, dict):
-                break  # unknown columns: the other rows would only say the same
-        else:
-            if item and not problems:
-                yield item
-
-
-def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any], share: float) -> Item | None:
-    """None if there is nothing to learn from the row; share: of all questions, held out."""
-    pairs, safe = options.stage == "pairs", (True, True)
-    if part["schema"] == "messages":
-        messages = _messages(row, "messages")
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        if not answers:
-            raise ValueError("messages must have an assistant's turn")
-    else:
-        pair = read_pair(row, SCHEMAS[part["schema"]], options.prefer)
-        messages, safe = [*pair.prompt, {"role": "assistant", "content": pair.chosen}], pair[3:]
-        answers = [pair.chosen, pair.rejected][: 1 + pairs]
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    if not all(text.strip() for text in (*asked, *answers)):
-        part["empty"] += 1
-        return None
-    texts = chat.pair_texts(messages[:-1], answers[0], answers[1]) if pairs else (chat.render(messages),)
-    held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
-    headers = any(map(chat.header.search, asked)), sum(bool(chat.header.search(text)) for text in answers)
-    return Item(texts, safe, held_out, headers)
-
-
-def _tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:
-    """Each item with its ids, not truncated. A chunk is tokenised in a thread while this one prepares the next: the
-    tokenizer, which uses every core, lets Python run beside it."""
-    tokenise = chat.pair_ids if stage == "pairs" else chat.conversation_ids
-    chunks = iter(lambda: list(islice(items, CHUNK_ROWS)), [])
-    with ThreadPoolExecutor(1) as thread:
-        jobs = ((chunk, thread.submit(tokenise, [item.texts for item in chunk])) for chunk in chain(chunks, [[]]))
-        for (chunk, job), _ in pairwise(jobs):  # the next chunk is submitted before this one is waited for
-            yield from zip(chunk, job.result(), strict=True)
+    stage "pairs" or "sft"; prefer "helpful" or "safe", as in read_pair; lengths in tokens, with BOS and EOS. Held-out rows: the
+    first HELD_OUT_ROWS of a source's test split; where it has none, the questions whose hash falls in the first held_out of
+    all hashes, so that none of such sources is on both sides; held_out=0: none. mixed: warn of a source whose pairs all fall
+    in one safety quadrant. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call at once: one
+    builds, the others wait, however long it takes. ValueError: wrong arguments, or rows that break their schema: the first
+    ten with file:line, and their number.
+    """
+    known = stage in ("pairs", "sft") and prefer in ("helpful", "safe")
+    if stage == "sft":
+        prefer, max_prompt = "safer", 1  # the prompt is BOS
+    if not (sources and known and 1 <= max_prompt < max_length and 0 <= held_out < 1):
+        raise ValueError("sources must be one or more, stage pairs or sft, prefer helpful or safe, max_prompt in [1, max_length),"
+                         f" held_out in [0, 1), got {list(sources)}, {stage}, {prefer}, {max_prompt} with max_length {max_length},"
+                         f" {held_out}")  # fmt: skip
+    found = [find_source(text, stage) for text in sources]
+    options = Options(stage, prefer, max_length, max_prompt, held_out)
+    key = json.dumps([FORMAT, chat.fingerprint, options, [(source.text, source.identity) for source in found]])
+    root = cache_root(cache_dir)
+    folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            with open(f"{folder}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # if its holder is killed, the system lets go of it
+                if not folder.exists():
+                    _build(folder, found, chat, options)
+    except OSError as error:
+        raise ValueError(f"the token cache must be writable, got {error}; name another: train.py --cache, or BFPO_CACHE") from error
+    try:
+        return _open_cache(folder, mixed)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the token cache {folder} is damaged ({error}); delete it and run again") from error
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
-
-
-def _example(chat: Chat, tree: Sequence[Ids], most: int = 600) -> str:
-    """A decoded tree, scored tokens between [[ and ]], without the middle of long parts."""
-    def short(text: str) -> str:
-        return text if len(text) <= most else f"{text[: most // 2]} [... {len(text) - most} ...] {text[-most // 2 :]}"
-
-    prompt = chat.decode(tree[0], skip_special_tokens=False)
-    answers = [chat.decode([*tree[0], *response], skip_special_tokens=False)[len(prompt) :] for response in tree[1:]]
-    return short(prompt) + "\n".join(f"[[{short(answer)}]]" for answer in answers)
 
 
 def describe(report: dict[str, Any]) -> str:

@@ -297,6 +297,15 @@ def local_source(folder: str, name: str) -> str:
     return str(found[0]) if folder else ""
 
 
+def judges_of(names: Sequence[str], spec: str | None, world: World) -> dict[str, Judge]:
+    """{task: who judges its answers}: the judge that is asked for; of refusals, where that one cannot tell them, the keyword matcher."""
+    if not spec or not (waiting := [name for name in names if TASKS[name].metric in JUDGED]):
+        return {}
+    judge = load_judge(spec, world)
+    of_refusals = judge if "refusal" in judge.says else load_judge("keyword", world)
+    return {name: of_refusals if TASKS[name].metric == "refused" else judge for name in waiting}
+
+
 def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     """The tasks from rows to report: what the models say, what a judge says of that, what it is worth.
 
@@ -375,15 +384,6 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
         world.say(f"answered, not scored: {', '.join(waiting)}; the same command goes on from here with --judge, or --pairwise "
                   f"for {PREFERRED}")  # fmt: skip
     return found
-
-
-def judges_of(names: Sequence[str], spec: str | None, world: World) -> dict[str, Judge]:
-    """{task: who judges its answers}: the judge that is asked for; of refusals, where that one cannot tell them, the keyword matcher."""
-    if not spec or not (waiting := [name for name in names if TASKS[name].metric in JUDGED]):
-        return {}
-    judge = load_judge(spec, world)
-    of_refusals = judge if "refusal" in judge.says else load_judge("keyword", world)
-    return {name: of_refusals if TASKS[name].metric == "refused" else judge for name in waiting}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -77,6 +77,18 @@ ABLATIONS = ("all_weights", "no_buffer")  # at BFPO's own settings: one thing ch
 # --- one model -------------------------------------------------------------------------------------------------------
 
 
+def work(job: Job) -> None:
+    """Train the job's model by train.run and judge its answers: what a process of its own does."""
+    began, world = time.monotonic(), runtime.start("cpu")
+    toy_run.begin(job.root, job.seed, world)
+    config = job.config()
+    done = train.run(config, world)
+    requests = toy_data.held_out(job.root / "data", job.split)
+    scores, transcript = toy_scores(Path(config.out) / "model", requests, world, job.seed)
+    write_json(job.scores, {"settings": asdict(config), **scores, "seconds": time.monotonic() - began, "held_out": done["held_out"],
+                            "transcript": transcript})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Job:
     """A model to train and judge: the SFT model of a seed, or one of MODELS with its settings, from that SFT model."""
@@ -126,18 +138,6 @@ class Job:
         """What `work` left, if it was for these settings."""
         found = read_json(self.scores, "settings", "helpful", "harmless", "transcript") if self.scores.exists() else None
         return found if found and found["settings"] == json.loads(json.dumps(asdict(self.config()))) else None
-
-
-def work(job: Job) -> None:
-    """Train the job's model by train.run and judge its answers: what a process of its own does."""
-    began, world = time.monotonic(), runtime.start("cpu")
-    toy_run.begin(job.root, job.seed, world)
-    config = job.config()
-    done = train.run(config, world)
-    requests = toy_data.held_out(job.root / "data", job.split)
-    scores, transcript = toy_scores(Path(config.out) / "model", requests, world, job.seed)
-    write_json(job.scores, {"settings": asdict(config), **scores, "seconds": time.monotonic() - began, "held_out": done["held_out"],
-                            "transcript": transcript})  # fmt: skip
 
 
 Records = dict[Job, dict[str, Any]]
@@ -335,6 +335,11 @@ def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
+def criterion(run: Mapping[str, Any]) -> float:
+    """What the search picks by: the mean of helpful and harmless, on the worse seed."""
+    return min(map(statistics.fmean, zip(run["helpful"], run["harmless"], strict=True)))
+
+
 def search(options: argparse.Namespace) -> None:
     """Every objective on the same grid of learning rates and tau, two seeds, scored on validation requests; writes search.json.
 
@@ -369,9 +374,11 @@ def search(options: argparse.Namespace) -> None:
     print(f"wrote {options.out}/search.json; pass it to the other commands with --record")
 
 
-def criterion(run: Mapping[str, Any]) -> float:
-    """What the search picks by: the mean of helpful and harmless, on the worse seed."""
-    return min(map(statistics.fmean, zip(run["helpful"], run["harmless"], strict=True)))
+def typical(records: Sequence[Mapping[str, Any]], forbidden: bool) -> int:
+    """The first of the requests on which the models' answers are, all together, nearest to each model's own average."""
+    score = "harmless" if forbidden else "helpful"
+    asked = [i for i, row in enumerate(records[0]["transcript"]) if row["forbidden"] == forbidden]
+    return min(asked, key=lambda i: sum(abs(record["transcript"][i][score] - record[score]) for record in records))
 
 
 def figure1(options: argparse.Namespace) -> None:
@@ -396,13 +403,6 @@ def figure1(options: argparse.Namespace) -> None:
     rows = [(variants[key].name if key in variants else "SFT", *(record["transcript"][i] for i in shown)) for key, record in first.items()]
     plots.figure1(options.out / "figure1.png", rows)
     print(f"wrote figure1.png, figure5.png, table.md and results.json to {options.out}")
-
-
-def typical(records: Sequence[Mapping[str, Any]], forbidden: bool) -> int:
-    """The first of the requests on which the models' answers are, all together, nearest to each model's own average."""
-    score = "harmless" if forbidden else "helpful"
-    asked = [i for i, row in enumerate(records[0]["transcript"]) if row["forbidden"] == forbidden]
-    return min(asked, key=lambda i: sum(abs(record["transcript"][i][score] - record[score]) for record in records))
 
 
 NOISE = (0.0, 0.1, 0.2)
@@ -448,6 +448,14 @@ def alpha_margins(alphas: Sequence[float]) -> dict[str, dict[str, list[float]]]:
     return margins
 
 
+def crossing(places: Sequence[float], values: Sequence[float]) -> float:
+    """Where the straight lines through the values first cross zero; nan if they do not."""
+    for (a, x), (b, y) in pairwise(zip(places, values, strict=True)):
+        if x * y <= 0 and x != y:
+            return a + (b - a) * x / (x - y)
+    return math.nan
+
+
 def tradeoff(options: argparse.Namespace) -> None:
     """alpha, tau and B_1 swept one at a time; and where alpha breaks an order, on paper and in the trained models."""
     base, usual = picks(options)["bfpo"], {"alpha": train.Config.alpha, "b1": train.Config.b1}
@@ -471,14 +479,6 @@ def tradeoff(options: argparse.Namespace) -> None:
     table = options.out / "table.md"
     write_text(table, "\n".join([table.read_text(encoding="utf-8"), *said, ""]))
     plots.alpha(options.out / "alpha.png", alphas, ALPHAS, margins, SAME_LABEL, edges)
-
-
-def crossing(places: Sequence[float], values: Sequence[float]) -> float:
-    """Where the straight lines through the values first cross zero; nan if they do not."""
-    for (a, x), (b, y) in pairwise(zip(places, values, strict=True)):
-        if x * y <= 0 and x != y:
-            return a + (b - a) * x / (x - y)
-    return math.nan
 
 
 COMMANDS = {"search": (search, SEARCH_SEEDS), "figure1": (figure1, SEEDS), "tradeoff": (tradeoff, SEEDS[:1]), "noise": (noise, SEEDS),

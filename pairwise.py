@@ -108,6 +108,23 @@ def length_controlled(preferences: Sequence[float | None], lengths: Sequence[int
     return [float(term) for term in share + influence - influence.mean()]
 
 
+def write_outputs(folder: Path, rows: Sequence[Mapping[str, Any]], generator: str) -> None:
+    """model_outputs.json, as AlpacaEval's own annotators read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_json(folder / "model_outputs.json", [
+        {"instruction": row["prompt"], "output": row["answer"], "generator": generator, "dataset": row["notes"]["dataset"]}
+        for row in rows])  # fmt: skip
+
+
+def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]], generator: str, preferences: Sequence[float | None],
+                      annotator: str) -> None:  # fmt: skip
+    """annotations.json in AlpacaEval's format; preferences from 1 to 2, None for none."""
+    storage.write_json(folder / "annotations.json", [
+        {"instruction": row["prompt"], "output_1": row["notes"]["output"], "generator_1": row["notes"]["generator"],
+         "output_2": row["answer"], "generator_2": generator, "dataset": row["notes"]["dataset"], "annotator": annotator,
+         "preference": preference} for row, preference in zip(rows, preferences, strict=True)])  # fmt: skip
+
+
 def against_baseline(answers: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str], folder: Path,
                      examiner: Examiner | None, world: World) -> tuple[dict[str, Terms], dict[str, dict[str, float]]]:  # fmt: skip
     """({model: the terms of its win rates, as shares}, {model: win_rate}) of {model: its answers to AlpacaEval's instructions}.
@@ -138,20 +155,3 @@ def against_baseline(answers: Mapping[str, Sequence[Mapping[str, Any]]], names: 
         found[who] = {"win_rate": [value - 1 for value in chosen], "length_controlled_win_rate": length_controlled(chosen, *lengths),
                       "judge_mass": [masses[who][i] for i in kept]}  # fmt: skip
     return found, {who: win_rate(every) for who, every in preferences.items()}
-
-
-def write_outputs(folder: Path, rows: Sequence[Mapping[str, Any]], generator: str) -> None:
-    """model_outputs.json, as AlpacaEval's own annotators read it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_json(folder / "model_outputs.json", [
-        {"instruction": row["prompt"], "output": row["answer"], "generator": generator, "dataset": row["notes"]["dataset"]}
-        for row in rows])  # fmt: skip
-
-
-def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]], generator: str, preferences: Sequence[float | None],
-                      annotator: str) -> None:  # fmt: skip
-    """annotations.json in AlpacaEval's format; preferences from 1 to 2, None for none."""
-    storage.write_json(folder / "annotations.json", [
-        {"instruction": row["prompt"], "output_1": row["notes"]["output"], "generator_1": row["notes"]["generator"],
-         "output_2": row["answer"], "generator_2": generator, "dataset": row["notes"]["dataset"], "annotator": annotator,
-         "preference": preference} for row, preference in zip(rows, preferences, strict=True)])  # fmt: skip

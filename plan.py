@@ -40,6 +40,13 @@ STEPS_LOOKED_AT = 100  # for the largest step
 Moment = dict[str, float]  # what is held -> bytes
 
 
+def _place(name: str) -> tuple[int, int]:
+    """Where the forward comes to a weight: the embedding, the blocks, the last norm, the head."""
+    if ".layers." in name:
+        return 1, int(name.split(".")[2])
+    return {"embed_tokens": 0, "norm": 2, "lm_head": 3}[name.split(".")[-2]], 0
+
+
 @dataclass(frozen=True)
 class Load:
     """All that a rank's memory depends on."""
@@ -68,13 +75,6 @@ class Load:
 
     def head(self) -> str:
         return "model.embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight"
-
-
-def _place(name: str) -> tuple[int, int]:
-    """Where the forward comes to a weight: the embedding, the blocks, the last norm, the head."""
-    if ".layers." in name:
-        return 1, int(name.split(".")[2])
-    return {"embed_tokens": 0, "norm": 2, "lm_head": 3}[name.split(".")[-2]], 0
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

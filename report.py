@@ -148,6 +148,23 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([head, *lines, "", *empty, *missing, *unsure, *agree, *report["rules"]])
 
 
+def differing(reports: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """{what should be alike: its values in those reports that have it}."""
+    values: dict[str, set[str]] = {}
+    for report in reports:
+        setup = report["setup"]
+        for what in ("protocol", "bos_rule", "seed"):
+            values.setdefault(what, set()).add(json.dumps(setup[what]))
+        values.setdefault("dtype", set()).add(setup["models"]["policy"]["dtype"])
+        for name, part in report["averages"].items():
+            values.setdefault(f"the tasks in the average {name}", set()).add(json.dumps(part.get("tasks")))
+        for name, rows in setup["rows"].items():
+            values.setdefault(f"the rows of {name}", set()).add(rows["sha256"])
+        for name, judge in setup["judges"].items():
+            values.setdefault(f"the judge of {name}", set()).add(json.dumps(judge))
+    return values
+
+
 def compare(folders: Sequence[str], out: str | None) -> str:
     """The reports in some folders as one table, and what makes them unlike; figure5.png in `out` shows those that have both its axes."""
     remedy = "is it of eval.py --tasks? Then delete it, and make it again"
@@ -171,20 +188,3 @@ def compare(folders: Sequence[str], out: str | None) -> str:
     elif out:
         lines.append("no figure: no report has both helpfulness and harmlessness")
     return "\n".join(lines)
-
-
-def differing(reports: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
-    """{what should be alike: its values in those reports that have it}."""
-    values: dict[str, set[str]] = {}
-    for report in reports:
-        setup = report["setup"]
-        for what in ("protocol", "bos_rule", "seed"):
-            values.setdefault(what, set()).add(json.dumps(setup[what]))
-        values.setdefault("dtype", set()).add(setup["models"]["policy"]["dtype"])
-        for name, part in report["averages"].items():
-            values.setdefault(f"the tasks in the average {name}", set()).add(json.dumps(part.get("tasks")))
-        for name, rows in setup["rows"].items():
-            values.setdefault(f"the rows of {name}", set()).add(rows["sha256"])
-        for name, judge in setup["judges"].items():
-            values.setdefault(f"the judge of {name}", set()).add(json.dumps(judge))
-    return values

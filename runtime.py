@@ -116,6 +116,29 @@ def launched(name: str, alone: int) -> int:
     return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
 
 
+def answer_roll_call(rank: int, size: int, signals: int) -> None:
+    """Runs beside the program: after a SIGTERM to any rank every rank answers; without one from each, this process ends.
+
+    A rank that died cannot answer. torchrun then sends SIGTERM to the others and waits for as long as --shutdown-timeout says, but one
+    that waits for the dead rank inside a GPU's collective never comes back to Python to note the signal. signals: a descriptor from
+    which the numbers of received signals are read (signal.set_wakeup_fd), which also works there.
+    """
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    while not store.check(["roll call"]):
+        if select.select([signals], [], [], 1.0)[0] and signal.SIGTERM in os.read(signals, 64):
+            store.set("roll call", "1")
+    store.set(f"rank {rank} is here", "1")
+    deadline = time.monotonic() + ANSWER_S
+    while silent := [other for other in range(size) if not store.check([f"rank {other} is here"])]:
+        if time.monotonic() > deadline:
+            if rank == min(set(range(size)) - set(silent)):
+                names = ", ".join(map(str, silent))
+                print(f"error: no sign of life from rank {names} for {ANSWER_S:.0f} s; the others end. The same command, without --fresh, "
+                      "goes on from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
+            os._exit(1)
+        time.sleep(0.5)
+
+
 def start(device: str = "auto", replicate: int = 1) -> World:
     """Join the process group that torchrun describes, or make a group of one; pick the device; lay out the mesh.
 
@@ -154,6 +177,32 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     if replicate > 1:
         shape, names = (replicate, size // replicate), ("replicate", "shard")  # type: ignore[assignment]
     return World(rank, size, where, init_device_mesh(device, shape, mesh_dim_names=names))
+
+
+def rank_0_spoke() -> bool:
+    """Whether rank 0 has said what went wrong, or does so within SPEAK_GRACE_S."""
+    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + SPEAK_GRACE_S
+    with contextlib.suppress(dist.DistError):  # without torchrun the store leaves with rank 0
+        while not store.check(["rank 0 spoke"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(store.check(["rank 0 spoke"]))
+    return False
+
+
+def speak(error: Exception) -> None:
+    """Say what went wrong, once for all ranks."""
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        error = OSError(f"{error}; free space, or write elsewhere (--out; --cache of train.py)")
+    if isinstance(error, torch.OutOfMemoryError):
+        error = OSError(f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks")
+    rank = launched("RANK", 0)
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if store is not None:
+            store.set("rank 0 spoke", "1")
+    elif store is not None and not rank_0_spoke():  # before there is a group, every rank fails alike
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -201,55 +250,6 @@ def one_voice() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
     if code:
         sys.exit(code)
-
-
-def speak(error: Exception) -> None:
-    """Say what went wrong, once for all ranks."""
-    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        error = OSError(f"{error}; free space, or write elsewhere (--out; --cache of train.py)")
-    if isinstance(error, torch.OutOfMemoryError):
-        error = OSError(f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks")
-    rank = launched("RANK", 0)
-    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if store is not None:
-            store.set("rank 0 spoke", "1")
-    elif store is not None and not rank_0_spoke():  # before there is a group, every rank fails alike
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-
-
-def rank_0_spoke() -> bool:
-    """Whether rank 0 has said what went wrong, or does so within SPEAK_GRACE_S."""
-    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + SPEAK_GRACE_S
-    with contextlib.suppress(dist.DistError):  # without torchrun the store leaves with rank 0
-        while not store.check(["rank 0 spoke"]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return bool(store.check(["rank 0 spoke"]))
-    return False
-
-
-def answer_roll_call(rank: int, size: int, signals: int) -> None:
-    """Runs beside the program: after a SIGTERM to any rank every rank answers; without one from each, this process ends.
-
-    A rank that died cannot answer. torchrun then sends SIGTERM to the others and waits for as long as --shutdown-timeout says, but one
-    that waits for the dead rank inside a GPU's collective never comes back to Python to note the signal. signals: a descriptor from
-    which the numbers of received signals are read (signal.set_wakeup_fd), which also works there.
-    """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    while not store.check(["roll call"]):
-        if select.select([signals], [], [], 1.0)[0] and signal.SIGTERM in os.read(signals, 64):
-            store.set("roll call", "1")
-    store.set(f"rank {rank} is here", "1")
-    deadline = time.monotonic() + ANSWER_S
-    while silent := [other for other in range(size) if not store.check([f"rank {other} is here"])]:
-        if time.monotonic() > deadline:
-            if rank == min(set(range(size)) - set(silent)):
-                names = ", ".join(map(str, silent))
-                print(f"error: no sign of life from rank {names} for {ANSWER_S:.0f} s; the others end. The same command, without --fresh, "
-                      "goes on from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
-            os._exit(1)
-        time.sleep(0.5)
 
 
 class StopRequest:

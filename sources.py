@@ -155,28 +155,6 @@ def _parse(line: bytes) -> Any:
         return ValueError(f"must be JSON: {error}")
 
 
-def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of every row, with a ValueError in the place of a row that cannot be read. Counted from 1; parse is
-    what makes a line a row."""
-    match, number = FILE.fullmatch(path.name), 0
-    assert match is not None, path
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open, None: open}[match["packed"]]
-    try:
-        with opener(path, "rb") as file:
-            if match["kind"] == "parquet":
-                yield from _parquet_rows(path, io.BytesIO(file.read()) if match["packed"] else path)
-                return
-            for number, line in enumerate(file, 1):
-                if match["kind"] == "json" and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                    rows = _parse(line + file.read())
-                    rows = rows if isinstance(rows, list) else [Damaged(str(rows))]
-                    yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
-                elif line.lstrip(b"\xef\xbb\xbf").strip():
-                    yield f"{path}:{number}", parse(line)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        yield f"{path}:{number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")
-
-
 def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
@@ -199,6 +177,28 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
         yield f"{path}: row {number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")
+
+
+def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tuple[str, Any]]:
+    """(file:line, row) of every row, with a ValueError in the place of a row that cannot be read. Counted from 1; parse is
+    what makes a line a row."""
+    match, number = FILE.fullmatch(path.name), 0
+    assert match is not None, path
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open, None: open}[match["packed"]]
+    try:
+        with opener(path, "rb") as file:
+            if match["kind"] == "parquet":
+                yield from _parquet_rows(path, io.BytesIO(file.read()) if match["packed"] else path)
+                return
+            for number, line in enumerate(file, 1):
+                if match["kind"] == "json" and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                    rows = _parse(line + file.read())
+                    rows = rows if isinstance(rows, list) else [Damaged(str(rows))]
+                    yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
+                elif line.lstrip(b"\xef\xbb\xbf").strip():
+                    yield f"{path}:{number}", parse(line)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        yield f"{path}:{number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")
 
 
 def source_rows(source: Source, most_test: int) -> tuple[int, Iterator[tuple[str, Any, bool]]]:

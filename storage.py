@@ -186,6 +186,29 @@ def cached_rows(path: Path, shape: tuple[int, int], make: Callable[[range], Tens
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def causes(error: CheckpointException) -> tuple[list[BaseException], str]:
+    """What the ranks' saving or loading died of, also in words. An interrupt among it, which torch wraps too, is raised as itself."""
+    found = {rank: failure[0] for rank, failure in error.failures.items()}
+    for cause in found.values():
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+    return [*found.values()], "; ".join(f"rank {rank}: {str(cause).partition(chr(10))[0]}" for rank, cause in found.items())
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError, OSError):
+        value = read_json(path / MANIFEST, "step", "held_out_loss", "sha256")
+        return value if value["sha256"] and all((path / name).is_file() for name in value["sha256"]) else None
+    return None
+
+
+def best_checkpoint(folder: Path) -> tuple[float, Path | None]:
+    """The checkpoint of the least held-out loss, after that loss; (inf, None) when none has one. For one rank to ask."""
+    found = ((path, _manifest(path)) for path in sorted(folder.glob("step-*")))
+    losses = [(manifest["held_out_loss"], path) for path, manifest in found if manifest and manifest["held_out_loss"] is not None]
+    return min(losses, default=(math.inf, None))
+
+
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: World, keep: int, loss: float | None = None) -> None:
     """Write `folder`/step-<step> from every rank's shards, whole or not at all; keep it, the `keep` newest and the one of least `loss`.
 
@@ -220,19 +243,6 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
     world.from_main(finish)
 
 
-def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> int:
-    """Fill `tensors` in place from the newest undamaged checkpoint, whatever its number of processes; return its step.
-
-    0 when there is none. A checkpoint whose sums do not match is named and set aside, and the one before it is tried.
-    """
-    for path in reversed(world.from_main(lambda: sorted(folder.glob("step-*")))):
-        if (step := read_checkpoint(path, tensors, world)) is not None:
-            return step
-        world.say(f"checkpoint {path} is damaged; trying the one before it")
-        world.from_main(functools.partial(set_aside, path, path.with_name(f".{path.name}")))
-    return 0
-
-
 def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int | None:
     """Fill `tensors`, all that it holds or some, from an undamaged checkpoint, and return its step; else None."""
     found = world.from_main(lambda: _manifest(path))
@@ -248,27 +258,17 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int
     return int(found["step"])
 
 
-def causes(error: CheckpointException) -> tuple[list[BaseException], str]:
-    """What the ranks' saving or loading died of, also in words. An interrupt among it, which torch wraps too, is raised as itself."""
-    found = {rank: failure[0] for rank, failure in error.failures.items()}
-    for cause in found.values():
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-    return [*found.values()], "; ".join(f"rank {rank}: {str(cause).partition(chr(10))[0]}" for rank, cause in found.items())
+def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> int:
+    """Fill `tensors` in place from the newest undamaged checkpoint, whatever its number of processes; return its step.
 
-
-def best_checkpoint(folder: Path) -> tuple[float, Path | None]:
-    """The checkpoint of the least held-out loss, after that loss; (inf, None) when none has one. For one rank to ask."""
-    found = ((path, _manifest(path)) for path in sorted(folder.glob("step-*")))
-    losses = [(manifest["held_out_loss"], path) for path, manifest in found if manifest and manifest["held_out_loss"] is not None]
-    return min(losses, default=(math.inf, None))
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError, OSError):
-        value = read_json(path / MANIFEST, "step", "held_out_loss", "sha256")
-        return value if value["sha256"] and all((path / name).is_file() for name in value["sha256"]) else None
-    return None
+    0 when there is none. A checkpoint whose sums do not match is named and set aside, and the one before it is tried.
+    """
+    for path in reversed(world.from_main(lambda: sorted(folder.glob("step-*")))):
+        if (step := read_checkpoint(path, tensors, world)) is not None:
+            return step
+        world.say(f"checkpoint {path} is damaged; trying the one before it")
+        world.from_main(functools.partial(set_aside, path, path.with_name(f".{path.name}")))
+    return 0
 
 
 # --- rows that take long to compute ----------------------------------------------------------------------------------
@@ -320,6 +320,37 @@ def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, c
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, git commit, hardware and date, for run.json."""
+    import importlib.metadata
+
+    commit = ""
+    if shutil.which("git"):
+        here = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")},
+        "git_commit": commit or None,
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
+        "processes": launched("WORLD_SIZE", 1),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def step_line(row: Mapping[str, Any]) -> str:
+    """A step's row as one line a person can follow."""
+    parts = [f"loss {row['loss']:.4g}"]
+    parts += [f"{name} {row[f'{name}_loss']:.4g}" for name in ("safety", "helpfulness") if f"{name}_loss" in row]
+    short = {"both_safe": "safe/safe", "chosen_safe": "safe/unsafe", "rejected_safe": "unsafe/safe", "both_unsafe": "unsafe/unsafe"}
+    margins = [f"{short[name]} {q['margin_nats']:+.1f}->{q['target_nats']:+.1f}" for name, q in row.get("quadrants", {}).items()]
+    parts += [f"h {', '.join(margins)}"] if margins else []
+    parts += [f"lr {row['lr']:.2g}", f"{row['rows_per_s']:.0f} rows/s", f"{row['tokens_per_s']:.0f} tokens/s"]
+    return "  ".join([*parts, f"{row['memory_gib']:.2f} GiB"])
 
 
 @dataclass
@@ -513,34 +544,3 @@ class RunFolder:
             self.log.close()
             self.log = None
         self.world.from_main(lambda: write_json(self.path / "done.json", result))
-
-
-def surroundings() -> dict[str, Any]:
-    """Versions, git commit, hardware and date, for run.json."""
-    import importlib.metadata
-
-    commit = ""
-    if shutil.which("git"):
-        here = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": sys.argv,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")},
-        "git_commit": commit or None,
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
-        "processes": launched("WORLD_SIZE", 1),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def step_line(row: Mapping[str, Any]) -> str:
-    """A step's row as one line a person can follow."""
-    parts = [f"loss {row['loss']:.4g}"]
-    parts += [f"{name} {row[f'{name}_loss']:.4g}" for name in ("safety", "helpfulness") if f"{name}_loss" in row]
-    short = {"both_safe": "safe/safe", "chosen_safe": "safe/unsafe", "rejected_safe": "unsafe/safe", "both_unsafe": "unsafe/unsafe"}
-    margins = [f"{short[name]} {q['margin_nats']:+.1f}->{q['target_nats']:+.1f}" for name, q in row.get("quadrants", {}).items()]
-    parts += [f"h {', '.join(margins)}"] if margins else []
-    parts += [f"lr {row['lr']:.2g}", f"{row['rows_per_s']:.0f} rows/s", f"{row['tokens_per_s']:.0f} tokens/s"]
-    return "  ".join([*parts, f"{row['memory_gib']:.2f} GiB"])

@@ -66,6 +66,13 @@ def stem(path: Path) -> str:
     return match["stem"] if match else path.stem
 
 
+def whole(row: Row) -> Row | ValueError:
+    """A row of csv.DictReader, which puts cells beyond the header's under None, and None into those that are missing."""
+    if None in row or None in row.values():
+        return ValueError("a row must have as many cells as the header; a text that holds a comma must be quoted")
+    return row
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(file:line, row) of a .csv with a header, a .txt with a prompt a line, or whatever sources.read_rows reads; for a row that
     cannot be read, a ValueError in its place."""
@@ -86,11 +93,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} must be readable UTF-8 text: {error}") from error
 
 
-def whole(row: Row) -> Row | ValueError:
-    """A row of csv.DictReader, which puts cells beyond the header's under None, and None into those that are missing."""
-    if None in row or None in row.values():
-        return ValueError("a row must have as many cells as the header; a text that holds a comma must be quoted")
-    return row
+def from_hub(name: str, config: str, split: str) -> Path:
+    """The folder of the hub's parquet copy of a data set's split. ValueError says why it cannot be had."""
+    patterns = [f"{config}/{split}/*.parquet"]
+    try:
+        return sources.snapshot(name, "refs/convert/parquet", patterns, "dataset") / config / split
+    except OSError as error:
+        raise ValueError(f"{name} must be within reach (network, HF_TOKEN), or its rows in a local file; {error}") from error
 
 
 def find_tables(source: str, hub: str) -> list[Path]:
@@ -110,12 +119,3 @@ def find_tables(source: str, hub: str) -> list[Path]:
         sources.check_names(path.name, files)
         sources.check_whole(files)
     return files
-
-
-def from_hub(name: str, config: str, split: str) -> Path:
-    """The folder of the hub's parquet copy of a data set's split. ValueError says why it cannot be had."""
-    patterns = [f"{config}/{split}/*.parquet"]
-    try:
-        return sources.snapshot(name, "refs/convert/parquet", patterns, "dataset") / config / split
-    except OSError as error:
-        raise ValueError(f"{name} must be within reach (network, HF_TOKEN), or its rows in a local file; {error}") from error

@@ -114,6 +114,14 @@ UNKNOWN = ("Unknown", "Cannot answer", "Can't be determined", "Cannot be determi
            "Not enough information", "Not answerable", "Undetermined")  # fmt: skip
 
 
+def bbq_groups(info: str) -> list[str]:
+    """The groups that an answer_info entry names; intersectional ones are split, as in "F-Black" or "lowSES-African"."""
+    for old, new in BBQ_SPELLINGS:
+        info = info.replace(old, new)
+    info = info.replace("woman", "F_woman") if "woman" in info else info.replace("man", "M_man")
+    return info.replace("girl", "F_girl").replace("boy", "M_boy").lower().split("_")
+
+
 def bbq(row: Row) -> Question:
     """BBQ: two groups and, in place of the row's own way to say that it cannot be known, ten of them.
 
@@ -144,14 +152,6 @@ def bbq(row: Row) -> Question:
 
 BBQ_SPELLINGS = (("M-", "M_"), ("F-", "F_"), ("lowSES-", "lowSES_"), ("highSES-", "highSES_"), ("lowSES", "low SES"),
                  ("highSES", "high SES"), ("nonObese", "non Obese"), ("nonDisabled", "non Disabled"), ("nonTrans", "non Trans"))
-
-
-def bbq_groups(info: str) -> list[str]:
-    """The groups that an answer_info entry names; intersectional ones are split, as in "F-Black" or "lowSES-African"."""
-    for old, new in BBQ_SPELLINGS:
-        info = info.replace(old, new)
-    info = info.replace("woman", "F_woman") if "woman" in info else info.replace("man", "M_man")
-    return info.replace("girl", "F_girl").replace("boy", "M_boy").lower().split("_")
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
