@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import secrets
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -81,16 +82,22 @@ def _find_template(folder: Path, config: dict[str, Any], template: str | None) -
         return ZEPHYR
     file = Path(template) if template else folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} must be UTF-8 text: {error}") from error
     if template:
         raise ValueError(f"template must be 'zephyr' or a file with a jinja template, got {template}")
     own = config.get("chat_template") or ZEPHYR
-    if isinstance(own, str):
-        return own
-    named = {entry["name"]: str(entry["template"]) for entry in own}
-    if "default" not in named:
-        raise ValueError(f"{folder} has chat templates named {', '.join(named)} and no default; pass one as --chat_template FILE")
-    return named["default"]
+    try:
+        named = {entry["name"]: entry["template"] for entry in own} if isinstance(own, list) else own
+        default = named if isinstance(named, str) else named["default"]
+    except (TypeError, LookupError):
+        default = None
+    if not isinstance(default, str):
+        raise ValueError(f"{folder} must have a chat template, or several by name with one named default, got {reprlib.repr(own)}; pass "
+                         "one as --chat_template FILE")  # fmt: skip
+    return default
 
 
 def _compile(template: str) -> Any:
@@ -157,7 +164,10 @@ class Chat:
         self._encoder = Tokenizer.from_str(_respell(canonical, self._spelling))
         self.template = _find_template(folder, config, template)
         self._jinja = _compile(self.template)
-        if not self.render([{"role": "user", "content": "?"}]).startswith(self._spelling[bos]):
+        front, own_bos, _ = self.render([{"role": "user", "content": "?"}]).partition(self._spelling[bos])
+        if own_bos and front and not front.strip():
+            raise ValueError(f"the chat template must write nothing before its {bos}, got {front!r}; delete it there")
+        if front:
             unindented = re.sub(r"^[ \t]+(?=\{[%#])", "", self.template)  # as lstrip_blocks would have it, at a line's start alone
             self.template = "{{ bos_token }}" + unindented
             self._jinja = _compile(self.template)
@@ -171,8 +181,10 @@ class Chat:
         header, whole = self.render(turns[:1], header=True), self.render(turns)
         front, _, end = whole.rpartition(answer)
         if front.rstrip() != header.rstrip() or question not in header:
+            said = {spelling: text for text, spelling in self._spelling.items()} | {question: "QUESTION", answer: "ANSWER"}
+            wanted, got = (any_of(said).sub(lambda found: said[found[0]], text) for text in (header, front))
             raise ValueError("the chat template must write before an answer what it writes as the generation prompt,"
-                             f" {header!r}, got {front!r}; take another one, such as --chat_template zephyr")
+                             f" {wanted!r}, got {got!r}; take another one, such as --chat_template zephyr")
         self._closes = self._spelling[self.named["eos_token"]] in end  # if not, we end an answer with EOS ourselves
         pieces = re.split(any_of([question, "\n", *self._spelling.values()]), front)
         self.headers = sorted({text.strip() for text in pieces if text.strip() and not text.strip().isalnum()})
@@ -192,7 +204,7 @@ class Chat:
                   for message in messages]
         try:
             text = self._jinja.render(messages=masked, add_generation_prompt=header, tools=None, documents=None, **self.named)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         return self.control(text).replace(self._seal, "")
 
@@ -228,10 +240,15 @@ class Chat:
         """The text of ids; without control tokens, or with them."""
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
 
-    def pair_texts(self, prompt: Sequence[Message], chosen: str, rejected: str) -> tuple[str, ...]:
-        """What pair_ids takes: the prompt with the answer's header, and the conversation with either answer. ValueError where the
-        template writes the prompt otherwise once it is answered, as some do with a system turn."""
-        whole = ([*prompt, {"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+    def conversation_text(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """What conversation_ids takes: the conversation, alone. ValueError as pair_texts', of one that ends with an answer."""
+        *prompt, last = messages
+        return self.pair_texts(prompt, last["content"])[1:] if prompt and last["role"] == "assistant" else (self.render(messages),)
+
+    def pair_texts(self, prompt: Sequence[Message], *answers: str) -> tuple[str, ...]:
+        """What pair_ids takes: the prompt with the answer's header, and the conversation with each answer, chosen and rejected.
+        ValueError where the template writes the prompt otherwise once it is answered, as some do with a system turn."""
+        whole = ([*prompt, {"role": "assistant", "content": answer}] for answer in answers)
         header, *answered = self.render(prompt, header=True), *map(self.render, whole)
         if not all(text.startswith(header.rstrip()) for text in answered):
             raise ValueError("the chat template writes this prompt otherwise once an answer follows; take another one, such as zephyr")

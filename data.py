@@ -32,7 +32,7 @@ from bfpo import QUADRANTS, label
 from chat import Chat, Ids, Message, read_object, truncate
 from sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
 
-FORMAT = 6  # of the token cache: count up when the same rows would give other arrays
+FORMAT = 7  # of the token cache: count up when the same rows would give other arrays
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
 HELD_OUT_ROWS = 1000  # of a source's test split, at most
 
@@ -197,7 +197,7 @@ def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any
     if not all(text.strip() for text in (*asked, *answers)):
         part["empty"] += 1
         return None
-    texts = chat.pair_texts(messages[:-1], answers[0], answers[1]) if pairs else (chat.render(messages),)
+    texts = chat.pair_texts(messages[:-1], *answers) if pairs else chat.conversation_text(messages)
     held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
     headers = any(map(chat.header.search, asked)), sum(bool(chat.header.search(text)) for text in answers)
     return Item(texts, safe, held_out, headers)

@@ -155,24 +155,39 @@ def _parse(line: bytes) -> Any:
         return ValueError(f"must be JSON: {error}")
 
 
+def _timeless(kind: Any) -> Any:
+    """An arrow type with whole numbers in the place of times, which are of no use here: some are beyond what Python has."""
+    import pyarrow
+
+    if pyarrow.types.is_temporal(kind):
+        return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_timeless(field.type)) for field in kind])
+    for is_kind, made in ((pyarrow.types.is_list, pyarrow.list_), (pyarrow.types.is_large_list, pyarrow.large_list)):
+        if is_kind(kind):
+            return made(kind.value_field.with_type(_timeless(kind.value_type)))
+    return kind
+
+
 def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     def rows_of(batch: Any) -> list[Any]:
         try:
             return list(batch.to_pylist())
-        except (ValueError, OverflowError) as error:  # text that is no UTF-8, or a time beyond Python's, in one row or more
+        except ValueError as error:  # text that is no UTF-8, in one row or more
             if len(batch) == 1:
-                what = "text must be UTF-8" if isinstance(error, UnicodeDecodeError) else "a value is out of range"
-                return [ValueError(f"{what}: {error}")]
+                return [ValueError(f"text must be UTF-8: {error}")]
             return [row for i in range(len(batch)) for row in rows_of(batch.slice(i, 1))]
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            # times are of no use here, and some are beyond what Python has
-            kept = [i for i, field in enumerate(table.schema_arrow) if not pyarrow.types.is_temporal(field.type)]
-            for row in chain.from_iterable(rows_of(batch.select(kept)) for batch in table.iter_batches(256)):
+            schema = pyarrow.schema([field.with_type(_timeless(field.type)) for field in table.schema_arrow])
+            if doubled := [name for name, count in Counter(schema.names).items() if count > 1]:
+                yield f"{path}: row 1", Damaged(f"a table must have columns of different names, got {doubled[0]} twice")
+                return
+            for row in chain.from_iterable(rows_of(batch.cast(schema)) for batch in table.iter_batches(256)):
                 number += 1
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
@@ -183,7 +198,7 @@ def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tu
     """(file:line, row) of every row, with a ValueError in the place of a row that cannot be read. Counted from 1; parse is
     what makes a line a row."""
     match, number = FILE.fullmatch(path.name), 0
-    assert match is not None, path
+    assert match is not None, path  # whoever found the file has looked
     opener: Any = {".gz": gzip.open, ".xz": lzma.open, None: open}[match["packed"]]
     try:
         with opener(path, "rb") as file:

@@ -251,16 +251,27 @@ def test_truncation_keeps_bos_and_counts_it(prompt, chosen, rejected, wanted):
 
 
 def test_template_comes_from_where_transformers_looks(tokenizers_by_kind, tmp_path):
-    """chat_template.jinja wins over tokenizer_config.json (text or a list), Zephyr's fills in, a flag wins over all."""
+    """chat_template.jinja wins over tokenizer_config.json (text, a list or an object), Zephyr's fills in, a flag wins over all. What is
+    none of these is an error."""
     folder = shutil.copytree(tokenizers_by_kind["words"], tmp_path / "model")
     assert Chat(folder).template == "{{ bos_token }}" + ZEPHYR and Chat(folder).headers == ["<|assistant|>", "<|system|>", "<|user|>"]
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    for value in (INSTRUCT, [{"name": "tool_use", "template": "?"}, {"name": "default", "template": INSTRUCT}]):
+    for value in (INSTRUCT, [{"name": "tool_use", "template": "?"}, {"name": "default", "template": INSTRUCT}],
+                  {"tool_use": "?", "default": INSTRUCT}):  # fmt: skip
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
         assert Chat(folder).template == INSTRUCT and Chat(folder).headers == ["[/INST]", "[INST]"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": [{"name": "tool_use", "template": "?"}]}))
-    with pytest.raises(ValueError, match="named tool_use and no default"):
-        Chat(folder)
+    for value in ([{"name": "tool_use", "template": "?"}], [{"template": "?"}], {"default": 7}, 7, ["?"]):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
+        with pytest.raises(ValueError, match=r"several by name with one named default, got .*; pass one as --chat_template"):
+            Chat(folder)
+    (folder / "t.jinja").write_text("\ufeff" + INSTRUCT, encoding="utf-8")  # as Windows begins a text
+    assert Chat(folder, str(folder / "t.jinja")).template == INSTRUCT
+    (folder / "t.jinja").write_text(INSTRUCT, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"t\.jinja must be UTF-8 text"):
+        Chat(folder, str(folder / "t.jinja"))
+    (folder / "t.jinja").write_text("{# a note #}\n\n" + INSTRUCT)  # or every prompt would have two
+    with pytest.raises(ValueError, match=r"must write nothing before its <s>, got '\\n'"):
+        Chat(folder, str(folder / "t.jinja"))
     (folder / "chat_template.jinja").write_text(OPEN)
     assert Chat(folder).template == OPEN and Chat(folder, "zephyr").template == "{{ bos_token }}" + ZEPHYR
     assert len({Chat(folder).fingerprint, Chat(folder, "zephyr").fingerprint}) == 2
@@ -326,6 +337,9 @@ def test_rendering_equals_transformers_filters():
     ("{% if %}", "valid jinja"),
     ("{{ raise_exception('only tools') }}", "only tools"),
     ("{{ messages.append(1) }}", "refuses"),
+    ("{{ 1 / 0 }}", "refuses"),
+    ("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ '!' * add_generation_prompt }}",
+     "generation prompt, '<s>QUESTION!', got '<s>QUESTION'"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
 ])  # fmt: skip
 def test_unfit_templates_are_refused(template, words, tokenizers_by_kind, tmp_path):

@@ -27,7 +27,7 @@ import bfpo
 import data
 from chat import Chat
 from data import Pair, batch_indices, cost, deal, describe, load_stream
-from sources import find_source
+from sources import find_source, read_rows
 
 ROOT = Path(__file__).parent.parent
 BOTH, CHOSEN, REJECTED, NEITHER = data.QUADRANTS
@@ -403,15 +403,41 @@ def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
 
 
 def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
-    """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not."""
+    """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not, nor inside others. A
+    column's name that is there twice is refused."""
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
     times = {"made": pa.array([1, 2, 3], pa.timestamp("ns")), "seen": pa.array([2**62, 0, 0], pa.timestamp("us"))}
     pq.write_table(pa.table(rows | times), tmp_path / "a.parquet")
     assert prompts(load_stream([str(tmp_path / "a.parquet")], chat, held_out=0)[0], chat) == [f"question {i}" for i in range(3)]
-    pq.write_table(pa.table(rows | {"nested": pa.array([{"seen": None}, {"seen": 2**62}, None], pa.struct({"seen": pa.timestamp("us")}))}),
-                   tmp_path / "b.parquet")  # fmt: skip
-    with pytest.raises(ValueError, match=r"malformed rows: 1; the first ones:\n.*b\.parquet: row 2: a value is out of range"):
-        load_stream([str(tmp_path / "b.parquet")], chat)
+    inner = pa.struct({"seen": pa.timestamp("us", tz="Europe/Nowhere"), "days": pa.list_(pa.date32()), "text": pa.string()})
+    values = [{"seen": None, "days": None, "text": "a"}, {"seen": 2**62, "days": [2**30], "text": "b"}, None]
+    pq.write_table(pa.table(rows | {"nested": pa.array(values, inner)}), tmp_path / "b.parquet")
+    assert prompts(load_stream([str(tmp_path / "b.parquet")], chat, held_out=0)[0], chat) == [f"question {i}" for i in range(3)]
+    assert [row["nested"] for _, row in read_rows(tmp_path / "b.parquet")] == values  # the numbers that stand for them
+    pq.write_table(pa.Table.from_arrays([*map(pa.array, rows.values()), pa.array(["other"] * 3)], [*rows, "chosen"]),
+                   tmp_path / "c.parquet")  # fmt: skip
+    with pytest.raises(ValueError, match=r"c\.parquet: row 1: a table must have columns of different names, got chosen twice"):
+        load_stream([str(tmp_path / "c.parquet")], chat)
+
+
+def test_sft_loses_no_turn_to_the_template(mistral_tokenizer, tmp_path):
+    """A conversation whose system turn the template writes before the last user's turn alone, as Mistral-7B-Instruct-v0.3's does, is a
+    malformed row, not one without it; one that ends with a user's turn has nothing to compare with."""
+    (tmp_path / "t.jinja").write_text(
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.last and system is defined %}{{ system + '\n' }}{% endif %}"
+        "{{ m.content + '[/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")  # fmt: skip
+    chat, turns = Chat(mistral_tokenizer, str(tmp_path / "t.jinja")), [
+        {"role": "system", "content": "Be brief."}, *[{"role": role, "content": role} for role in ("user", "assistant") * 2]]  # fmt: skip
+    for messages, words in ((turns, r"a\.jsonl:1: the chat template writes this prompt otherwise"), (turns[1:], ""), (turns[1:-1], "")):
+        path = write(tmp_path / "a.jsonl", [{"messages": messages}])
+        if words:
+            with pytest.raises(ValueError, match=words):
+                load_stream([str(path)], chat, stage="sft", max_length=99, held_out=0)
+        else:
+            stream, _ = load_stream([str(path)], chat, stage="sft", max_length=99, held_out=0)
+            [_, rest], = chat.conversation_ids([[chat.render(messages)]])
+            assert np.array_equal(stream.tree(0)[1], rest)
 
 
 def test_pairs_that_are_equal_once_cut_are_dropped(chat, tmp_path):
