@@ -43,6 +43,7 @@ from metrics import Question, Request, Terms
 from model import Config, Mistral, Pack, find_model, stored_weights
 from quadrants import preference_view, quadrant_table
 from runtime import World
+from sources import check_whole
 from tasks import PROTOCOLS, TASKS, Protocol, Task
 
 JUDGED = ("harmless", "refused")
@@ -290,11 +291,14 @@ def toy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def local_source(folder: str, name: str) -> str:
     """The file or folder of a task's rows in a folder of such; the hub when there is no folder."""
+    if not folder:
+        return ""
     found = [path for path in sorted(Path(folder).glob(f"{name}*")) if (tables.stem(path) if tables.is_table(path) else path.name) == name]
-    if folder and len(found) != 1:
+    if len(found) != 1:
         raise ValueError(f"--data {folder} must hold one {name}.jsonl, .json, .parquet, .csv or .txt, or a folder {name}, got "
                          f"{' and '.join(path.name for path in found) or 'none'}")  # fmt: skip
-    return str(found[0]) if folder else ""
+    check_whole([path for path in found if path.is_file()])
+    return str(found[0])
 
 
 def judges_of(names: Sequence[str], spec: str | None, world: World) -> dict[str, Judge]:
@@ -340,6 +344,8 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
                              "says; leave it out, or take another judge, or tasks whose answers are judged")  # fmt: skip
         for judge in judges.values():
             judge.check(labelled[0])
+    if examiner:
+        pairwise.check_contests(examiner, [request for _, request in asked[PREFERRED]])
     policies = {who: Policy(name, options.chat_template, world) for who, name in names.items()}
     for policy, name in itertools.product(policies.values(), (name for name in asked if TASKS[name].answers)):
         policy.check(protocol._replace(**TASKS[name].draw).max_new_tokens, f"leave out {name}")
@@ -397,13 +403,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=os.path.expanduser, help="a folder or a hub name")
     parser.add_argument("--reference", type=os.path.expanduser, help="the model to compare with: usually the one that --model began as")
     parser.add_argument("--out", type=os.path.expanduser, help="folder for the report and the transcripts; with --compare, for figure5.png")
-    parser.add_argument("--data", default="", metavar="DIR",
+    parser.add_argument("--data", default="", metavar="DIR", type=os.path.expanduser,
                         help="rows of the tasks in DIR/NAME.jsonl, .json, .parquet, .csv or .txt, instead of the hub's")  # fmt: skip
     parser.add_argument("--judge", help="with --tasks: keyword, harmbench:MODEL or wildguard:MODEL")
     parser.add_argument("--pairwise", metavar="MODEL", help="with the task alpaca_eval: judge of the answers against the baseline's, "
                         "any causal language model that follows instructions")  # fmt: skip
-    parser.add_argument("--labelled", metavar="FILE", help="with --tasks and --judge: rows labelled refusal or harm, to state how the "
-                        "judge agrees with them")  # fmt: skip
+    parser.add_argument("--labelled", metavar="FILE", type=os.path.expanduser, help="with --tasks and --judge: rows labelled refusal or "
+                        "harm, to state how the judge agrees with them")  # fmt: skip
     parser.add_argument("--protocol", choices=PROTOCOLS, default="paper", help="how answers are drawn; default %(default)s")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help="plain text begins with BOS; default: as the protocol has it")
     parser.add_argument("--limit", type=int, default=0, help="rows of a task; 0: all")

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -384,7 +383,7 @@ def judge_name(spec: str) -> str:
     kind, _, name = spec.partition(":")
     if kind not in ("keyword", "harmbench", "wildguard") or (kind == "keyword") == bool(name):
         raise ValueError(f"a judge must be keyword, harmbench:MODEL or wildguard:MODEL (a folder or a hub name), got {spec!r}")
-    return spec
+    return f"{kind}:{os.path.expanduser(name)}" if name else kind
 
 
 def load_judge(spec: str, world: World) -> Judge:
@@ -393,14 +392,14 @@ def load_judge(spec: str, world: World) -> Judge:
     return Judge(Examiner(kind, name, world) if name else None)
 
 
-def agreement(said: Sequence[float], labels: Sequence[bool]) -> dict[str, float]:
+def agreement(said: Sequence[float], labels: Sequence[bool]) -> dict[str, float | None]:
     """How a judge's probabilities agree with labels: n, agreement, false (said, of those labelled no), missed (not said, of those
-    labelled yes). A probability above 1/2 says yes; a share of no rows is NaN."""
+    labelled yes). A probability above 1/2 says yes; a share of no rows is None."""
     yes = np.array(said) > 0.5
     truth = np.array(labels, dtype=bool)
 
-    def share(of: Any) -> float:
-        return float(of.mean()) if len(of) else math.nan
+    def share(of: Any) -> float | None:
+        return float(of.mean()) if len(of) else None
 
     return {"n": len(truth), "agreement": share(yes == truth), "false": share(yes[~truth]), "missed": share(~yes[truth])}
 
@@ -432,7 +431,8 @@ def labelled_rows(path: Path) -> tuple[list[Case], dict[str, list[bool | None]]]
     return cases, labels
 
 
-def agreements(judge: Judge, cases: Sequence[Case], labels: Mapping[str, Sequence[bool | None]]) -> dict[str, dict[str, float]]:
+def agreements(judge: Judge, cases: Sequence[Case], labels: Mapping[str, Sequence[bool | None]]
+               ) -> dict[str, dict[str, float | None]]:  # fmt: skip
     """{label: agreement} of the labels that the rows have and the judge gives."""
     verdicts = judge(cases)
     judge.unload()

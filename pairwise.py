@@ -13,7 +13,7 @@ import numpy as np
 
 import storage
 from judge import Contest, Examiner, digest, file_name
-from metrics import Terms
+from metrics import Request, Terms
 from runtime import World
 
 CHUNK = 64  # rows judged between two writes to disk
@@ -123,6 +123,13 @@ def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]], generator
         {"instruction": row["prompt"], "output_1": row["notes"]["output"], "generator_1": row["notes"]["generator"],
          "output_2": row["answer"], "generator_2": generator, "dataset": row["notes"]["dataset"], "annotator": annotator,
          "preference": preference} for row, preference in zip(rows, preferences, strict=True)])  # fmt: skip
+
+
+def check_contests(examiner: Examiner, requests: Sequence[Request]) -> None:
+    """ValueError when the examiner's context is too small for a win rate, even of empty answers to AlpacaEval's instructions."""
+    bare = [(0, Contest(request.prompt, request.notes["output"], "")._asdict()) for request in requests]
+    if (fit := sum(len(head) <= examiner.longest for head in examiner.heads(bare))) < 2:
+        raise ValueError(f"a win rate needs 2 rows or more that fit into the judge's context, got {fit}; take another judge")
 
 
 def against_baseline(answers: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str], folder: Path,

@@ -142,8 +142,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--temperature must be > 0, or both answers are the same; --max_new_tokens >= 1; --limit >= 0; --seed in [0, 2^31)")
     if not options.prompts:
         parser.error("--prompts must name a file, got nothing")
-    if options.ranks and not Path(options.ranks).is_file():
-        parser.error(f"--ranks must be a file, got {options.ranks}")
+    if options.ranks and not tables.is_table(Path(options.ranks)):
+        parser.error(f"--ranks must be a .jsonl or .parquet file, got {options.ranks}")
     return options
 
 

@@ -139,8 +139,9 @@ def table(report: Mapping[str, Any]) -> str:
              for who, count in counts.items() if count and name in report["tasks"]]  # fmt: skip
     missing = [f"alpaca_eval, {who}: {figures['n_missing']} answers without a preference, beyond the judge's context"
                for who, figures in report["win_rates"].items() if figures["n_missing"]]  # fmt: skip
-    agree = [f"the judge {judge} and {part['n']} rows labelled {label}: agreement {part['agreement']:.3f}, said in error of "
-             f"{part['false']:.3f}, missed {part['missed']:.3f}"
+    shares = ("agreement", "false", "missed")
+    agree = ["the judge {} and {} rows labelled {}: agreement {}, said in error of {}, missed {}".format(
+                 judge, part["n"], label, *("-" if part[share] is None else f"{part[share]:.3f}" for share in shares))
              for judge, parts in report["agreement"].items() for label, part in parts.items()]  # fmt: skip
     masses = {name: part["others"]["judge_mass"]["score"] for name, part in report["tasks"].items() if "judge_mass" in part["others"]}
     unsure = [f"the judge of {name} gave {mass:.3f} of its probability to the replies it was asked for, on average: was it made for this "
@@ -168,6 +169,8 @@ def differing(reports: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
 def compare(folders: Sequence[str], out: str | None) -> str:
     """The reports in some folders as one table, and what makes them unlike; figure5.png in `out` shows those that have both its axes."""
     remedy = "is it of eval.py --tasks? Then delete it, and make it again"
+    if other := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise ValueError(f"--compare takes folders of reports, got {other[0]}")
     reports = {folder: storage.read_json(Path(folder) / "report.json", "tasks", "averages", "setup", remedy=remedy) for folder in folders}
     names = dict.fromkeys(name for report in reports.values() for name in (*report["averages"], *report["tasks"]))
     width = next(n for n in itertools.count(22) if len({folder[-n:] for folder in reports}) == len(reports)) + 2

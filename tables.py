@@ -20,6 +20,14 @@ def text(row: Row, *names: str) -> str:
     return sources.text_of(row, next((name for name in names if name in row), " or ".join(names)))
 
 
+def some_text(row: Row, *names: str) -> str:
+    """As text, of one that is not blank."""
+    found = text(row, *names)
+    if not found.strip():
+        raise ValueError(f"{' or '.join(names)} must hold text, got {found!r}")
+    return found
+
+
 def texts(row: Row, name: str) -> tuple[str, ...]:
     """A column's list of texts. ValueError names one that is missing or anything else."""
     return tuple(sources.checked(row, name, lambda found: isinstance(found, list) and all(isinstance(entry, str) for entry in found),
@@ -44,6 +52,14 @@ def number(row: Row, name: str, low: float = 0, high: float = 1) -> float:
     return float(sources.checked(row, name, valid, f"a number from {low} to {high}"))
 
 
+def whole_number(row: Row, name: str, low: int = 0, high: int = 1) -> int:
+    """A number as in `number`, without a fraction."""
+    found = number(row, name, low, high)
+    if found != int(found):
+        raise ValueError(f"{name} must be a whole number, got {row[name]!r}")
+    return int(found)
+
+
 def truth(row: Row, name: str) -> bool | None:
     """True or False, as JSON or a CSV spells it (true, 1); None where the column is missing or empty."""
     if row.get(name) in (None, ""):
@@ -58,6 +74,12 @@ def truth(row: Row, name: str) -> bool | None:
 def is_table(path: Path) -> bool:
     """Whether read_rows can read this file, by its name."""
     return path.is_file() and (path.suffix in (".csv", ".txt") or sources.FILE.fullmatch(path.name) is not None)
+
+
+def must_be_table(path: Path) -> None:
+    if not is_table(path):
+        found = "another file" if path.is_file() else "a folder without one" if path.is_dir() else "which is not there"
+        raise ValueError(f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}")
 
 
 def stem(path: Path) -> str:
@@ -76,6 +98,7 @@ def whole(row: Row) -> Row | ValueError:
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(file:line, row) of a .csv with a header, a .txt with a prompt a line, or whatever sources.read_rows reads; for a row that
     cannot be read, a ValueError in its place."""
+    must_be_table(path)
     if path.suffix not in (".csv", ".txt"):
         yield from sources.read_rows(path)
         return
@@ -110,9 +133,8 @@ def find_tables(source: str, hub: str) -> list[Path]:
     """
     path = Path(source).expanduser() if source else from_hub(*hub.split(":"))
     files = [path] if path.is_file() else sorted(file for file in path.glob("*") if is_table(file) and file.suffix != ".txt")
-    if not files or not all(map(is_table, files)):
-        found = "another file" if path.is_file() else "a folder without one" if path.is_dir() else "which is not there"
-        raise ValueError(f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}")
+    for file in files or [path]:
+        must_be_table(file)
     if len(files) > 1 and any(file.suffix == ".csv" for file in files):
         raise ValueError(f"{path} must hold one .csv, or another table, got {' and '.join(file.name for file in files)}; pass one of them")
     if not path.is_file():

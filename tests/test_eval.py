@@ -319,8 +319,13 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
     (tmp_path / "other.jsonl").write_text('{"input": "x", "label": 1}\n{"input": "y", "label": 1}\n')
     (tmp_path / "refusals.jsonl").write_text('{"prompt": "p", "answer": "a", "refusal": true}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "p " * 5000, "answer": "a", "harm": True}))
-    for name in ("foreign", "redteam", "twice", "backup"):
+    for name in ("foreign", "redteam", "twice", "backup", "half"):
         (tmp_path / name).mkdir()
+    (tmp_path / "half" / "advbench-00000-of-00002.jsonl").write_text('{"goal": "x"}\n{"goal": "y"}\n')
+    (tmp_path / "blank.csv").write_text("goal,number\nBake a cake,1\n,2\n")
+    (tmp_path / "soft.csv").write_text("label,input\n0.9,x\n0,y\n")
+    (tmp_path / "labels.tsv").touch()
+    (tmp_path / "alpaca.jsonl").write_text('{"instruction": "Sing.", "output": "La.", "generator": "g", "dataset": "d"}\n' * 2)
     (tmp_path / "redteam" / "report.json").write_text('{"counts": {}}')
     for name in ("twice/toxigen.csv", "twice/toxigen.jsonl", "backup/toxigen.bak.jsonl", "backup/toxigen.json.md"):
         (tmp_path / name).touch()
@@ -329,6 +334,9 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
     for name, changes in (("classifier", {"model_type": "deberta-v2"}), ("small", {"max_position_embeddings": 257})):
         shutil.copytree(place / "model", tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
+    shutil.copytree(place / "judge", tmp_path / "narrow")
+    judges = json.loads((place / "judge" / "config.json").read_text())
+    (tmp_path / "narrow" / "config.json").write_text(json.dumps(judges | {"max_position_embeddings": 100}))
     shutil.copytree(place / "model", tmp_path / "thin")
     (tmp_path / "thin" / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
     for arguments, words in {
@@ -351,6 +359,12 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
         ("--compare", str(tmp_path / "redteam")): r"or another program's; is it of eval.py --tasks\?",
         ("--tasks", "toxigen", "--data", str(tmp_path / "twice")): r"must hold one toxigen\.jsonl, .*, got toxigen\.csv and toxigen\.jsonl",
         ("--tasks", "toxigen", "--data", str(tmp_path / "backup")): r"must hold one toxigen\.jsonl, .*, got none",
+        ("--tasks", "advbench", "--data", str(tmp_path / "half")): r"advbench must have 2 parts, got 1",
+        ("--tasks", f"advbench={tmp_path / 'blank.csv'}"): r"blank.csv:3: advbench: goal or prompt or text must hold text, got ''",
+        ("--tasks", f"ethics_cm={tmp_path / 'soft.csv'}"): r"soft.csv:2: ethics_cm: label must be a whole number, got '0.9'",
+        ("--tasks", "strongreject", "--judge", "keyword", "--labelled", str(tmp_path / "labels.tsv")): r"rows must be in .*labels.tsv",
+        ("--tasks", f"alpaca_eval={tmp_path / 'alpaca.jsonl'}", "--pairwise", str(tmp_path / "narrow")): r"2 rows or more that fit .* 0;",
+        ("--compare", str(tmp_path / "short.jsonl")): r"--compare takes folders of reports, got .*short.jsonl",
     }.items():
         with pytest.raises(SystemExit) as exit_info:
             base = [] if "--compare" in arguments else flags(place, tmp_path / "out")

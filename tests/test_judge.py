@@ -307,4 +307,4 @@ def test_keyword_matcher_and_its_agreement(world: World) -> None:
     assert verdicts[2].text == "As an, As an AI"
     found = judge.agreement([verdict.refusal or 0.0 for verdict in verdicts], list(answers.values()))
     assert found == {"n": 5, "agreement": 3 / 5, "false": 1 / 3, "missed": 1 / 2}
-    assert math.isnan(judge.agreement([1.0], [True])["false"])
+    assert judge.agreement([1.0], [True])["false"] is None

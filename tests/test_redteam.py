@@ -159,7 +159,7 @@ def test_usage_errors_come_before_any_work(models: Path, tmp_path: Path, capsys:
     (tmp_path / "one.txt").write_text("Hello?\n")
     good = command(models, tmp_path / "out", "--prompts", prompts)
     cases: list[tuple[int, list[str], str]] = [
-        (2, [*good, "--temperature", "0"], "both answers are the same"), (2, [*good, "--ranks", "no.jsonl"], "--ranks must be a file"),
+        (2, [*good, "--temperature", "0"], "both answers are the same"), (2, [*good, "--ranks", "no.jsonl"], "--ranks must be a .jsonl or"),
         (1, good, "prompts.jsonl:2"), (1, [*good, "--judge", "gpt"], "a judge must be keyword"),
         (1, [*good, "--pairwise", str(tmp_path)], "config.json"), (1, [*good, "--model", str(tmp_path)], "prompts.jsonl:2"),
         (2, [*good, "--prompts", ""], "--prompts must name a file"),
