@@ -179,13 +179,16 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     return World(rank, size, where, init_device_mesh(device, shape, mesh_dim_names=names))
 
 
-def rank_0_spoke() -> bool:
-    """Whether rank 0 has said what went wrong, or does so within SPEAK_GRACE_S."""
-    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + SPEAK_GRACE_S
+def spoken(within_s: float) -> bool:
+    """Whether another rank has said what went wrong, or does so in this time."""
+    deadline = time.monotonic() + within_s
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
     with contextlib.suppress(dist.DistError):  # without torchrun the store leaves with rank 0
-        while not store.check(["rank 0 spoke"]) and time.monotonic() < deadline:
+        store = dist.distributed_c10d._get_default_store()
+        while not store.check(["spoken"]) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return bool(store.check(["rank 0 spoke"]))
+        return bool(store.check(["spoken"]))
     return False
 
 
@@ -195,14 +198,13 @@ def speak(error: Exception) -> None:
         error = OSError(f"{error}; free space, or write elsewhere (--out; --cache of train.py)")
     if isinstance(error, torch.OutOfMemoryError):
         error = OSError(f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks")
-    rank = launched("RANK", 0)
-    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if store is not None:
-            store.set("rank 0 spoke", "1")
-    elif store is not None and not rank_0_spoke():  # before there is a group, every rank fails alike
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    rank, group = launched("RANK", 0), dist.is_initialized()
+    if (rank and not group) or (rank and spoken(SPEAK_GRACE_S)):  # before there is a group, every rank fails alike
+        return
+    print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
+    if group:
+        with contextlib.suppress(dist.DistError):
+            dist.distributed_c10d._get_default_store().set("spoken", "1")
 
 
 @contextlib.contextmanager
@@ -213,33 +215,36 @@ def one_voice() -> Iterator[None]:
     Ctrl-C leave at once, but where a StopRequest is at work. Of several processes none goes through Python's own shutdown, where
     gloo's threads may abort a run that is done.
     """
+    signals = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup's, say
+    stopped: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
+        stopped.append(number)
+        raise KeyboardInterrupt
 
     code: Any = 0
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in signals}
     try:
         yield
     except SystemExit as leaving:
         code = leaving.code
-    except KeyboardInterrupt as interrupt:
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun may send one after the other
+    except (KeyboardInterrupt, RuntimeError, *USER_ERRORS) as error:
+        for number in signals:  # torchrun may send one after the other, and does so as soon as another rank has left
             signal.signal(number, signal.SIG_IGN)
-        if launched("RANK", 0) == 0:
-            print("\nstopped; the same command goes on from what was saved (without --fresh once the earlier run is gone)", file=sys.stderr)
-        code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-    except USER_ERRORS as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as another rank has left
-        speak(error)
-        code = 1
-    except RuntimeError:  # of a collective that rank 0 has left?
-        if not (dist.is_initialized() and dist.get_rank()):
+        if stopped or isinstance(error, KeyboardInterrupt):  # a collective that others have left then is no error of its own
+            if launched("RANK", 0) == 0 and not spoken(0):
+                print("\nstopped; the same command goes on from what was saved (without --fresh once the earlier run is gone)",
+                      file=sys.stderr)  # fmt: skip
+            code = 128 + (stopped or [signal.SIGINT])[0]
+        elif isinstance(error, USER_ERRORS):
+            speak(error)
+            code = 1
+        elif spoken(SPEAK_GRACE_S):  # of a collective that another rank has left
+            code = 1
+        else:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not rank_0_spoke():
-            raise
-        code = 1
     several = dist.is_initialized() and dist.get_world_size() > 1
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
@@ -247,7 +252,8 @@ def one_voice() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if code:
         sys.exit(code)
 
@@ -300,17 +306,24 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 class Sample:
-    """The first values of each tensor as they are now, of this rank's part, to see later whether they have moved."""
+    """Some values of each tensor as they are now, of this rank's part, to see later whether they have moved."""
 
-    def __init__(self, tensors: Iterable[Tensor], values: int = 4096) -> None:
-        self.views = [local_part(tensor.detach()).flatten()[:values] for tensor in tensors]
-        self.before = [view.clone() for view in self.views]
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.before = tensors, [self.some(tensor).clone() for tensor in tensors]
 
-    def moved_share(self, world: World) -> float:
-        """Share of the sample that has another value now, over all ranks; says so, and warns when it is under a tenth."""
-        moved = sum(int((now != before).sum()) for now, before in zip(self.views, self.before, strict=True))
-        counts = world.sum(torch.tensor([moved, sum(view.numel() for view in self.views)]))
-        share = float(counts[0] / counts[1])
+    @staticmethod
+    def some(tensor: Tensor) -> Tensor:
+        """About 4096 values, from all over the tensor."""
+        flat = local_part(tensor.detach()).flatten()
+        return flat[:: max(1, len(flat) // 4096)]
+
+    def moved_share(self, optimizer: torch.optim.Optimizer, world: World) -> float:
+        """Of the sample's values that had a gradient, over all ranks, the share that is another now; says so, and warns when it is under a
+        tenth. An embedding of a token that no row holds has none."""
+        had = [self.some(optimizer.state[tensor]["exp_avg_sq"]) != 0 for tensor in self.tensors]
+        moved = sum(int((self.some(t) != b).sum()) for t, b in zip(self.tensors, self.before, strict=True))
+        counts = world.sum(torch.tensor([moved, sum(int(each.sum()) for each in had)]))
+        share = float(counts[0] / counts[1].clamp(min=1))
         world.say(f"end of warm-up: {share:.1%} of a sample of the trained values have moved")
         if share < 0.1:
             world.say("WARNING: most trained weights have not moved; the learning rate may be lost in their rounding")

@@ -70,7 +70,8 @@ def try_stages(config: Config, world: World, run: Callable[[Config, World], obje
         run(sft_stage(config, folder), world)
         run(dataclasses.replace(preference_stage(config, folder), model=str(folder / "start")), world)
     finally:
-        world.from_main(lambda: shutil.rmtree(folder))
+        if world.is_main:  # by no collective: a stop finds the ranks in different ones
+            shutil.rmtree(folder, ignore_errors=True)
     return {}
 
 
@@ -81,7 +82,7 @@ def toy_run(config: Config, world: World, run: Callable[[Config, World], object]
     if config.batch > toy_data.PAIRS or (steps == 1 and config.warmup):  # as the second stage would say, after the first
         raise ValueError(f"the toy run has {toy_data.PAIRS} pairs of each kind, and the learning rate of a single step is 0: it takes 2 or "
                          f"more, got --batch {config.batch}, --epochs {config.epochs} and --steps {config.steps}")  # fmt: skip
-    if (result := folder.check(settings, free, config.fresh)) is not None:
+    if (result := folder.check(settings, free, config.fresh, (config.chat_template,))) is not None:
         if config.export_changed and not config.dry_run:
             run(preference_stage(config, folder.path), world)
         world.say(f"{folder.path} is finished, its model is {folder.path / result['model']}; --fresh starts over")

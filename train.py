@@ -271,7 +271,7 @@ def optimize(
     if config.objective != "sft":
         world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first, steps, config.log_every)
-    sample = runtime.Sample(trained.values())
+    sample = runtime.Sample([*trained.values()])
 
     with StopRequest() as stop:
         for step in range(first, steps):  # Algorithm 1
@@ -297,7 +297,7 @@ def optimize(
             row |= {"rows_per_s": len(items) / seconds, "tokens_per_s": rows.tokens[items].sum().item() / seconds}
             row["memory_gib"] = runtime.memory_gib(world.device)
             if done == math.ceil(config.warmup * steps) + 1:  # the first step at the peak learning rate
-                row["moved_share"] = sample.moved_share(world)
+                row["moved_share"] = sample.moved_share(optimizer, world)
             folder.log_step(row)
             least_loss = None  # on the held-out rows, if it is the least so far and that one is to be kept
             if config.eval_every and done % config.eval_every == 0 and done < steps:
@@ -353,7 +353,8 @@ def run(config: Config, world: World) -> dict[str, Any]:
     plan.announce(config, architecture, trained_names, streams, steps, world)
     folder.must_hold(plan.disk_bytes(config, architecture, trained_names))
     if config.dry_run:
-        world.say(f"dry run: nothing was trained, nothing written to {folder.path}; without --dry_run, {steps} steps")
+        left = "what is left of " * (not config.fresh and (folder.path / "run.json").exists())
+        world.say(f"dry run: nothing was trained, nothing written to {folder.path}; without --dry_run, {left}{steps} steps")
         return {}
 
     model, trained = build(config, source, world)

@@ -327,8 +327,23 @@ with runtime.one_voice():
     assert time.time() - died.stat().st_mtime < 28  # without it torchrun's SIGKILL comes 30 s after its SIGTERM, at the earliest
 
 
-def test_ranks_that_rank_0_left_are_silent(tmp_path: Path) -> None:
-    """Claim: when rank 0 fails alone, what it says is not followed by the tracebacks of those that waited for it. Oracle: a collective."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_something_swallowed_is_one(number: signal.Signals, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claim: a stop is said as one though torch took the interrupt for an error of its own, or the collective that brought it failed."""
+    with pytest.raises(SystemExit) as leaving, runtime.one_voice():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise RuntimeError("another rank has left") from None
+    assert leaving.value.code == 128 + number and "stopped; the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_ranks_that_another_left_are_silent(which: int, tmp_path: Path) -> None:
+    """Claim: when a rank fails alone, what it says is not followed by the tracebacks of those that waited for it, nor by what rank 0 says
+    of a user's stop. Oracle: a collective."""
     script = tmp_path / "alone.py"
     script.write_text(f"""
 import sys
@@ -336,15 +351,17 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 import plan
 import runtime
+runtime.SPEAK_GRACE_S = 2.0
 with runtime.one_voice():
     world = runtime.start("cpu")
-    if world.is_main:
-        raise OSError("the disk of rank 0 is full")
+    if world.rank == {which}:
+        raise OSError("the disk is full")
     world.sum(torch.ones(3))
 """)
     done = launch([], 2, str(script))
-    assert done.returncode == 1 and "error: the disk of rank 0 is full" in done.stderr
-    assert "RuntimeError" not in done.stderr and "error on rank 1" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 1 and f"error{' on rank 1' * which}: the disk is full" in done.stderr
+    assert done.stderr.count("the disk is full") == 1 and "stopped" not in done.stderr, done.stderr[-2000:]
+    assert "RuntimeError" not in done.stderr and ("error on rank" in done.stderr) == which, done.stderr[-2000:]
 
 
 def test_full_disk_leaves_the_earlier_checkpoints_whole(toys: Path, whole: Path, world: World) -> None:

@@ -383,6 +383,17 @@ def test_weights_that_do_not_move_are_noticed(toys: Path, world: World, tmp_path
         assert (share < 0.1) == warned
 
 
+def test_values_without_a_gradient_need_not_move(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claim: rows of an embedding whose token no row holds are not counted among the weights that should move. Oracle: one step of AdamW
+    with a gradient in every hundredth row."""
+    weight = torch.nn.Parameter(torch.ones(40_000, 2))
+    sample, optimizer = train.runtime.Sample([weight]), torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[::100] = 1.0
+    optimizer.step()
+    assert sample.moved_share(optimizer, world) == 1.0 and "WARNING" not in capsys.readouterr().out
+
+
 def test_gate_refuses_a_reference_of_other_weights(toys: Path, world: World, tmp_path: Path) -> None:
     """Claim: a reference that is not the starting policy stops the run at step 0, before an update. Oracle: a shifted cache."""
     config = train.parse(bfpo(toys, tmp_path / "run", "--steps", "3"))
@@ -655,6 +666,9 @@ def test_dry_run_of_the_toy_recipe(world: World, tmp_path: Path, capsys: pytest.
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="is no run folder"):
         train.toy_run(train.parse(["--dry_run", "--out", str(tmp_path)]), world, train.run, train.FREE)
+    read = train.parse(["--fresh", "--out", str(tmp_path), "--chat_template", str(tmp_path / "notes.txt")])
+    with pytest.raises(ValueError, match=r"must not hold what the run reads, got .*notes\.txt"):
+        train.toy_run(read, world, train.run, train.FREE)
 
 
 def test_a_run_folder_holds_no_cache_and_nobody_elses_files(toys: Path, world: World, tmp_path: Path) -> None:
