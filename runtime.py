@@ -116,6 +116,19 @@ def launched(name: str, alone: int) -> int:
     return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
 
 
+@contextlib.contextmanager
+def dying_at_once() -> Iterator[None]:
+    """Within it SIGTERM and Ctrl-C do what they do to any program, as it waits where no handler of Python's would run."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if handler == signal.SIG_IGN else signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def answer_roll_call(rank: int, size: int, signals: int) -> None:
     """Runs beside the program: after a SIGTERM to any rank every rank answers; without one from each, this process ends.
 
@@ -166,7 +179,8 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            with dying_at_once():
+                dist.init_process_group(backend)
             signals, wakeup = os.pipe()
             os.set_blocking(wakeup, False)
             signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)

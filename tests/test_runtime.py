@@ -1,5 +1,6 @@
 """runtime.py and storage.py: what kills, signals, damage, full disks and dead ranks leave behind; checkpoints, run folders."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -338,6 +340,26 @@ def test_a_stop_that_something_swallowed_is_one(number: signal.Signals, world: W
             raise RuntimeError("another rank has left") from None
     assert leaving.value.code == 128 + number and "stopped; the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_stop_before_all_ranks_are_there(tmp_path: Path) -> None:
+    """Claim: SIGTERM ends a rank that waits for the others to come, at once. Oracle: a group of two, of which one never comes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    script = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport runtime\nwith runtime.one_voice():\n    runtime.start('cpu')"
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | group, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # until it waits where others would find it
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    try:
+        assert process.wait(timeout=20) == -signal.SIGTERM
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("which", [0, 1])
