@@ -170,9 +170,9 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", launched("LOCAL_RANK", 0))
-        if where.index >= torch.cuda.device_count():
-            raise ValueError(f"each process needs a GPU of its own, got {torch.cuda.device_count()} for process {where.index} (from 0) "
-                             "of this node; pass torchrun a smaller --nproc_per_node, or --device cpu")  # fmt: skip
+        if (processes := max(launched("LOCAL_WORLD_SIZE", 1), where.index + 1)) > torch.cuda.device_count():
+            raise ValueError(f"each process needs a GPU of its own, got {torch.cuda.device_count()} for the {processes} of this node; pass "
+                             "torchrun a smaller --nproc_per_node, or --device cpu")  # fmt: skip
         torch.cuda.set_device(where)
     else:
         keep_freed_memory()
@@ -213,7 +213,7 @@ def speak(error: Exception) -> None:
     if isinstance(error, torch.OutOfMemoryError):
         error = OSError(f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks")
     rank, group = launched("RANK", 0), dist.is_initialized()
-    if (rank and not group) or (rank and spoken(SPEAK_GRACE_S)):  # before there is a group, every rank fails alike
+    if spoken(SPEAK_GRACE_S) if rank and group else launched("LOCAL_RANK", 0):  # before there is a group, a node's ranks fail alike
         return
     print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
     if group:
@@ -225,8 +225,8 @@ def speak(error: Exception) -> None:
 def one_voice() -> Iterator[None]:
     """What a program runs in: an error of the user's making becomes one line and exit code 1, from rank 0 if it fails too.
 
-    A rank that fails alone (its disk is full, say) speaks for itself after SPEAK_GRACE_S; torchrun ends the others. SIGTERM and
-    Ctrl-C leave at once, but where a StopRequest is at work. Of several processes none goes through Python's own shutdown, where
+    A rank that fails alone (its disk is full, say) speaks for itself after SPEAK_GRACE_S; torchrun ends the others, and one whose
+    collective fails waits as long for what they say before it shows a traceback. SIGTERM and Ctrl-C leave at once, but where a StopRequest is at work. Of several processes none goes through Python's own shutdown, where
     gloo's threads may abort a run that is done.
     """
     signals = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup's, say

@@ -175,9 +175,10 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
     def rows_of(batch: Any) -> list[Any]:
         try:
             return list(batch.to_pylist())
-        except ValueError as error:  # text that is no UTF-8, in one row or more
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, or a time beyond Python's in a map, in one row or more
             if len(batch) == 1:
-                return [ValueError(f"text must be UTF-8: {error}")]
+                what = "text must be UTF-8" if isinstance(error, UnicodeDecodeError) else "a value is out of range"
+                return [ValueError(f"{what}: {error}")]
             return [row for i in range(len(batch)) for row in rows_of(batch.slice(i, 1))]
 
     number = 0

@@ -414,6 +414,10 @@ def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
     pq.write_table(pa.table(rows | {"nested": pa.array(values, inner)}), tmp_path / "b.parquet")
     assert prompts(load_stream([str(tmp_path / "b.parquet")], chat, held_out=0)[0], chat) == [f"question {i}" for i in range(3)]
     assert [row["nested"] for _, row in read_rows(tmp_path / "b.parquet")] == values  # the numbers that stand for them
+    seen = pa.array([[("a", 2**62)], [], None], pa.map_(pa.string(), pa.timestamp("us")))  # too rare to be looked into
+    pq.write_table(pa.table(rows | {"seen": seen}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"malformed rows: 1; the first ones:\n.*d\.parquet: row 1: a value is out of range"):
+        load_stream([str(tmp_path / "d.parquet")], chat)
     pq.write_table(pa.Table.from_arrays([*map(pa.array, rows.values()), pa.array(["other"] * 3)], [*rows, "chosen"]),
                    tmp_path / "c.parquet")  # fmt: skip
     with pytest.raises(ValueError, match=r"c\.parquet: row 1: a table must have columns of different names, got chosen twice"):

@@ -404,14 +404,16 @@ def test_full_disk_leaves_the_earlier_checkpoints_whole(toys: Path, whole: Path,
 
 
 def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: the second process of a node with one GPU gets an error that names the remedy, before it joins any group. Oracle: torch, asked
-    to say that there is one."""
+    """Claim: of two processes of a node with one GPU each gets an error that names the remedy, before it joins any group. Oracle: torch,
+    asked to say that there is one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "1")
-    with pytest.raises(ValueError, match=r"got 1 for process 1 .*--nproc_per_node"):
-        runtime.start("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, rank)
+        with pytest.raises(ValueError, match=r"got 1 for the 2 of this node; .*--nproc_per_node"):
+            runtime.start("cuda")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ENOSPC, "No space left on device")])
