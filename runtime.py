@@ -226,8 +226,9 @@ def one_voice() -> Iterator[None]:
     """What a program runs in: an error of the user's making becomes one line and exit code 1, from rank 0 if it fails too.
 
     A rank that fails alone (its disk is full, say) speaks for itself after SPEAK_GRACE_S; torchrun ends the others, and one whose
-    collective fails waits as long for what they say before it shows a traceback. SIGTERM and Ctrl-C leave at once, but where a StopRequest is at work. Of several processes none goes through Python's own shutdown, where
-    gloo's threads may abort a run that is done.
+    collective fails waits as long for what they say before it shows a traceback. SIGTERM and Ctrl-C leave at once, but where a
+    StopRequest is at work. Of several processes none goes through Python's own shutdown, where gloo's threads may abort a run that is
+    done.
     """
     signals = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup's, say
     stopped: list[int] = []
