@@ -1,5 +1,5 @@
 """What a step holds: the rows of all streams numbered through, and which of them step n draws, a pure function of (seed, n); and what
-came of them, with the gate that step 0 must pass."""
+came of them: the gate that step 0 must pass, the step's figures, whether weights moved."""
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.  Here also: Q safety quadrants, C columns of sums.
 
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ from bfpo import QUADRANTS, label, pair_loss
 from chat import Chat, Ids
 from data import Stream, batch_indices, deal, describe, load_stream, unevenness
 from quadrants import quadrant_means, quadrant_sums, safety_labels
-from runtime import World
+from runtime import World, local_part
 
 if TYPE_CHECKING:
     from train import Config
@@ -141,3 +143,37 @@ def gate(config: Config, rows: Rows, items: Tensor, outcome: Outcome, loss: floa
     if not (ratio <= 1 and abs(loss - expected) <= len(rows.names) * drift + 1e-6 * expected):
         raise ValueError(f"step 0: the policy is not the reference: {found}; remove the reference cache and start again with --fresh")
     world.say(f"step-0 gate: {found}")
+
+
+class Sample:
+    """Some values of each tensor as they are now, of this rank's part, to see later whether they have moved."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.before = tensors, [self.some(tensor).clone() for tensor in tensors]
+
+    @staticmethod
+    def some(tensor: Tensor) -> Tensor:
+        """About 4096 values, from all over the tensor."""
+        flat = local_part(tensor.detach()).flatten()
+        return flat[:: max(1, len(flat) // 4096)]
+
+    def moved_share(self, optimizer: torch.optim.Optimizer, world: World) -> float:
+        """Of the sample's values that had a gradient, over all ranks, the share that is another now; says so, and warns when it is under a
+        tenth. An embedding of a token that no row holds has none."""
+        had = [self.some(optimizer.state[tensor]["exp_avg_sq"]) != 0 for tensor in self.tensors]
+        moved = sum(int((self.some(t) != b).sum()) for t, b in zip(self.tensors, self.before, strict=True))
+        counts = world.sum(torch.tensor([moved, sum(int(each.sum()) for each in had)]))
+        share = float(counts[0] / counts[1].clamp(min=1))
+        world.say(f"end of warm-up: {share:.1%} of a sample of the trained values have moved")
+        if share < 0.1:
+            world.say("WARNING: most trained weights have not moved; the learning rate may be lost in their rounding")
+        return share
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB that this process holds: peak allocated on a GPU; anonymous resident memory on a CPU (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")  # Linux; mapped weight files do not count, as ru_maxrss would
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20

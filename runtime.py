@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -320,31 +319,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Sample:
-    """Some values of each tensor as they are now, of this rank's part, to see later whether they have moved."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors, self.before = tensors, [self.some(tensor).clone() for tensor in tensors]
-
-    @staticmethod
-    def some(tensor: Tensor) -> Tensor:
-        """About 4096 values, from all over the tensor."""
-        flat = local_part(tensor.detach()).flatten()
-        return flat[:: max(1, len(flat) // 4096)]
-
-    def moved_share(self, optimizer: torch.optim.Optimizer, world: World) -> float:
-        """Of the sample's values that had a gradient, over all ranks, the share that is another now; says so, and warns when it is under a
-        tenth. An embedding of a token that no row holds has none."""
-        had = [self.some(optimizer.state[tensor]["exp_avg_sq"]) != 0 for tensor in self.tensors]
-        moved = sum(int((self.some(t) != b).sum()) for t, b in zip(self.tensors, self.before, strict=True))
-        counts = world.sum(torch.tensor([moved, sum(int(each.sum()) for each in had)]))
-        share = float(counts[0] / counts[1].clamp(min=1))
-        world.say(f"end of warm-up: {share:.1%} of a sample of the trained values have moved")
-        if share < 0.1:
-            world.say("WARNING: most trained weights have not moved; the learning rate may be lost in their rounding")
-        return share
-
-
 def adam_state(optimizer: torch.optim.AdamW, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds: {name: tensor} of the trained weights and their moments, which are made here, as zeros.
 
@@ -365,15 +339,6 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 # --- what the log says -----------------------------------------------------------------------------------------------
-
-
-def memory_gib(device: torch.device) -> float:
-    """GiB that this process holds: peak allocated on a GPU; anonymous resident memory on a CPU (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")  # Linux; mapped weight files do not count, as ru_maxrss would
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
 
 
 def duration(seconds: float) -> str:

@@ -40,7 +40,7 @@ from eval import my_packs, score
 from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
 from quadrants import preference_view, quadrant_table, safety_labels
-from rows import Outcome, Rows, gate, open_streams, summarise
+from rows import Outcome, Rows, Sample, gate, memory_gib, open_streams, summarise
 from runtime import StopRequest, World
 from settings import from_command_line, listed, setting
 from sources import cache_root, find_source, sha256
@@ -271,7 +271,7 @@ def optimize(
     if config.objective != "sft":
         world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first, steps, config.log_every)
-    sample = runtime.Sample([*trained.values()])
+    sample = Sample([*trained.values()])
 
     with StopRequest() as stop:
         for step in range(first, steps):  # Algorithm 1
@@ -295,7 +295,7 @@ def optimize(
 
             done, seconds = step + 1, time.monotonic() - began
             row |= {"rows_per_s": len(items) / seconds, "tokens_per_s": rows.tokens[items].sum().item() / seconds}
-            row["memory_gib"] = runtime.memory_gib(world.device)
+            row["memory_gib"] = memory_gib(world.device)
             if done == math.ceil(config.warmup * steps) + 1:  # the first step at the peak learning rate
                 row["moved_share"] = sample.moved_share(optimizer, world)
             folder.log_step(row)

@@ -387,7 +387,7 @@ def test_values_without_a_gradient_need_not_move(world: World, capsys: pytest.Ca
     """Claim: rows of an embedding whose token no row holds are not counted among the weights that should move. Oracle: one step of AdamW
     with a gradient in every hundredth row."""
     weight = torch.nn.Parameter(torch.ones(40_000, 2))
-    sample, optimizer = train.runtime.Sample([weight]), torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
+    sample, optimizer = train.Sample([weight]), torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
     weight.grad = torch.zeros_like(weight)
     weight.grad[::100] = 1.0
     optimizer.step()
