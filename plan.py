@@ -234,11 +234,10 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def disk_bytes(config: RunConfig, model: Config, trained: frozenset[str]) -> int:
-    """What the run folder may hold at once: checkpoints (12 bytes a trained value), one more while it is written, the exports."""
+    """What the run folder may hold at once: checkpoints (12 bytes a trained value), one more while it is written, the exported model."""
     sizes = {name: math.prod(shape) for name, shape in model.shapes().items()}
     values, whole = sum(sizes[name] for name in trained), sum(sizes.values())
-    exported = whole * (1 + config.keep_best) + values * config.export_changed
-    return 12 * values * (config.keep + 1 + config.keep_best) + (2 if config.dtype == "bfloat16" else 4) * exported
+    return 12 * values * (config.keep + 1) + (2 if config.dtype == "bfloat16" else 4) * whole
 
 
 # --- the plan of a run -----------------------------------------------------------------------------------------------

@@ -45,10 +45,7 @@ def open_streams(config: Config, chat: Chat, world: World) -> tuple[dict[str, St
     first, stream = next(iter(training.items()))
     if len(stream) < config.batch:
         raise ValueError(f"a step needs {config.batch} rows of {first}, got {len(stream)}; pass a smaller --batch")
-    held = {name: rows for name, rows in held.items() if len(rows)}
-    if config.keep_best and not held:
-        raise ValueError("keep_best needs held-out rows, and these sources give none; leave it out")
-    return training, held
+    return training, {name: rows for name, rows in held.items() if len(rows)}
 
 
 class Rows:

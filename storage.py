@@ -8,7 +8,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from runtime import World, duration, launched, local_part
 from sources import cache_root, local_path, sha256
-from weights import weight_files, write_safetensors
+from weights import weight_files
 
 MANIFEST = "manifest.json"
 CHECKPOINT_FILE_BYTES = 2**28  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
@@ -120,13 +119,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     os.replace(aside, path)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, world: World) -> None:
-    """A safetensors file of tensors in `dtype`; sharded ones are gathered one at a time, and rank 0 writes."""
-    aside = path.with_name(f".{path.name}.partial")
-    write_safetensors(aside, tensors, dtype, world.is_main)
-    world.from_main(lambda: os.replace(aside, path))
-
-
 def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str) -> Tensor:
     """The tensor of this shape that `path` keeps, on the CPU of every rank; else make() of all ranks together, kept from now on.
 
@@ -197,24 +189,16 @@ def causes(error: CheckpointException) -> tuple[list[BaseException], str]:
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, OSError):
-        value = read_json(path / MANIFEST, "step", "held_out_loss", "sha256")
+        value = read_json(path / MANIFEST, "step", "sha256")
         return value if value["sha256"] and all((path / name).is_file() for name in value["sha256"]) else None
     return None
 
 
-def best_checkpoint(folder: Path) -> tuple[float, Path | None]:
-    """The checkpoint of the least held-out loss, after that loss; (inf, None) when none has one. For one rank to ask."""
-    found = ((path, _manifest(path)) for path in sorted(folder.glob("step-*")))
-    losses = [(manifest["held_out_loss"], path) for path, manifest in found if manifest and manifest["held_out_loss"] is not None]
-    return min(losses, default=(math.inf, None))
-
-
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: World, keep: int, loss: float | None = None) -> None:
-    """Write `folder`/step-<step> from every rank's shards, whole or not at all; keep it, the `keep` newest and the one of least `loss`.
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: World, keep: int) -> None:
+    """Write `folder`/step-<step> from every rank's shards, whole or not at all; keep it and the `keep` newest.
 
     torch.distributed.checkpoint in its safetensors form, plus a manifest with the files' sha256 sums. A kill at any
     moment leaves the earlier checkpoints untouched: the folder gets its name only once everything is on disk.
-    loss: on held-out rows, given only for a checkpoint to be kept because it is the least so far.
     """
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
 
@@ -224,11 +208,10 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
         aside.mkdir(parents=True)
 
     def finish() -> None:
-        write_json(aside / MANIFEST, {"step": step, "processes": world.size, "held_out_loss": loss, "sha256": sums})
+        write_json(aside / MANIFEST, {"step": step, "processes": world.size, "sha256": sums})
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
-        kept = sorted(folder.glob("step-*"))[-keep:]
-        for other in {*folder.glob("step-*")} - {*kept, best_checkpoint(folder)[1]}:
+        for other in sorted(folder.glob("step-*"))[:-keep]:
             os.rename(other, aside)  # at once: what is left of it is no checkpoint
             shutil.rmtree(aside)
 
@@ -244,7 +227,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
 
 
 def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int | None:
-    """Fill `tensors`, all that it holds or some, from an undamaged checkpoint, and return its step; else None."""
+    """Fill `tensors` from an undamaged checkpoint, and return its step; else None."""
     found = world.from_main(lambda: _manifest(path))
     if found is None or sha256_all([path / name for name in found["sha256"]], world) != found["sha256"]:
         return None
@@ -526,17 +509,6 @@ class RunFolder:
             (last, then), self.printed = self.printed, (done, time.monotonic())
             left = (self.printed[1] - then) / (done - last) * (self.steps - done)
             self.world.say(f"step {done}/{self.steps}  {step_line(row)}  left in this stage {duration(left)}")
-
-    def export_best(self, trained: Mapping[str, Tensor], last_loss: float, export: Callable[[Path], None]) -> None:
-        """Write best/, the model of the least held-out loss, unless that is the last one. `trained` then holds its weights."""
-        loss, path = self.world.from_main(functools.partial(best_checkpoint, self.path / "checkpoints"))
-        if path is None or last_loss <= loss:
-            self.world.say(f"best: the last step, held-out loss {last_loss:.6g}")
-        elif read_checkpoint(path, {f"weight.{name}": parameter.detach() for name, parameter in trained.items()}, self.world) is None:
-            self.world.say(f"best: checkpoint {path} is damaged; best/ is not written")
-        else:
-            self.world.say(f"best: {path.name}, held-out loss {loss:.6g} against {last_loss:.6g} of the last step")
-            export(self.path / "best")
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Close the log and mark the run as finished."""

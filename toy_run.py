@@ -83,8 +83,6 @@ def toy_run(config: Config, world: World, run: Callable[[Config, World], object]
         raise ValueError(f"the toy run has {toy_data.PAIRS} pairs of each kind, and the learning rate of a single step is 0: it takes 2 or "
                          f"more, got --batch {config.batch}, --epochs {config.epochs} and --steps {config.steps}")  # fmt: skip
     if (result := folder.check(settings, free, config.fresh, (config.chat_template,))) is not None:
-        if config.export_changed and not config.dry_run:
-            run(preference_stage(config, folder.path), world)
         world.say(f"{folder.path} is finished, its model is {folder.path / result['model']}; --fresh starts over")
         world.say(toy_table(result["scores"]))
         return result

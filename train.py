@@ -46,7 +46,6 @@ from settings import from_command_line, listed, setting
 from sources import cache_root, find_source, sha256
 from storage import RunFolder
 from toy_run import toy_run
-from weights import slices
 
 # --- configuration ---------------------------------------------------------------------------------------------------
 
@@ -65,8 +64,6 @@ class Config:
     dry_run: bool = setting(False, "check settings, data, model, memory and disk, and leave: nothing is trained or written to the folder")
     save_every: int = setting(100, "steps between checkpoints", least=1)
     keep: int = setting(2, "checkpoints kept", least=1)
-    keep_best: bool = setting(False, "keep the one of the least held-out loss too, and export it as best/; needs --eval_every")
-    export_changed: bool = setting(False, "also export changed.safetensors: the trained tensors, to load over the starting model")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 = only at the end", least=0)
     log_every: int = setting(10, "steps between printed lines; log.jsonl has every step", least=1)
     # data
@@ -101,7 +98,7 @@ class Config:
 
 
 # These change where and how fast a run happens, not what comes out: they may differ when it resumes.
-FREE = frozenset({"out", "fresh", "dry_run", "save_every", "keep", "keep_best", "export_changed", "log_every", "eval_every", "cache",
+FREE = frozenset({"out", "fresh", "dry_run", "save_every", "keep", "log_every", "eval_every", "cache",
                   "pack_tokens", "checkpoint_blocks", "replicate", "device"})  # fmt: skip
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
@@ -124,8 +121,6 @@ def check(config: Config) -> Config:
         raise ValueError(f"max_prompt must be below max_length, got {config.max_prompt} and {config.max_length}")
     if config.chat_template not in ("", "zephyr") and not Path(config.chat_template).is_file():
         raise ValueError(f"chat_template must be zephyr or a file with a jinja template, got {config.chat_template!r}")
-    if config.keep_best and not config.eval_every:
-        raise ValueError("keep_best needs held-out losses; pass --eval_every STEPS")
     if config.recipe == "toy":
         if config.model or config.safety or config.helpfulness or config.sft or config.objective == "sft":
             raise ValueError("the recipe toy makes its own model and data; name another recipe: sft, bfpo or redteam")
@@ -299,16 +294,12 @@ def optimize(
             if done == math.ceil(config.warmup * steps) + 1:  # the first step at the peak learning rate
                 row["moved_share"] = sample.moved_share(optimizer, world)
             folder.log_step(row)
-            least_loss = None  # on the held-out rows, if it is the least so far and that one is to be kept
             if config.eval_every and done % config.eval_every == 0 and done < steps:
                 figures, held_out_loss = evaluate()
                 folder.write_row({"step": step, "held_out": figures, "held_out_loss": held_out_loss})
-                if config.keep_best and held_out_loss is not None:
-                    least = world.from_main(partial(storage.best_checkpoint, checkpoints))[0]
-                    least_loss = held_out_loss if held_out_loss < least else None
             stopping = max(world.gather(stop.requested))
-            if done % config.save_every == 0 or done == steps or least_loss is not None or stopping:
-                storage.save_checkpoint(checkpoints, done, state, world, config.keep, least_loss)
+            if done % config.save_every == 0 or done == steps or stopping:
+                storage.save_checkpoint(checkpoints, done, state, world, config.keep)
             if stopping:
                 world.say(f"stopped after step {done} of {steps}; the same command, without --fresh, goes on from here")
                 sys.exit(128 + stopping)
@@ -329,9 +320,6 @@ def run(config: Config, world: World) -> dict[str, Any]:
     folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
     reads = (config.model, config.chat_template, *config.safety, *config.helpfulness, *config.sft)
     if (result := folder.check(settings, FREE, config.fresh, reads)) is not None:
-        if config.export_changed and not config.dry_run and world.from_main(lambda: not (folder.path / "changed.safetensors").exists()):
-            changed = {name: stored[:] for name, stored in slices(folder.path / "model").items() if trains(config, name)}
-            storage.save_tensors(folder.path / "changed.safetensors", changed, DTYPES[config.dtype], world)
         world.say(f"{folder.path} is finished: {folder.path / 'model'}; its model and data are not looked at again (--fresh trains anew)")
         say_held_out(result["held_out"], world)
         return result
@@ -369,12 +357,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     evaluate = partial(held_out_figures, model, config, held, references[1], world)
     optimize(model, trained, config, steps, Rows(streams, references[0], chat), evaluate, folder)
     figures, loss = evaluate()
-    export = partial(model.save_pretrained, dtype=DTYPES[config.dtype], like=source, chat_template=chat.template)
-    export(folder.path / "model")
-    if config.export_changed:
-        storage.save_tensors(folder.path / "changed.safetensors", trained, DTYPES[config.dtype], world)
-    if config.keep_best and loss is not None:
-        folder.export_best(trained, loss, export)
+    model.save_pretrained(folder.path / "model", dtype=DTYPES[config.dtype], like=source, chat_template=chat.template)
     world.from_main(lambda: curves.draw(folder.rows(), folder.path / "curves.png"))
     result = {"steps": steps, "held_out": figures, "held_out_loss": loss, "model": "model"}
     folder.finish(result)

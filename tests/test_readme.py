@@ -70,7 +70,7 @@ WALK: dict[str, list[str]] = {
     "python data.py PAIRS.jsonl --model DIR": [],
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine --dry_run": TRAIN,
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine":
-        [*TRAIN, "--export_changed"],
+        TRAIN,
     "python curves.py runs/mine": [],
     "python eval.py --model runs/mine/model --reference DIR --pairs PAIRS.jsonl": CPU,
     "python eval.py --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
@@ -186,7 +186,6 @@ def test_commands_run_as_they_stand(place: Path, monkeypatch: pytest.MonkeyPatch
     assert {"run.json", "log.jsonl", "model"} <= set(names)
     for stage in ("sft", "bfpo", "redteam"):
         assert all((place / "runs" / stage / name).exists() for name in names), stage
-    assert (place / "runs/mine/changed.safetensors").is_file() and "`changed.safetensors`" in README
     report = json.loads((place / "runs/eval/bfpo/report.json").read_text())
     assert set(tasks.GROUPS["paper"]) == set(report["setup"]["rows"]) and "`report.json`" in README
     assert {"policy", "reference"} == report["setup"]["models"].keys()

@@ -157,7 +157,7 @@ def test_learning_rate_warms_up_from_zero_and_ends_near_zero() -> None:
 def finished(inputs: Path, world: World) -> Path:
     """A run of 12 steps on one process: the run that others are compared with."""
     out = inputs / "one"
-    train.run(train.parse(flags(inputs, out, "--steps", "12", "--export_changed")), world)
+    train.run(train.parse(flags(inputs, out, "--steps", "12")), world)
     return out
 
 
@@ -181,32 +181,16 @@ def test_run_exports_what_transformers_loads(finished: Path, inputs: Path) -> No
     assert "<|user|>\nhi</s>" in chat
 
 
-def test_finished_run_shows_its_result_and_exports_what_is_asked_for_later(
+def test_finished_run_shows_its_result(
     toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: the command again prints the held-out table; with --export_changed it writes that file, and the model as before."""
+    """Claim: the command again prints the held-out table, and trains nothing. Oracle: the first run's table and log."""
     command = bfpo(toys, tmp_path / "run", "--steps", "2")
     train.run(train.parse(command), world)
     table, model = capsys.readouterr().out.partition("held-out safety:")[2].partition("wrote")[0], runs.model_bytes(tmp_path / "run")
     train.run(train.parse(command), world)
-    assert table in capsys.readouterr().out and "both_safe" in table and not (tmp_path / "run" / "changed.safetensors").exists()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    train.run(train.parse([*command, "--export_changed"]), world)
-    changed, exported = (load_file(tmp_path / "run" / file) for file in ("changed.safetensors", "model/model.safetensors"))
-    assert len(changed) == 2 and all("down_proj" in name and torch.equal(changed[name], exported[name]) for name in changed)
+    assert table in capsys.readouterr().out and "both_safe" in table
     assert runs.model_bytes(tmp_path / "run") == model and len(log_of(tmp_path / "run")) == 2
-
-
-def test_changed_tensors_load_over_the_starting_model(finished: Path, inputs: Path) -> None:
-    """Claim: changed.safetensors holds what trained alone; over the starting model, ours or transformers', it gives the exported one."""
-    from transformers import AutoModelForCausalLM
-
-    changed = load_file(finished / "changed.safetensors")
-    assert changed.keys() == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
-    exported = load_file(finished / "model" / "model.safetensors")
-    for model in (Mistral.from_pretrained(inputs / "model"), AutoModelForCausalLM.from_pretrained(inputs / "model")):
-        assert not model.load_state_dict(changed, strict=False).unexpected_keys
-        assert all(torch.equal(value, exported[name]) for name, value in model.state_dict().items())
 
 
 def test_first_step_is_the_closed_form(finished: Path) -> None:
@@ -301,33 +285,12 @@ def test_live_reference_takes_the_same_steps(whole: Path, toys: Path, world: Wor
 
 
 def test_held_out_evaluation_leaves_the_run_alone(toys: Path, world: World) -> None:
-    """Claim: a run that evaluates every two steps, and keeps the best checkpoint, ends with the bytes of one that does neither."""
-    for name, more in (("often", ("--eval_every", "2", "--keep_best")), ("never", ())):
+    """Claim: a run that evaluates every two steps ends with the bytes of one that does not. Oracle: the two models."""
+    for name, more in (("often", ("--eval_every", "2")), ("never", ())):
         result = train.run(train.parse(bfpo(toys, toys / name, "--steps", "7", *more)), world)
         assert sum(view["pairs"] for view in result["held_out"]["safety"].values()) == 40
     assert [row["step"] for row in log_of(toys / "often") if "held_out" in row] == [1, 3, 5]
     assert runs.model_bytes(toys / "often") == runs.model_bytes(toys / "never")
-
-
-def test_best_checkpoint_is_kept_and_exported(toys: Path, world: World) -> None:
-    """Claim: --keep_best keeps the checkpoint of the least held-out loss beside the last ones, and best/ is its model.
-
-    Oracle: the losses in the log, of a run that learns eight pairs by heart; the checkpoint's own tensors.
-    """
-    out = toys / "best"
-    eight = ("--safety", f"{toys}/pku[:4]", "--helpfulness", f"{toys}/ultrafeedback[:4]", "--lr", "0.05")
-    command = bfpo(toys, out, "--steps", "24", "--eval_every", "3", "--keep_best", "--keep", "1", *eight)
-    last = train.run(train.parse(command), world)["held_out_loss"]
-    seen = {int(str(row["step"])) + 1: float(str(row["held_out_loss"])) for row in log_of(out) if "held_out" in row}
-    best = min(seen, key=lambda step: seen[step])
-    assert best < 21 and seen[best] < last  # else this shows nothing
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [f"step-{best:08d}", "step-00000024"]
-    stored = load_file(next((out / "checkpoints" / f"step-{best:08d}").glob("*.safetensors")))
-    exported = load_file(out / "best" / "model.safetensors")
-    weights = {name.removeprefix("weight."): value for name, value in stored.items() if name.startswith("weight.")}
-    assert len(weights) == 2 and all(torch.equal(exported[name], value) for name, value in weights.items())
-    assert not torch.equal(exported["model.layers.0.mlp.down_proj.weight"],
-                           load_file(out / "model" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"])  # fmt: skip
 
 
 # --- guards ----------------------------------------------------------------------------------------------------------
@@ -783,8 +746,6 @@ def test_toy_recipe_prints_its_table_again(world: World, tmp_path: Path, capsys:
     assert train.toy_run(config, world, train.run, train.FREE) == result
     assert len(table) == 2 and table_of(capsys.readouterr().out) == table
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    train.toy_run(replace(config, export_changed=True), world, train.run, train.FREE)  # asked for afterwards
-    assert (tmp_path / "toy" / "bfpo" / "changed.safetensors").exists()
     for wrong in (["--batch", "4001"], ["--steps", "1"], ["--batch", "3000", "--epochs", "1"]):  # before the first stage is trained
         with pytest.raises(ValueError, match=f"it takes 2 or more, got .*{wrong[0]} {wrong[1]}"):
             train.toy_run(train.parse([*wrong, "--out", str(tmp_path / "other")]), world, train.run, train.FREE)
