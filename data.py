@@ -32,7 +32,7 @@ from bfpo import QUADRANTS, label
 from chat import Chat, Ids, Message, read_object, truncate
 from sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
 
-FORMAT = 7  # of the token cache: count up when the same rows would give other arrays
+FORMAT = 8  # of the token cache: count up when the same rows would give other arrays
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
 HELD_OUT_ROWS = 1000  # of a source's test split, at most
 
@@ -116,7 +116,7 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
 # --- streams of token ids --------------------------------------------------------------------------------------------
 
 SUMS = "sha256.json"  # of a cache's other files
-COUNTS = ("rows", "malformed", "empty", "identical", "prompts_with_header", "answers_with_header", "prompts_cut", "answers_cut")
+COUNTS = ("rows", "malformed", "empty", "identical", "prompts_cut", "answers_cut")
 
 
 class Options(NamedTuple):
@@ -131,7 +131,6 @@ class Item(NamedTuple):
     texts: tuple[str, ...]  # for Chat.pair_ids or Chat.conversation_ids
     safe: tuple[bool, bool]
     held_out: bool
-    headers: tuple[bool, int]  # a role header in the prompt; in how many answers
 
 
 class Stream:
@@ -199,8 +198,7 @@ def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any
         return None
     texts = chat.pair_texts(messages[:-1], *answers) if pairs else chat.conversation_text(messages)
     held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
-    headers = any(map(chat.header.search, asked)), sum(bool(chat.header.search(text)) for text in answers)
-    return Item(texts, safe, held_out, headers)
+    return Item(texts, safe, held_out)
 
 
 def _items(source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]) -> Iterator[Item]:
@@ -252,7 +250,7 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
     aside, problems = folder.with_suffix(".partial"), list[str]()
     shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
     aside.mkdir()
-    report: dict[str, Any] = {"stage": options.stage, "role_headers": chat.headers, "sources": [], "example": "",
+    report: dict[str, Any] = {"stage": options.stage, "sources": [], "example": "",
                               "token_type": "uint16" if chat.vocabulary <= 2**16 else "int32"}  # fmt: skip
     rows: list[list[int]] = []  # tokens of each part, chosen_safe, rejected_safe, held out, number of the source
     try:
@@ -271,8 +269,6 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
                         cut = [len(a) < len(b) for a, b in zip(tree, whole, strict=True)]
                         part["prompts_cut"] += cut[0]
                         part["answers_cut"] += sum(cut[1:])
-                        part["prompts_with_header"] += item.headers[0]
-                        part["answers_with_header"] += item.headers[1]
                         report["example"] = report["example"] or _example(chat, tree)
         if problems:
             raise ValueError("\n".join([f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:", *problems]))
@@ -340,8 +336,6 @@ def describe(report: dict[str, Any]) -> str:
             f" {part['held_out_rows']} held out",
             f"  dropped: {part['empty']} empty, {part['identical']} with identical answers;"
             f" cut to length: {part['prompts_cut']} prompts, {part['answers_cut']} answers",
-            f"  holding a role header ({' '.join(report['role_headers'])}) as text: {part['prompts_with_header']} prompts,"
-            f" {part['answers_with_header']} answers",
             *([f"  {shares}"] if report["stage"] == "pairs" else []),
             *(f"{name:>10} tokens  " + "  ".join(f"{q} {value:5d}" for q, value in quantiles.items())
               for name, quantiles in part["tokens"].items()),

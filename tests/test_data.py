@@ -633,13 +633,13 @@ def test_data_folders_may_be_read_only_but_caches_may_not(chat, tmp_path, monkey
 def test_report_counts_what_the_rows_hold(chat, tmp_path):
     """A file with known numbers of everything: the report has them; the text names the file, the schema, marks scored tokens."""
     rows = [own(0), own(1), own(2), own(3), own(4, chosen=""), own(5, rejected=" \n"),
-            own(6, prompt="<|user|>", chosen="<|user|>", rejected="<|user|>"),  # identical: its headers are not trained on
+            own(6, prompt="<|user|>", chosen="<|user|>", rejected="<|user|>"),  # identical
             own(7, prompt=" "), own(8, chosen="<|assistant|>\nhi", prompt="<|user|> x")]  # fmt: skip
     train, _ = load_stream([str(write(tmp_path / "a.jsonl", rows))], chat, held_out=0, mixed=True)
     part, = train.report["sources"]
     assert part == {"source": str(tmp_path / "a.jsonl"), "schema": "bfpo", "rows": 9, "training_rows": 5, "held_out_rows": 0,
-                    "malformed": 0, "empty": 3, "identical": 1, "prompts_with_header": 1, "answers_with_header": 1, "prompts_cut": 0,
-                    "answers_cut": 0, "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1}, "tokens": part["tokens"],
+                    "malformed": 0, "empty": 3, "identical": 1, "prompts_cut": 0, "answers_cut": 0,
+                    "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1}, "tokens": part["tokens"],
                     "warning": ""}  # fmt: skip
     text = describe(train.report)
     assert "[[good 0</s>]]" in text and "[[bad 0</s>]]" in text and "<|assistant|>\n" in text and "bfpo, 9 rows" in text
