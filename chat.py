@@ -175,7 +175,7 @@ class Chat:
         self._probe()
 
     def _probe(self) -> None:
-        """Renders a short conversation, to check the template and to see its headers and how it ends an answer."""
+        """Renders a short conversation, to check the template and to see how it ends an answer."""
         question, answer = f"{secrets.randbits(64)}", f"{secrets.randbits(64)}"
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         header, whole = self.render(turns[:1], header=True), self.render(turns)
@@ -186,9 +186,6 @@ class Chat:
             raise ValueError("the chat template must write before an answer what it writes as the generation prompt,"
                              f" {wanted!r}, got {got!r}; take another one, such as --chat_template zephyr")
         self._closes = self._spelling[self.named["eos_token"]] in end  # if not, we end an answer with EOS ourselves
-        pieces = re.split(any_of([question, "\n", *self._spelling.values()]), front)
-        self.headers = sorted({text.strip() for text in pieces if text.strip() and not text.strip().isalnum()})
-        self.header = any_of(self.headers)  # as text, which ids cannot tell from a true one where it is no control token
         ids = self._encoder.encode(whole, add_special_tokens=False).ids
         for text, spelling in self._spelling.items():
             if spelling in whole and ids.count(self._ids[text]) != whole.count(spelling):
