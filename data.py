@@ -115,7 +115,7 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
 
 # --- streams of token ids --------------------------------------------------------------------------------------------
 
-SUMS = "sha256.json"  # of a cache's other files
+SUMS = "sha256.json"  # of a cache's other files: their bytes and sums
 COUNTS = ("rows", "malformed", "empty", "identical", "prompts_cut", "answers_cut")
 
 
@@ -156,8 +156,9 @@ class Stream:
 
 def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
     sums = read_object(folder / SUMS)
-    if changed := [name for name in ("report.json", *sums) if sha256(folder / name) != sums.get(name)]:
-        raise ValueError(f"{changed[0]} has changed")
+    for name in ("report.json", *sums):  # a rename made the folder whole; sizes show what was cut later
+        if name not in sums or sums[name][0] != (folder / name).stat().st_size:
+            raise ValueError(f"{name} has changed")
     report = read_object(folder / "report.json")
     report["cache"] = {"folder": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir())}
     for part in report["sources"]:
@@ -277,7 +278,8 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
             _summarise(part, table[table[:, -1] == number], options.stage)
         np.save(aside / "rows.npy", table)
         (aside / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        (aside / SUMS).write_text(json.dumps({file.name: sha256(file) for file in aside.iterdir()}), encoding="utf-8")
+        sums = {file.name: (file.stat().st_size, sha256(file)) for file in aside.iterdir()}
+        (aside / SUMS).write_text(json.dumps(sums), encoding="utf-8")
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -594,24 +594,21 @@ def test_four_processes_share_one_builder_and_a_kill_leaves_nothing(mistral_toke
 
 
 @pytest.mark.parametrize("name", ["tokens", "rows.npy", "report.json", data.SUMS])
-def test_a_flipped_bit_or_a_lost_file_in_the_cache_is_noticed(name, chat, cache, tmp_path):
-    """One bit of any file of a cache flipped, in its middle or at its end, the file cut short or gone: a ValueError that names the
-    cache and says to delete it, never other tokens. Once deleted, the rows are read anew."""
+def test_a_cut_or_lost_file_in_the_cache_is_noticed(name, chat, cache, tmp_path):
+    """Any file of a cache cut short, in its middle or at its end, or gone: a ValueError that names the cache and says to delete it.
+    Once deleted, the rows are read anew."""
     path = write(tmp_path / "a.jsonl", [own(i) for i in range(40)])
     stream, _ = load_stream([str(path)], chat)
     before = everything(stream)
     folder = Path(stream.report["cache"]["folder"])
     whole = (folder / name).read_bytes()
-    for place in (len(whole) // 2, -1):
-        flipped = bytearray(whole)
-        flipped[place] ^= 1
-        for content in (bytes(flipped), whole[:place], None):
-            (folder / name).unlink()
-            if content is not None:
-                (folder / name).write_bytes(content)
-            with pytest.raises(ValueError, match=rf"token cache {folder} is damaged .*delete it"):
-                load_stream([str(path)], chat)
-            (folder / name).write_bytes(whole)
+    for content in (whole[: len(whole) // 2], whole[:-1], None):
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"token cache {folder} is damaged .*delete it"):
+            load_stream([str(path)], chat)
+        (folder / name).write_bytes(whole)
     shutil.rmtree(folder)
     assert everything(load_stream([str(path)], chat)[0]) == before
 
