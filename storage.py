@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,17 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def _numbered(folder: Path, prefix: str = "") -> list[Path]:
+    """The folders named step- and digits, after `prefix`, by their numbers. Whatever else lies there is not ours."""
+    name = re.compile(re.escape(prefix) + r"step-([0-9]+)")
+    found = []
+    for path in folder.glob(f"{prefix}step-*"):
+        number = name.fullmatch(path.name)
+        if number and path.is_dir():
+            found.append((int(number[1]), path))
+    return [path for _, path in sorted(found)]
+
+
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: World, keep: int) -> None:
     """Write `folder`/step-<step> from every rank's shards, whole or not at all; keep it and the `keep` newest.
 
@@ -203,7 +215,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
 
     def begin() -> None:
-        for left in folder.glob(".step-*"):  # by a save that was killed or found the disk full; damaged ones
+        for left in _numbered(folder, "."):  # by a save that was killed or found the disk full; damaged ones
             shutil.rmtree(left)
         aside.mkdir(parents=True)
 
@@ -211,7 +223,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
         write_json(aside / MANIFEST, {"step": step, "processes": world.size, "sha256": sums})
         shutil.rmtree(target, ignore_errors=True)
         os.rename(aside, target)
-        for other in sorted(folder.glob("step-*"))[:-keep]:
+        for other in _numbered(folder)[:-keep]:
             os.rename(other, aside)  # at once: what is left of it is no checkpoint
             shutil.rmtree(aside)
 
@@ -246,7 +258,7 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> i
 
     0 when there is none. A checkpoint whose sums do not match is named and set aside, and the one before it is tried.
     """
-    for path in reversed(world.from_main(lambda: sorted(folder.glob("step-*")))):
+    for path in reversed(world.from_main(lambda: _numbered(folder))):
         if (step := read_checkpoint(path, tensors, world)) is not None:
             return step
         world.say(f"checkpoint {path} is damaged; trying the one before it")

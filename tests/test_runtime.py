@@ -444,6 +444,23 @@ def test_checkpoints_after_a_damaged_one(world: World, tmp_path: Path) -> None:
     assert storage.load_checkpoint(tmp_path, tensors, world) == 60 and tensors["weight"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_only_step_and_digits_are_checkpoints(world: World, tmp_path: Path) -> None:
+    """Claim: folders and files beside the checkpoints, of whatever name, are not loaded, counted or removed. Oracle: the folders."""
+    values = {"weight": torch.arange(4.0)}
+    storage.save_checkpoint(tmp_path, 4, values, world, keep=2)
+    others = ["step-00000004.bak", "step-99999999x", "step-old", "step-notes", ".step-mine"]
+    for name in others:
+        shutil.copytree(tmp_path / "step-00000004", tmp_path / name)
+    (tmp_path / "step-00000009").touch()
+    (tmp_path / "step-+5").mkdir()
+    for step in (5, 6, 7):
+        storage.save_checkpoint(tmp_path, step, {"weight": torch.full((4,), float(step))}, world, keep=2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == sorted([*others, "step-+5", "step-00000006", "step-00000007", "step-00000009"])
+    assert storage.load_checkpoint(tmp_path, values, world) == 7 and values["weight"].tolist() == [7] * 4
+    assert storage.read_checkpoint(tmp_path / "step-old", values, world) == 4, "a copy is whole, and was left alone"
+
+
 def test_checkpoint_of_several_files_comes_back(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a checkpoint larger than CHECKPOINT_FILE_BYTES is several files, each of which the writer must hold in memory, and comes
     back whole; a damaged one of them is noticed. Oracle: the tensors."""
