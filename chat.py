@@ -46,7 +46,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -141,8 +141,8 @@ class Chat:
             raise ValueError(f"a model folder must hold a readable tokenizer.json, got {folder} ({error}); transformers'"
                              " tokenizer.save_pretrained writes one") from error
         config = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-        self.named = {name: value["content"] if isinstance(value, dict) else value for name, value in config.items()
-                      if name.endswith("_token") and isinstance(value, (str, dict))}
+        spelled = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
+        self.named = {name: text for name, text in spelled.items() if name.endswith("_token") and isinstance(text, str)}
         for name in ("bos_token", "eos_token"):
             if self.tokenizer.token_to_id(self.named.get(name, "")) is None:
                 raise ValueError(f"{folder} must name a {name} of its vocabulary; set it in tokenizer_config.json")

@@ -41,7 +41,7 @@ from data import SCORED_PACK_TOKENS, Stream, deal, load_stream
 from judge import Case, Examiner, Judge, agreements, digest, file_name, judge_name, labelled_rows, load_judge
 from metrics import Question, Request, Terms
 from model import Config, Mistral, Pack, find_model, stored_weights
-from quadrants import preference_view, quadrant_table
+from quadrants import check_targets, preference_view, quadrant_table
 from runtime import World
 from sources import check_whole
 from tasks import PROTOCOLS, TASKS, Protocol, Task
@@ -183,6 +183,22 @@ class Policy:
         if self.positions < max_new_tokens + 2:
             raise ValueError(f"{self.folder} has {self.positions} positions, not enough for a prompt and an answer of {max_new_tokens} "
                              f"tokens; {remedy}")  # fmt: skip
+
+    def check_rows(self, name: str, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol) -> None:
+        """ValueError names the first row of a task that this model's tokenizer makes no question or prompt of."""
+        room = self.positions - protocol._replace(**task.draw).max_new_tokens
+
+        def look() -> None:
+            for place, entry in entries:
+                try:
+                    if not task.answers:
+                        encode_requests(self.chat, entry.requests, protocol.bos, self.positions)
+                    elif not prompt_ids(self.chat, entry, protocol.bos, room):
+                        raise ValueError(f"a prompt must have a token, got none of {entry.prompt!r:.80}")
+                except ValueError as error:
+                    raise ValueError(f"{place}: {name}: {error}") from error
+
+        self.world.from_main(look)
 
     def take(self, path: Path, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol, seed: int) -> JsonRows:
         """One row for each entry of a task, from `path` or computed and kept there: what was asked, and what the model made of it."""
@@ -349,6 +365,8 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     policies = {who: Policy(name, options.chat_template, world) for who, name in names.items()}
     for policy, name in itertools.product(policies.values(), (name for name in asked if TASKS[name].answers)):
         policy.check(protocol._replace(**TASKS[name].draw).max_new_tokens, f"leave out {name}")
+    for policy, name in itertools.product(policies.values(), asked):
+        policy.check_rows(name, TASKS[name], asked[name], protocol)
     folder.create(settings, {}, options.fresh)
 
     taken: dict[str, dict[str, JsonRows]] = {}
@@ -385,6 +403,7 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
         **storage.surroundings(),
     }  # fmt: skip
     world.from_main(lambda: storage.write_json(folder.path / "report.json", found))
+    folder.drop_earlier()
     world.say(report.table(found))
     if waiting := [name for name in asked if name not in terms["policy"]]:
         world.say(f"answered, not scored: {', '.join(waiting)}; the same command goes on from here with --judge, or --pairwise "
@@ -431,8 +450,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--prompt must hold text")
     if options.max_new_tokens < 1 or not 1 <= options.max_prompt < options.max_length:
         parser.error("--max_new_tokens must be >= 1, and --max_prompt in [1, max_length)")
-    if not 0 < options.tau < math.inf or not 1 < options.b1 < math.inf or not math.isfinite(options.alpha):
-        parser.error("--tau must be finite and > 0, --b1 finite and > 1, --alpha finite")
+    try:
+        check_targets("bfpo", options.alpha, options.b1, options.tau)
+    except ValueError as error:
+        parser.error(str(error))
     modes = {"prompt": "max_new_tokens", "pairs": "reference max_length max_prompt alpha b1 tau", "compare": "out",
              "tasks": "reference out data judge pairwise labelled protocol bos limit seed fresh"}  # fmt: skip
     used = next(flags.split() for mode, flags in modes.items() if getattr(options, mode) is not None)
@@ -466,8 +487,12 @@ def main(arguments: Sequence[str]) -> None:
         chat = Chat(folder, options.chat_template)
         must_fit(chat, Config.read(folder).vocab_size, folder)
         if options.prompt is not None:
-            model = Mistral.from_pretrained(folder, dtype=world.dtype, device=world.device)
             asked = chat.prompt([{"role": "user", "content": options.prompt}])
+            positions = Config.read(folder).max_position_embeddings
+            if len(asked) + options.max_new_tokens > positions:
+                raise ValueError(f"--max_new_tokens must be at most {positions - len(asked)} after this prompt: the model has {positions} "
+                                 f"positions, got {options.max_new_tokens}")  # fmt: skip
+            model = Mistral.from_pretrained(folder, dtype=world.dtype, device=world.device)
             world.say(chat.decode(model.generate([asked], options.max_new_tokens, stop_ids=(chat.eos_id,))[0]))
             return
         reference_folder = find_model(options.reference)

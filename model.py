@@ -36,6 +36,7 @@ from kernels import BlockedAttention, blocked_plan, compiled_on, rms_norm, rotar
 from sources import snapshot
 from weights import INDEX, begin_aside, fill, must_be_replaceable, put_in_place, slices, weight_files, write_safetensors
 
+LEAST_TEMPERATURE = 1e-6  # of sampled answers: no fp32 logit overflows when it is divided by this; 0 is greedy
 PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one width
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
 SHARD_BYTES = 5 * 10**9
@@ -106,9 +107,14 @@ class Config:
         check("num_attention_heads", self.num_attention_heads % self.num_key_value_heads == 0, "a multiple of num_key_value_heads")
         check("head_dim", self.head_dim % 2 == 0, "even, as positions rotate pairs")
         for name in ("rms_norm_eps", "rope_theta"):
-            check(name, isinstance(value := getattr(self, name), (int, float)) and value > 0, "a number > 0")
+            value = getattr(self, name)
+            check(name, type(value) in (int, float) and 0 < value < float("inf"), "a number > 0")
         window = self.sliding_window
-        check("sliding_window", window is None or (window >= 1 and self.model_type == "mistral"), "null, or >= 1 in a mistral")
+        seen = type(window) is int and window >= 1 and self.model_type == "mistral"
+        check("sliding_window", window is None or seen, "null, or an integer >= 1 in a mistral")
+        positions = self.max_position_embeddings
+        check("max_position_embeddings", type(positions) is int and positions >= 1, "an integer >= 1")
+        check("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false")
 
     @staticmethod
     def read(folder: Path) -> Config:
@@ -365,6 +371,8 @@ def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
 
     ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor."""
     stored = slices(Path(folder))
+    if config.num_hidden_layers > len(stored):  # before as many names are made
+        raise ValueError(f"{folder} must hold the {config.num_hidden_layers} layers that config.json describes, got {len(stored)} tensors")
     if config.tie_word_embeddings and "lm_head.weight" in stored:  # the one tensor under its other name, or under both
         head = stored.pop("lm_head.weight")
         embedding = stored.setdefault("model.embed_tokens.weight", head)
@@ -453,9 +461,10 @@ class Mistral(nn.Module):
     def from_pretrained(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Mistral:
         """The model of a checkpoint folder or of a Hugging Face repository."""
         folder = find_model(path_or_hub_name)
+        config = Config.read(folder)
+        stored_weights(config, folder)  # all is there, and of these shapes, before the model is built
         with torch.device("meta"):
-            model = Mistral(Config.read(folder)).to(dtype)
-        stored_weights(model.config, folder)  # all is there, and of these shapes, before memory is taken
+            model = Mistral(config).to(dtype)
         model.to_empty(device=device)
         load_weights(model, folder)
         return model
@@ -516,9 +525,12 @@ class Mistral(nn.Module):
         seeds = range(len(prompts)) if seeds is None else seeds
         if not all(map(len, prompts)):
             raise ValueError("prompts must hold at least 1 token each, got an empty one; start it with the bos token")
-        if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or batch < 1 or len(seeds) != len(prompts):
-            raise ValueError(f"temperature must be >= 0, top_p in (0, 1], batch >= 1 and seeds one a prompt, got {temperature}, {top_p}, "
-                             f"{batch} and {len(seeds)} seeds for {len(prompts)} prompts")
+        warm = temperature == 0 or LEAST_TEMPERATURE <= temperature < float("inf")
+        if not warm or not 0 < top_p <= 1 or batch < 1 or len(seeds) != len(prompts):
+            raise ValueError(
+                f"temperature must be 0 or from {LEAST_TEMPERATURE:g} up, top_p in (0, 1], batch >= 1 and seeds one a "
+                f"prompt, got {temperature}, {top_p}, {batch} and {len(seeds)} seeds for {len(prompts)} prompts"
+            )
         if isinstance(stop_strings, str) or not all(stop_strings) or (stop_strings and decode is None):
             raise ValueError(f"stop_strings must be texts of at least 1 character, with decode, got {stop_strings!r}, decode {decode}")
 

@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bfpo import QUADRANTS, label
+from bfpo import QUADRANTS, label, pair_loss
 
 if TYPE_CHECKING:
     from data import Stream
+
+
+def check_targets(objective: str, alpha: float, b1: float, tau: float, pairs: int = 1) -> None:
+    """ValueError when fp32 cannot hold a quadrant's target g / tau, or the loss at h = 0 of so many pairs."""
+    g = label(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0]), alpha, b1)
+    losses = pair_loss(objective, torch.zeros(4), g, tau)
+    if not (torch.isfinite(g / tau).all() and torch.isfinite(losses * pairs).all()):
+        raise ValueError(f"targets g / tau and their squares must be finite in fp32, got alpha {alpha}, b1 {b1} and tau {tau}; take values "
+                         "nearer to the usual 0.5, 3 and 0.01")  # fmt: skip
 
 
 def quadrant_sums(h: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, alpha: float, b1: float, tau: float) -> Tensor:

@@ -11,9 +11,10 @@ better answer.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ import tasks
 from eval import Policy, case_of, judged
 from judge import Contest, Examiner, file_name, load_judge
 from metrics import Request
-from model import find_model
+from model import LEAST_TEMPERATURE, find_model
 from pairwise import kept_preferences
 from runtime import World
 from sources import sha256
 from tasks import PROTOCOLS, Task
 
 FREE = frozenset({"judge", "pairwise", "ranks", "out", "fresh", "device"})  # may differ when a run goes on
+Ranked = tuple[str, Mapping[str, Any]]  # file:line, and the row of to_rank.jsonl with "ranks"
 PROMPT = Task("", "", tasks.goal("prompt", "goal", "text", "Behavior"), "harmless")
 
 
@@ -52,23 +54,39 @@ def pairs_of(answers: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[st
     return pairs, counts
 
 
-def read_ranks(path: Path, pairs: Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """1 or 2 of each pair: the answer of rank 1. ValueError names the first line that is not the pair's row with two ranks."""
-    lines = list(tables.read_rows(path))
-    for (place, row), pair in zip(lines, pairs, strict=False):
-        if not isinstance(row, dict) or any(row.get(key) != pair[key] for key in ("prompt", "modeloutput1", "modeloutput2")):
-            raise ValueError(f"{place} must be the row of to_rank.jsonl in its place, with ranks, got {row!r:.200}")
+def read_ranks(path: Path, prompts: Collection[str]) -> list[Ranked]:
+    """(file:line, row) of a file of ranks. ValueError names the first line that is no ranked row of one of these prompts."""
+    ranked: list[Ranked] = []
+    for place, row in tables.read_rows(path):
+        if not isinstance(row, dict) or row.get("prompt") not in prompts:
+            raise ValueError(f"{place} must be a row of to_rank.jsonl, of one of --prompts, with ranks, got {row!r:.200}")
         if row.get("ranks") not in ([1, 2], [2, 1]):
             raise ValueError(f"{place}: ranks must be [1, 2] or [2, 1], 1 for the better answer, got {row.get('ranks')!r}")
+        ranked.append((place, row))
+    return ranked
+
+
+def must_not_have_ranks(path: Path) -> None:
+    """ValueError when somebody has added ranks to this to_rank.jsonl, which would be written over."""
+    rows = [row for _, row in tables.read_rows(path)] if path.exists() else []
+    if any("ranks" in row for row in rows if isinstance(row, dict)):
+        raise ValueError(f"{path} has ranks, which are not written over; pass --ranks {path}, or move it away")
+
+
+def ranks_of(ranked: Sequence[Ranked], pairs: Sequence[Mapping[str, Any]]) -> Iterator[int]:
+    """1 or 2 of each pair: the answer of rank 1. ValueError names the first line that is not the pair's row."""
+    for (place, row), pair in zip(ranked, pairs, strict=False):
+        if any(row.get(key) != pair[key] for key in ("prompt", "modeloutput1", "modeloutput2")):
+            raise ValueError(f"{place} must be the row of to_rank.jsonl in its place, with ranks, got {row!r:.200}")
         yield row["ranks"].index(1) + 1
-    if len(lines) != len(pairs):
-        raise ValueError(f"{path} must rank the {len(pairs)} rows of to_rank.jsonl, got {len(lines)}")
+    if len(ranked) != len(pairs):
+        raise ValueError(f"--ranks must rank the {len(pairs)} rows of to_rank.jsonl, got {len(ranked)}")
 
 
-def order(pairs: Sequence[Mapping[str, Any]], ranks: Examiner | Path, folder: Path, world: World) -> list[int | None]:
+def order(pairs: Sequence[Mapping[str, Any]], ranks: Examiner | list[Ranked], folder: Path, world: World) -> list[int | None]:
     """1 or 2 of each pair, the more helpful answer; None where the two do not fit into the pairwise judge's context."""
-    if isinstance(ranks, Path):
-        return world.from_main(lambda: list(read_ranks(ranks, pairs)))
+    if isinstance(ranks, list):
+        return world.from_main(lambda: list(ranks_of(ranks, pairs)))
     contests = [Contest(pair["prompt"], pair["modeloutput1"], pair["modeloutput2"]) for pair in pairs]
     found = kept_preferences(folder / f"preferences.{file_name(ranks.identity)}.jsonl", ranks, contests, world)
     return [None if one is None else 2 if one["second"] > 0.5 else 1 for one in found]
@@ -79,16 +97,22 @@ def run(options: argparse.Namespace, world: World) -> None:
     protocol = PROTOCOLS["paper"]._replace(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
     folder = storage.RunFolder(Path(options.out), world, "redteam")
     reads = [options.model, options.prompts, options.chat_template, options.pairwise, options.judge.partition(":")[2]]
-    reads += [options.ranks] * options.fresh  # which may else be beside the to_rank.jsonl that they rank
     folder.check(vars(options), FREE, options.fresh, [*filter(None, reads)])
     find_model(options.model, weights=False)  # before the judges' weights are summed
     judge = load_judge(options.judge, world)
-    ranks = Path(options.ranks) if options.ranks else Examiner("pairwise", options.pairwise, world) if options.pairwise else None
+    ranks: Examiner | list[Ranked] | None = Examiner("pairwise", options.pairwise, world) if options.pairwise else None
     asked = world.from_main(lambda: tasks.load("prompts", options.prompts, protocol, options.limit, PROMPT))
+    if options.ranks:
+        prompts = {request.prompt for _, request in asked}
+        ranks = world.from_main(lambda: read_ranks(Path(options.ranks), prompts))
     judge.check([case_of(request, "") for _, request in asked])
     entries: list[tuple[str, Request]] = [entry for entry in asked for _ in range(2)]
     policy = Policy(options.model, options.chat_template, world)
     policy.check(protocol.max_new_tokens, "pass a smaller --max_new_tokens")
+    policy.check_rows("prompts", PROMPT, asked, protocol)
+    waiting = folder.path / "to_rank.jsonl"
+    if ranks is None and not options.fresh:
+        world.from_main(lambda: must_not_have_ranks(waiting))
     folder.create(vars(options), {}, options.fresh)
 
     answers = policy.take(folder.path / "answers.jsonl", PROMPT, entries, protocol, options.seed)
@@ -96,11 +120,8 @@ def run(options: argparse.Namespace, world: World) -> None:
     pairs, counts = pairs_of(answers, judged(folder.path, "answers", entries, answers, judge, world))
     judge.unload()
     if ranks is None:
-        waiting = folder.path / "to_rank.jsonl"
-        rows = world.from_main(lambda: [row for _, row in tables.read_rows(waiting)] if waiting.exists() else [])
-        if any("ranks" in row for row in rows if isinstance(row, dict)):
-            raise ValueError(f"{waiting} has ranks, which are not written over; pass --ranks {waiting}, or move it away")
         world.from_main(lambda: storage.write_lines(waiting, pairs))
+        folder.drop_earlier()
         world.say(f"wrote {waiting}, {len(pairs)} pairs; the same command goes on with --pairwise or --ranks")
         return
     better = order(pairs, ranks, folder.path, world)
@@ -108,13 +129,14 @@ def run(options: argparse.Namespace, world: World) -> None:
     safe = [pair["is_modelout1_safe"] + pair["is_modelout2_safe"] for pair in done]
     counts |= {"beyond_the_pairwise_judges_context": len(pairs) - len(done), "pairs": len(done), "both_safe": safe.count(2),
                "one_safe": safe.count(1), "both_unsafe": safe.count(0)}  # fmt: skip
-    order_by = ranks.identity if isinstance(ranks, Examiner) else {"ranks": str(ranks), "sha256": sha256(ranks)}
+    order_by = ranks.identity if isinstance(ranks, Examiner) else {"ranks": options.ranks, "sha256": sha256(Path(options.ranks))}
     setup = {"model": options.model, **policy.identity, "temperature": protocol.temperature, "top_p": protocol.top_p,
              "max_new_tokens": protocol.max_new_tokens, "seed": options.seed,
              "safety": judge.identity, "helpfulness": order_by}  # fmt: skip
     world.from_main(lambda: storage.write_lines(folder.path / "redteam.jsonl", done))
     report = {"counts": counts, "setup": setup, **storage.surroundings()}
     world.from_main(lambda: storage.write_json(folder.path / "report.json", report))
+    folder.drop_earlier()
     world.say(f"two answers a prompt, temperature {protocol.temperature}, top_p {protocol.top_p}, at most {protocol.max_new_tokens} tokens")
     world.say("\n".join(f"{count:8} {name.replace('_', ' ')}" for name, count in counts.items()))
     world.say(f"wrote {folder.path / 'redteam.jsonl'}")
@@ -138,12 +160,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left in --out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
-    if not options.temperature > 0 or options.max_new_tokens < 1 or options.limit < 0 or not 0 <= options.seed < 2**31:
-        parser.error("--temperature must be > 0, or both answers are the same; --max_new_tokens >= 1; --limit >= 0; --seed in [0, 2^31)")
+    if not LEAST_TEMPERATURE <= options.temperature < math.inf:
+        parser.error(f"--temperature must be finite and at least {LEAST_TEMPERATURE:g}, or both answers are the same")
+    if options.max_new_tokens < 1 or options.limit < 0 or not 0 <= options.seed < 2**31:
+        parser.error("--max_new_tokens must be >= 1, --limit >= 0, --seed in [0, 2^31)")
     if not options.prompts:
         parser.error("--prompts must name a file, got nothing")
     if options.ranks and not tables.is_table(Path(options.ranks)):
         parser.error(f"--ranks must be a .jsonl or .parquet file, got {options.ranks}")
+    if options.ranks and options.fresh:
+        parser.error("--ranks orders the answers that are in --out, and --fresh would remove these; leave one of the two out")
     return options
 
 

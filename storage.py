@@ -89,7 +89,7 @@ def read_json(path: Path, *keys: str, remedy: str = "delete it, and make it agai
     """The file's object; ValueError that names the file, and the remedy, when it is damaged: not JSON, or without one of the keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not all(key in value for key in keys):
         raise ValueError(f"{path} is damaged, or another program's; {remedy}")
@@ -100,7 +100,7 @@ def log_rows(path: Path) -> list[dict[str, Any]]:
     """A log's rows; what a kill cut short or somebody damaged is left out."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
@@ -284,11 +284,13 @@ def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, c
         for number, line in enumerate(stored, 1):
             try:
                 lines.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 if number < len(stored):  # no kill did that
                     raise ValueError(f"{path}:{number} is damaged, and {len(stored) - number} lines follow; mend it, or delete the file"
                                      ) from None  # fmt: skip
         plain = json.loads(json.dumps(identity))
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError(f"{path} must hold an object in each line; mend it, or delete the file")
         if lines and lines[0] != plain:
             changed = sorted(key for key in plain.keys() | lines[0].keys() if lines[0].get(key) != plain.get(key))
             raise ValueError(f"{path} was made with another {', '.join(changed)}; delete that file alone, or pass another --out")
@@ -350,7 +352,11 @@ def step_line(row: Mapping[str, Any]) -> str:
 
 @dataclass
 class RunFolder:
-    """runs/<name>/: run.json (settings, versions, hardware), log.jsonl, checkpoints/, model/, done.json when finished."""
+    """runs/<name>/: run.json (settings, versions, hardware), log.jsonl, checkpoints/, model/, done.json when finished.
+
+    --fresh renames an earlier run to .<name>.old beside it. There it stays until `drop_earlier`, which the new run calls when
+    it has a first result. Until then another --fresh removes the new run, and not the earlier one.
+    """
 
     path: Path
     world: World
@@ -376,8 +382,9 @@ class RunFolder:
 
         def look() -> dict[str, Any] | None:
             record, whole = self.path / "run.json", self.path.resolve()
-            if inside := [name for name in reads if (path := local_path(name)) and path.resolve().is_relative_to(whole)]:
-                raise ValueError(f"{self.path} must not hold what the run reads, got {inside[0]}; pass another --out")
+            for path, name in ((local_path(name), name) for name in reads):
+                if path and any(path.resolve().is_relative_to(place) for place in (whole, self._earlier())):
+                    raise ValueError(f"{self.path} must not hold what the run reads, got {name}; pass another --out")
             caches = cache_root(settings.get("cache")).resolve()
             if (fresh or not record.exists()) and caches.is_relative_to(whole):
                 raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
@@ -420,44 +427,64 @@ class RunFolder:
         changed = sorted(key for key in plain if key not in self.free and earlier.get(key) != plain[key])
         if changed and not fresh:
             differences = ", ".join(f"{key} was {earlier.get(key)!r}, now {plain[key]!r}" for key in changed)
-            raise ValueError(f"{self.path} holds a run with other settings ({differences}); pass another --out, or --fresh to start over")
+            raise ValueError(f"{self.path} holds a run with other settings ({differences}); pass another --out, or --fresh to start over"
+                             f"{self._way_back()}")  # fmt: skip
 
     def _there(self) -> Path:
         """The folder, or the nearest one above it that exists."""
         return next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
 
-    def must_hold(self, needed: int) -> None:
-        """ValueError when the disk has no room for so many bytes; what an earlier part of the run wrote there counts as room."""
+    def _earlier(self) -> Path:
+        """Where --fresh keeps the earlier run: beside the folder that the path leads to, which may be a link to another disk."""
+        whole = self.path.resolve()
+        return whole.with_name(f".{whole.name}.old")
+
+    def _way_back(self) -> str:
+        """How to get back the run that --fresh renamed, if one is kept; part of a message."""
+        if not self._earlier().exists():
+            return ""
+        return f". The run before it is kept as {self._earlier()}; to go back to it, delete {self.path} and run that one's command"
+
+    def must_hold(self, needed: int, first: int = 0) -> None:
+        """ValueError when the disk has no room for so many bytes. What an earlier part of the run wrote there counts as room.
+
+        So does a run that --fresh replaces, but not for the `first` bytes, as it goes only after those are written.
+        """
 
         def look() -> None:
-            mine = sum(path.stat().st_size for path in self.path.rglob("*.safetensors")) if self.path.exists() else 0
+            places = [place for place in (self.path, self._earlier()) if place.exists()]
+            mine = sum(path.stat().st_size for place in places for path in place.rglob("*.safetensors"))
             free = shutil.disk_usage(self._there()).free
-            if needed > free + mine:
+            if needed > free + mine or first > free:
                 raise ValueError(f"{self.path} needs {needed / 1e9:.3g} GB for checkpoints and the model, but {free / 1e9:.3g} GB "
                                  "are free; free space, or pass another --out or a smaller --keep")  # fmt: skip
 
         self.world.from_main(look)
 
     def create(self, settings: Mapping[str, Any], inputs: Mapping[str, str], fresh: bool) -> None:
-        """Make the folder and its run.json, or go on with the run there; `fresh` removes it first.
+        """Make the folder and its run.json, or go on with the run there; `fresh` sets that one aside first.
 
         ValueError when weights or data (`inputs`: name -> fingerprint) are not those that the run began with, or when a rank does
         not see the folder: every rank writes its part of a checkpoint there.
         """
 
         def make() -> None:
-            record, whole = self.path / "run.json", self.path.resolve()  # the folder may be a link to another disk
-            old = whole.with_name(f".{whole.name}.old")
+            record, whole, earlier = self.path / "run.json", self.path.resolve(), self._earlier()
             if fresh and record.exists():
                 self._lock()
-                set_aside(whole, old)  # at once: a kill leaves a whole run, or none
+                if earlier.exists():  # the run here has no result yet
+                    self._remove(whole)
+                else:
+                    os.replace(whole, earlier)  # at once: a kill leaves a whole run, or none
+            elif earlier.exists() and not fresh and not record.exists():  # a kill, or the user, removed the run after it
+                shutil.rmtree(whole, ignore_errors=True)
+                os.replace(earlier, whole)
             whole.mkdir(parents=True, exist_ok=True)
             self._lock()
-            shutil.rmtree(old, ignore_errors=True)  # also one that a kill left
             if record.exists():
                 self._refuse_other(settings, False)  # again: another command may have begun since `check`
-                earlier = self._read(record, "inputs")["inputs"]
-                changed = sorted(name for name in inputs if earlier.get(name) != inputs[name])
+                began = self._read(record, "inputs")["inputs"]
+                changed = sorted(name for name in inputs if began.get(name) != inputs[name])
                 if changed:
                     raise ValueError(f"{self.path} began with other {', '.join(changed)}: files, tokenizer, chat format or version of this "
                                      "program; restore them, or pass --fresh to start over")  # fmt: skip
@@ -467,6 +494,9 @@ class RunFolder:
                                 **surroundings()})  # fmt: skip
 
         self.world.from_main(make)
+        if fresh and self.world.from_main(self._earlier().exists):
+            self.world.say(f"--fresh: the earlier run is kept as {self._earlier()} until this one has its first result; to go back to it, "
+                           f"delete {self.path} and run that one's command")  # fmt: skip
         sign, token = self.path / ".sign", self.world.from_main(lambda: uuid.uuid4().hex)
 
         def seen() -> bool:
@@ -480,6 +510,21 @@ class RunFolder:
         self.world.from_main(sign.unlink)
         if blind:
             raise ValueError(f"{self.path.absolute()} must be on a disk that all nodes share, but rank {blind[0]} does not see it")
+
+    def _remove(self, folder: Path) -> None:
+        """Delete a run's folder; a kill leaves it whole, or nothing of that name."""
+        aside = folder.with_name(f".{self.path.resolve().name}.partial")
+        set_aside(folder, aside)
+        shutil.rmtree(aside)
+
+    def drop_earlier(self) -> None:
+        """Delete the run that --fresh set aside: this one has a checkpoint, a report or a model of its own."""
+
+        def drop() -> None:
+            if self._earlier().exists():
+                self._remove(self._earlier())
+
+        self.world.from_main(drop)
 
     def _lock(self) -> None:
         """Keep other runs out of the folder for as long as this process lives. ValueError when one is in it."""
@@ -528,3 +573,4 @@ class RunFolder:
             self.log.close()
             self.log = None
         self.world.from_main(lambda: write_json(self.path / "done.json", result))
+        self.drop_earlier()

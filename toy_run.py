@@ -94,6 +94,7 @@ def toy_run(config: Config, world: World, run: Callable[[Config, World], object]
     begin(folder.path, config.seed, world)
     world.say("[2/4] SFT: every weight, from random, on conversations that mix full, curt, compliant and refusing answers")
     run(sft_stage(config, folder.path), world)
+    folder.drop_earlier()
     world.say(f"[3/4] {name}: {config.selective} only, on safety and helpfulness pairs")
     run(preference_stage(config, folder.path), world)
 

@@ -39,7 +39,7 @@ from data import Stream
 from eval import my_packs, score
 from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
-from quadrants import preference_view, quadrant_table, safety_labels
+from quadrants import check_targets, preference_view, quadrant_table, safety_labels
 from rows import Outcome, Rows, Sample, gate, memory_gib, open_streams, summarise
 from runtime import StopRequest, World
 from settings import from_command_line, listed, setting
@@ -82,10 +82,10 @@ class Config:
     b1: float = setting(3.0, "B_1 of the label", above=1)
     selective: str = setting("down_proj", "name of the modules that train, or all", choices=("all", *MODULES))
     # optimizer: AdamW, betas 0.9 and 0.999, eps 1e-8, no weight decay; linear warm-up from 0, then cosine to 0
-    batch: int = setting(32, "pairs of each stream, or conversations, in a step", least=1)
+    batch: int = setting(32, "pairs of each stream, or conversations, in a step", least=1, below=2**16)
     epochs: int = setting(1, "passes over the stream that counts the steps", least=1)
     steps: int = setting(0, "steps of a shorter or longer run, of the toy recipe's both stages; 0 = by epochs", least=0)
-    lr: float = setting(5e-7, "peak learning rate", above=0)
+    lr: float = setting(5e-7, "peak learning rate", above=0, below=1)
     warmup: float = setting(0.1, "share of the steps that warm up; the first has learning rate 0", least=0, below=1)
     clip_norm: float = setting(0.0, "gradient norm to clip at; 0 = off, as in the authors' launch", least=0)
     seed: int = setting(42, "order of the data, and everything random in the toy language", least=0)
@@ -121,6 +121,8 @@ def check(config: Config) -> Config:
         raise ValueError(f"max_prompt must be below max_length, got {config.max_prompt} and {config.max_length}")
     if config.chat_template not in ("", "zephyr") and not Path(config.chat_template).is_file():
         raise ValueError(f"chat_template must be zephyr or a file with a jinja template, got {config.chat_template!r}")
+    if config.objective != "sft":
+        check_targets(config.objective, config.alpha, config.b1, config.tau, 2 * config.batch)
     if config.recipe == "toy":
         if config.model or config.safety or config.helpfulness or config.sft or config.objective == "sft":
             raise ValueError("the recipe toy makes its own model and data; name another recipe: sft, bfpo or redteam")
@@ -300,6 +302,7 @@ def optimize(
             stopping = max(world.gather(stop.requested))
             if done % config.save_every == 0 or done == steps or stopping:
                 storage.save_checkpoint(checkpoints, done, state, world, config.keep)
+                folder.drop_earlier()
             if stopping:
                 world.say(f"stopped after step {done} of {steps}; the same command, without --fresh, goes on from here")
                 sys.exit(128 + stopping)
@@ -339,7 +342,8 @@ def run(config: Config, world: World) -> dict[str, Any]:
     if steps == 1 and config.warmup:
         raise ValueError("a run of one step has learning rate 0; make it longer (--steps, --epochs, a smaller --batch), or pass --warmup 0")
     plan.announce(config, architecture, trained_names, streams, steps, world)
-    folder.must_hold(plan.disk_bytes(config, architecture, trained_names))
+    first = plan.disk_bytes(replace(config, keep=0), architecture, trained_names) if config.fresh else 0
+    folder.must_hold(plan.disk_bytes(config, architecture, trained_names), first)
     if config.dry_run:
         left = "what is left of " * (not config.fresh and (folder.path / "run.json").exists())
         world.say(f"dry run: nothing was trained, nothing written to {folder.path}; without --dry_run, {left}{steps} steps")

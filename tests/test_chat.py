@@ -365,9 +365,14 @@ def test_unfit_tokenizers_are_refused(tokenizers_by_kind, tmp_path):
         Chat(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}')
     assert (Chat(tmp_path).bos_id, Chat(tmp_path).eos_id) == (1, 2)
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="must be JSON"):
-        Chat(tmp_path)
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="must be JSON"):
+            Chat(tmp_path)
+    for entry in ('{"a": 1}', '{"content": 5}', "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {entry}}}')
+        with pytest.raises(ValueError, match="must name a bos_token"):
+            Chat(tmp_path)
 
 
 def test_one_token_for_both_ends(tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -287,6 +288,19 @@ def test_damaged_folders_are_refused_by_file_name(tmp_path: Path, monkeypatch: p
     refused("weight_map", lambda f: (f / index).write_text('{"weight_map": ["model.norm.weight"]}'))
     refused("config.json", lambda f: (f / "config.json").unlink())
     refused("config.json", lambda f: (f / "config.json").write_text("[]"))
+    refused("config.json must be JSON", lambda f: (f / "config.json").write_text("[" * 100_000))
+
+    def change(folder: Path, **entries: object) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | entries))
+
+    began = time.monotonic()
+    refused("must hold the 1000000000 layers that config.json describes", lambda f: change(f, num_hidden_layers=10**9))
+    assert time.monotonic() - began < 5, "as many layers were built, or named"
+    refused("max_position_embeddings must be an integer >= 1, got '2048'", lambda f: change(f, max_position_embeddings="2048"))
+    refused("tie_word_embeddings must be true or false, got 'false'", lambda f: change(f, tie_word_embeddings="false"))
+    refused("sliding_window must be null, or an integer >= 1 in a mistral, got 8.5", lambda f: change(f, sliding_window=8.5))
+    refused("rope_theta must be a number > 0, got inf", lambda f: change(f, rope_theta=float("inf")))
 
     def pickled(folder: Path) -> None:
         for file in folder.glob("model*"):

@@ -373,14 +373,34 @@ def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: P
         assert exit_info.value.code == 1 and len(said) == 1 and re.search(words, said[0]), (arguments, said)
 
 
-def test_a_choice_beyond_the_context_is_an_error(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Claim: a choice longer than the model's 2,048 positions ends with code 1 and names the rows. Oracle: the message."""
-    rows = [{"sent_more": "sorry " * 3000, "sent_less": "x"}, {"sent_more": "a", "sent_less": "b"}]
-    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("crows_pairs_english", {"sent_more": "sorry " * 3000, "sent_less": "x"}, "a choice must have 1 to 2048 tokens, got 3000"),
+        ("crows_pairs_english", {"sent_more": "", "sent_less": "b"}, "a choice must have 1 to 2048 tokens, got 0"),
+        ("realtoxicityprompts", {"prompt": {"text": "\u3000"}, "challenging": True}, "a prompt must have a token, got none of '\\\\u3000'"),
+    ],
+)
+def test_rows_that_the_tokenizer_makes_nothing_of_are_refused_before_anything_is_removed(
+    task: str, row: dict[str, Any], words: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: a row without a token, or with too many, is named by file and line, and --fresh leaves the earlier run as it is.
+
+    Oracle: the message; the bytes of the earlier run.
+    """
+    good = {"sent_more": "a", "sent_less": "b"} if task.startswith("crows") else row | {"prompt": {"text": "sorry"}}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(each) + "\n" for each in (good, good)))
+    command = flags(place, tmp_path / "out", "--tasks", f"{task}={rows}")
+    evaluation.main(command)
+    earlier = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    rows.write_text("".join(json.dumps(each) + "\n" for each in (good, row)))
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
-        evaluation.main(flags(place, tmp_path / "out", "--tasks", f"crows_pairs_english={tmp_path / 'long.jsonl'}"))
-    assert exit_info.value.code == 1
-    assert re.search(r"long.jsonl:1 to .*long.jsonl:2: a choice must have 1 to 2048 tokens, got 3000", capsys.readouterr().err)
+        evaluation.main([*command, "--fresh"])
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 1 and re.search(rf"rows\.jsonl:2: {task}: {words}", said) and said.count("\n") == 1, said
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == earlier
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ def test_generate_in_bf16_and_of_nothing() -> None:
 def test_generate_refuses_bad_requests() -> None:
     """Claim: each is named before any work. Oracle: the message."""
     model = model_with()
-    for arguments, word in (({"prompts": [[]]}, "prompts"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"),
+    for arguments, word in (({"prompts": [[]]}, "prompts"), ({"temperature": -1.0}, "temperature"),
+                            ({"temperature": 1e-320}, "temperature must be 0 or from 1e-06 up"), ({"top_p": 0.0}, "top_p"),
                             ({"seeds": [1]}, "seeds"), ({"stop_strings": ["x"]}, "decode")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             model.generate(**{"prompts": PROMPTS, "max_new_tokens": 3} | arguments)

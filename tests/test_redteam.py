@@ -64,16 +64,19 @@ def test_pairs_and_their_labels() -> None:
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda rows: rows[:1], "must rank the 2 rows of to_rank.jsonl, got 1"), (lambda rows: rows[::-1], r"ranks.jsonl:1 must be the row"),
+    (lambda rows: [rows[0], rows[1] | {"prompt": "Another"}], r"ranks.jsonl:2 must be a row of to_rank.jsonl, of one of --prompts"),
+    (lambda rows: [rows[0], [1, 2]], r"ranks.jsonl:2 must be a row of to_rank.jsonl"),
     (lambda rows: [rows[0], rows[1] | {"ranks": [1, 1]}], r"ranks.jsonl:2: ranks must be \[1, 2\]"),
     (lambda rows: [rows[0], {key: value for key, value in rows[1].items() if key != "ranks"}], r"ranks.jsonl:2: ranks must be .* got None"),
 ])  # fmt: skip
 def test_ranks_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Path) -> None:
     """Claim: a file of ranks with rows missing, moved or without ranks is refused by file and line. Oracle: the message."""
     pairs, _ = redteam.pairs_of(answers(("a", "b"), ("c", "d")), [{"harm": 0}] * 4)
+    prompts = {pair["prompt"] for pair in pairs}
     path = tmp_path / "ranks.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in change([pair | {"ranks": [1, 2]} for pair in pairs])))
     with pytest.raises(ValueError, match=message):
-        list(redteam.read_ranks(path, pairs))
+        list(redteam.ranks_of(redteam.read_ranks(path, prompts), pairs))
 
 
 def test_from_prompts_to_a_trained_model(models: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +162,11 @@ def test_usage_errors_come_before_any_work(models: Path, tmp_path: Path, capsys:
     (tmp_path / "one.txt").write_text("Hello?\n")
     good = command(models, tmp_path / "out", "--prompts", prompts)
     cases: list[tuple[int, list[str], str]] = [
-        (2, [*good, "--temperature", "0"], "both answers are the same"), (2, [*good, "--ranks", "no.jsonl"], "--ranks must be a .jsonl or"),
+        (2, [*good, "--temperature", "0"], "both answers are the same"), (2, [*good, "--temperature", "1e-320"], "at least 1e-06"),
+        (2, [*good, "--temperature", "inf"], "must be finite"), (2, [*good, "--temperature", "nan"], "must be finite"),
+        (2, [*good, "--ranks", str(prompts), "--fresh"], "--fresh would remove these"), (1, [*good, "--prompts", str(tmp_path / "one.txt"),
+         "--ranks", str(prompts)], "prompts.jsonl:1: ranks must be"),
+        (2, [*good, "--ranks", "no.jsonl"], "--ranks must be a .jsonl or"),
         (1, good, "prompts.jsonl:2"), (1, [*good, "--judge", "gpt"], "a judge must be keyword"),
         (1, [*good, "--pairwise", str(tmp_path)], "config.json"), (1, [*good, "--model", str(tmp_path)], "prompts.jsonl:2"),
         (2, [*good, "--prompts", ""], "--prompts must name a file"),

@@ -539,6 +539,7 @@ def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Pat
     (folder.path / "log.jsonl").write_bytes(b'{"step": 0}\n[1]\n{}\n\xff\xfe\n{"step": 1}\n{"st')
     assert [row["step"] for row in folder.rows()] == [0, 1]
     folder.create({"tau": 2}, {}, fresh=True)
+    folder.drop_earlier()
     assert folder.check({"tau": 2}, frozenset(), fresh=False) is None and not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="in use by another run"):
         storage.RunFolder(folder.path, world).create({"tau": 2}, {}, fresh=False)
@@ -601,21 +602,51 @@ def test_run_that_began_in_between_is_not_gone_on_with(world: World, tmp_path: P
 
 
 def test_fresh_replaces_what_a_link_points_to(world: World, tmp_path: Path) -> None:
-    """Claim: under --fresh a run folder that is a link to another disk stays one, time after time; what a kill left of an earlier
-    --fresh goes, without --fresh as well. Oracle: the folders."""
+    """Claim: under --fresh a run folder that is a link to another disk stays one, time after time. Oracle: the folders."""
     (tmp_path / "disk" / "whole").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "whole")
     for tau in range(3):
         folder = storage.RunFolder(tmp_path / "link", world)
         folder.create({"tau": tau}, {}, fresh=True)
         (folder.path / f"{tau}.txt").touch()
+        folder.drop_earlier()
         assert folder.lock is not None
         folder.lock.close()
         assert sorted(path.name for path in (tmp_path / "disk" / "whole").glob("[!.]*")) == [f"{tau}.txt", "run.json"]
         assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2 and len(list((tmp_path / "disk").iterdir())) == 1
-        (tmp_path / "disk" / ".whole.old").mkdir()
-    storage.RunFolder(tmp_path / "link", world).create({"tau": 2}, {}, fresh=False)
-    assert not (tmp_path / "disk" / ".whole.old").exists()
+
+
+def test_fresh_keeps_the_earlier_run_until_there_is_a_result(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: --fresh sets the earlier run aside, says where, and loses it only after a result; it comes back when the new run goes.
+
+    Oracle: a file of each run.
+    """
+
+    def begin(tau: int, fresh: bool) -> storage.RunFolder:
+        folder = storage.RunFolder(tmp_path / "run", world)
+        folder.create({"tau": tau}, {}, fresh)
+        (folder.path / f"{tau}.txt").touch()
+        assert folder.lock is not None
+        folder.lock.close()  # as when its process ends
+        return folder
+
+    old = tmp_path / ".run.old"
+    begin(0, fresh=False)
+    for tau in (1, 2):  # runs without a result; the earlier one is not theirs to remove
+        begin(tau, fresh=True)
+        assert f"the earlier run is kept as {old}" in capsys.readouterr().out
+        assert (old / "0.txt").exists() and sorted(path.name for path in tmp_path.glob("run/[!.]*")) == [f"{tau}.txt", "run.json"]
+    with pytest.raises(ValueError, match=rf"tau was 2, now 0.*kept as {old}; to go back to it, delete"):
+        storage.RunFolder(tmp_path / "run", world).check({"tau": 0}, frozenset(), fresh=False)
+    with pytest.raises(ValueError, match=r"must not hold what the run reads, got .*\.run\.old/0\.txt"):
+        storage.RunFolder(tmp_path / "run", world).check({"tau": 2}, frozenset(), fresh=True, reads=[str(old / "0.txt")])
+    shutil.rmtree(tmp_path / "run")
+    back = begin(0, fresh=False)
+    assert (back.path / "0.txt").exists() and not old.exists()
+    begin(3, fresh=True).drop_earlier()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"] and not (tmp_path / "run" / "0.txt").exists()
 
 
 def test_damaged_checkpoint_is_set_aside_whatever_a_kill_left(world: World, tmp_path: Path) -> None:
