@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from runtime import World, duration, launched, local_part
 from sources import cache_root, local_path, sha256
-from weights import weight_files
+from weights import INDEX, weight_files, weight_map
 
 MANIFEST = "manifest.json"
 CHECKPOINT_FILE_BYTES = 2**28  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
@@ -51,8 +51,14 @@ def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
 
 
 def weights_sha256(folder: Path, world: World) -> str:
-    """Of a model folder: one sum over config.json and the weights' files. Each node reads its own; ValueError: they are not the same."""
-    files, local = [folder / "config.json", *(folder / name for name in weight_files(folder))], launched("LOCAL_RANK", 0)
+    """Of a model folder: one sum over config.json, the weights' files and their index, if it has one.
+
+    Each node reads its own. ValueError: they are not the same.
+    """
+    names = ["config.json", *weight_files(folder)]
+    if weight_map(folder):
+        names.append(INDEX)
+    files, local = [folder / name for name in names], launched("LOCAL_RANK", 0)
     mine = {path.name: sha256(path) for path in files[local :: launched("LOCAL_WORLD_SIZE", 1)]}
     node = world.rank - local  # its first rank
     sums = dict(sorted(item for first, part in world.gather((node, mine)) if first == node for item in part.items()))

@@ -21,42 +21,68 @@ from chat import read_object
 INDEX = "model.safetensors.index.json"
 
 
+def part_like(parameter: Tensor, whole: Any) -> tuple[Tensor, Tensor]:
+    """What this rank holds of a parameter, and the same part of `whole`, a tensor or a safetensors slice.
+
+    Of a parameter sharded by FSDP2 only that part is read.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter, whole[:]
+    local = parameter.to_local()
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if not local.numel():
+        return local, torch.empty_like(local)
+    return local, whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+
 @torch.no_grad()
 def fill(parameter: Tensor, whole: Any) -> None:
-    """parameter <- whole, a tensor or a safetensors slice; of a parameter sharded by FSDP2, this rank's part alone is read."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole[:])
-        return
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if parameter.to_local().numel():
-        parameter.to_local().copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])
+    """parameter <- whole, a tensor or a safetensors slice, in the parameter's dtype."""
+    local, part = part_like(parameter, whole)
+    local.copy_(part)
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file of a checkpoint folder, by its index.
+
+    Empty where there is no index. Like transformers also where model.safetensors lies beside it:
+    the index is then an older model's. ValueError: the index has no weight_map.
+    """
+    index = folder / INDEX
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return {}
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict):
+        raise ValueError(f"{index} must hold a weight_map from tensors to files, got {named!r}")
+    return {name: str(file) for name, file in named.items()}
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold a checkpoint folder's tensors: those of its index; model.safetensors where there is none, and like
-    transformers also where both are there, the index being an older model's. ValueError: the index has no weight_map."""
-    index = folder / INDEX
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return ["model.safetensors"]
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} must hold a weight_map from tensors to files, got {weight_map!r}")
-    return sorted(set(map(str, weight_map.values())))
+    """Names of the files that hold a checkpoint folder's tensors, sorted."""
+    return sorted(set(weight_map(folder).values())) or ["model.safetensors"]
 
 
 def slices(folder: Path) -> dict[str, Any]:
     """Name -> safetensors slice, read when indexed, of every tensor in the files of a checkpoint folder. Reads their headers alone.
 
-    ValueError names a file that is damaged, missing or outside the folder."""
+    Where another file holds a copy of a tensor, the one that the index names is read. ValueError names a file that is damaged,
+    missing or outside the folder, and a tensor that is in two files and not in the index."""
     stored = dict[str, Any]()
+    named = weight_map(folder)
     for path in (folder / file for file in weight_files(folder)):
         if path.parent != folder or not path.is_file():
             others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
             raise ValueError(f"{path} must be a file of {folder}, got {others or 'no weights'} there; only whole safetensors are read")
         try:
             handle: Any = safe_open(path, framework="pt")
-            names = [name for name in handle.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118 (the tables of old Llamas)
-            stored |= {name: handle.get_slice(name) for name in names}
+            for name in handle.keys():  # noqa: SIM118  # a handle is no mapping
+                if name.endswith("rotary_emb.inv_freq"):  # the tables of old Llamas
+                    continue
+                if named.get(name, path.name) != path.name:  # an older copy
+                    continue
+                if name in stored:
+                    raise ValueError(f"{path} and another file hold {name}, and {INDEX} does not say which counts; name it there")
+                stored[name] = handle.get_slice(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} must be a whole safetensors file, got: {error}; fetch it again") from error
     return stored

@@ -200,6 +200,30 @@ def test_one_file_goes_before_an_index(tmp_path: Path, monkeypatch: pytest.Monke
             shard.unlink()
 
 
+def test_the_index_says_which_copy_of_a_tensor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: of two copies in indexed files the one that the index names is read, whichever name sorts last. One that the index
+    does not name may not have two. Oracle: the model that the index describes; the index's own names."""
+    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    out, name = tmp_path / "out", "model.layers.0.input_layernorm.weight"
+    model = random_model()
+    right = model.model.layers[0].input_layernorm.weight.detach()
+    model.save_pretrained(out)
+    index = out / "model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    first, last = min(entries["weight_map"].values()), max(entries["weight_map"].values())
+    for file in (first, last):  # right values where the index points, older ones in the other
+        for other in (first, last):
+            tensors = load_file(out / other) | {name: right if other == file else right + 1}
+            save_file(tensors, out / other, metadata={"format": "pt"})
+        entries["weight_map"][name] = file
+        index.write_text(json.dumps(entries))
+        assert same_weights(Mistral.from_pretrained(out), model), file
+    del entries["weight_map"][name]
+    index.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=rf"{last} and another file hold {name}"):
+        Mistral.from_pretrained(out)
+
+
 def test_a_root_that_a_forward_left_gathered_is_saved_from_its_masters(tmp_path: Path) -> None:
     """Claim: under FSDP2 as it comes, whose root stays gathered, in bfloat16, after a forward, the fp32 weights are what is saved.
     Oracle: the weights before sharding."""

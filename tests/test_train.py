@@ -541,7 +541,8 @@ def test_reference_that_two_runs_compute_at_once_is_one_reference(world: World, 
 
 
 def test_weights_are_summed_as_they_are_read(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: a file of weights that the model does not read is no part of what a run began with; one that it reads is. Oracle: the sums."""
+    """Claim: a file of weights that the model does not read is no part of what a run began with; one that it reads is,
+    and so is the index. Oracle: the sums."""
     shutil.copytree(toys / "start", tmp_path / "model")
     before = storage.weights_sha256(tmp_path / "model", world)
     assert before == storage.weights_sha256(toys / "start", world)
@@ -550,6 +551,12 @@ def test_weights_are_summed_as_they_are_read(toys: Path, world: World, tmp_path:
     with open(tmp_path / "model" / "model.safetensors", "ab") as file:
         file.write(b"x")
     assert storage.weights_sha256(tmp_path / "model", world) != before
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "shard.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}), encoding="utf-8")
+    indexed = storage.weights_sha256(tmp_path / "model", world)
+    index.write_text(json.dumps({"weight_map": {"b": "shard.safetensors"}}), encoding="utf-8")
+    assert storage.weights_sha256(tmp_path / "model", world) != indexed
 
 
 def test_a_kill_in_the_reference_loses_one_part(toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
