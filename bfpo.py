@@ -70,13 +70,15 @@ def label(chosen_safe: Tensor, rejected_safe: Tensor, alpha: float = 0.5, b1: fl
 
     At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2 (Figure 3).
     The safety labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool and int give torch's default
-    dtype. ValueError: any other safety label (NaN included), two shapes, b1 <= 1, a setting that is not finite.
+    dtype. It is computed in float64, because with b1 near 1 the numerator cancels.
+    ValueError: any other safety label (NaN included), two shapes, b1 <= 1, a setting that is not finite.
     """
     _check_label_settings(alpha, b1)
     _check_shapes(chosen_safe=chosen_safe, rejected_safe=rejected_safe)
     s_w = _as_indicator(chosen_safe, "chosen_safe")
     s_l = _as_indicator(rejected_safe, "rejected_safe")
-    return (b1 * s_w - s_l) / (b1 - 1) - alpha  # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1)
+    g = (b1 * s_w.double() - s_l.double()) / (b1 - 1) - alpha  # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1)
+    return g.to(torch.promote_types(s_w.dtype, s_l.dtype))
 
 
 def margin(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:

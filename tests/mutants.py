@@ -35,10 +35,15 @@ TESTS = {  # subject -> the tests that must notice
 }
 MUTANTS = [
     # the label, the losses, the metrics, the optimum
-    ("bfpo", "bfpo.py", "(b1 * s_w - s_l) / (b1 - 1) - alpha", "(b1 * s_w + s_l) / (b1 - 1) - alpha"),
-    ("bfpo", "bfpo.py", "(b1 * s_w - s_l) / (b1 - 1) - alpha", "(b1 * s_l - s_w) / (b1 - 1) - alpha"),
-    ("bfpo", "bfpo.py", "(b1 * s_w - s_l) / (b1 - 1) - alpha", "(b1 * s_w - s_l) / 2 - alpha"),
-    ("bfpo", "bfpo.py", "(b1 * s_w - s_l) / (b1 - 1) - alpha", "(b1 * s_w - s_l) / (b1 - 1) + alpha"),
+    ("bfpo", "bfpo.py", "(b1 * s_w.double() - s_l.double()) / (b1 - 1) - alpha",
+     "(b1 * s_w.double() + s_l.double()) / (b1 - 1) - alpha"),
+    ("bfpo", "bfpo.py", "(b1 * s_w.double() - s_l.double()) / (b1 - 1) - alpha",
+     "(b1 * s_l.double() - s_w.double()) / (b1 - 1) - alpha"),
+    ("bfpo", "bfpo.py", "(b1 * s_w.double() - s_l.double()) / (b1 - 1) - alpha",
+     "(b1 * s_w.double() - s_l.double()) / 2 - alpha"),
+    ("bfpo", "bfpo.py", "(b1 * s_w.double() - s_l.double()) / (b1 - 1) - alpha",
+     "(b1 * s_w.double() - s_l.double()) / (b1 - 1) + alpha"),
+    ("bfpo", "bfpo.py", "(b1 * s_w.double() - s_l.double())", "(b1 * s_w - s_l)"),
     ("bfpo", "bfpo.py", "(policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)",
      "(policy_chosen - ref_chosen) + (policy_rejected - ref_rejected)"),
     ("bfpo", "bfpo.py", "(policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)",
@@ -119,6 +124,7 @@ MUTANTS = [
     ("truncation", "chat.py", "prompt[len(prompt) - max_prompt + 1:]", "prompt[1:max_prompt]"),
     ("truncation", "chat.py", "> max_length and len(prompt) > max_prompt", ">= max_length and len(prompt) > max_prompt"),
     ("truncation", "chat.py", "> max_length and len(prompt) > max_prompt", "> max_length"),
+    ("truncation", "chat.py", "if len(prompt) + longest > max_length:", "if len(prompt) + longest >= max_length:"),
     ("truncation", "chat.py", "longest = max(map(len, responses))", "longest = min(map(len, responses))"),
     ("truncation", "chat.py", "response[:max_length - max_prompt]", "response[:max_length - len(prompt)]"),
     ("truncation", "chat.py", "response[:max_length - max_prompt]", "response[max_prompt - max_length:]"),

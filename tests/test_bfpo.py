@@ -44,6 +44,16 @@ def test_label_is_the_papers_formula(alpha, b1, tau):
     assert label(CHOSEN_SAFE, REJECTED_SAFE, alpha, b1).tolist() == pytest.approx(expected, abs=1e-15)
 
 
+def test_label_does_not_cancel_with_b1_near_1():
+    """Claim: with b1 = 1.00000001 both safe and both unsafe differ by 1, in the labels' dtype. Oracle: the formula by hand."""
+    for labels in ((CHOSEN_SAFE.bool(), REJECTED_SAFE.bool()), (CHOSEN_SAFE.float(), REJECTED_SAFE.float())):
+        both_safe, chosen_safe, rejected_safe, both_unsafe = label(*labels, 0.5, 1.00000001).tolist()
+        assert (both_safe, both_unsafe) == (0.5, -0.5)
+        # 1e-7: fp32 rounds numbers near 1e8; b1 - 1 itself is known to 1e-8 of itself
+        assert [chosen_safe, rejected_safe] == pytest.approx([1e8, -1e8], rel=1e-7)
+    assert label(CHOSEN_SAFE.half(), REJECTED_SAFE.float()).dtype == torch.float32
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 2.0, 0.5])
 @pytest.mark.parametrize("side", [0, 1])
 def test_label_refuses_what_is_not_a_label(bad, side):

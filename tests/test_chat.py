@@ -236,6 +236,7 @@ def test_shared_start_of_answers_is_scored(mistral_tokenizer):
 
 @pytest.mark.parametrize("prompt, chosen, rejected, wanted", [
     (5, 5, 3, (5, 5, 3)),  # fits
+    (3, 7, 7, (3, 7, 7)),  # fits exactly, though an answer is longer than max_length - max_prompt
     (6, 5, 3, (4, 5, 3)),  # 11 > 10: the prompt keeps BOS and its last 3
     (4, 7, 6, (4, 6, 6)),  # the prompt is not longer than 4: responses keep their first 6
     (9, 9, 2, (4, 6, 2)),  # both
