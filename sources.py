@@ -21,7 +21,7 @@ import re
 import reprlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,27 +146,52 @@ class Damaged(ValueError):
     """What stands in the place of the rows that a file does not give any more."""
 
 
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that is there more than once, if there is one."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError names a field that it holds twice, of which Python would keep the last."""
+    found = dict(fields)
+    if len(found) < len(fields):
+        raise ValueError(f"an object must hold a field once, got {repeated(name for name, _ in fields)} twice")
+    return found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
+FIRST = re.compile(r"\[[ \t\r\n]*(\]\Z)?")  # what stands before the first row of an array, or is all of it
+NEXT = re.compile(r"[ \t\r\n]*(,|\]\Z)[ \t\r\n]*")  # what stands after a row
+
+
+def _unreadable(error: Exception) -> str:
+    """What is wrong with a row's bytes."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"text must be UTF-8, got byte {error.object[error.start]:#x} at position {error.start}"
+    return f"must be JSON: {error}"
+
+
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig").strip())
-    except UnicodeDecodeError as error:
-        return ValueError(f"text must be UTF-8, got byte {line[error.start]:#x} at position {error.start}")
+        return JSON.decode(line.decode("utf-8-sig").strip())
     except (ValueError, RecursionError) as error:
-        return ValueError(f"must be JSON: {error}")
+        return ValueError(_unreadable(error))
 
 
-def _timeless(kind: Any) -> Any:
-    """An arrow type with whole numbers in the place of times, which are of no use here: some are beyond what Python has."""
-    import pyarrow
-
-    if pyarrow.types.is_temporal(kind):
-        return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
-    if pyarrow.types.is_struct(kind):
-        return pyarrow.struct([field.with_type(_timeless(field.type)) for field in kind])
-    for is_kind, made in ((pyarrow.types.is_list, pyarrow.list_), (pyarrow.types.is_large_list, pyarrow.large_list)):
-        if is_kind(kind):
-            return made(kind.value_field.with_type(_timeless(kind.value_type)))
-    return kind
+def _array_rows(content: bytes) -> Iterator[Any]:
+    """The rows of a JSON array; Damaged in the place of the first that cannot be read, and no more."""
+    try:
+        text = content.decode("utf-8-sig").strip()
+        end = 0
+        mark = FIRST.match(text)
+        while mark and mark[1] != "]":
+            row, end = JSON.raw_decode(text, mark.end())
+            yield row
+            mark = NEXT.match(text, end)
+        if not mark:
+            raise json.JSONDecodeError("Expecting a comma or the end of the array", text, end)
+    except (ValueError, RecursionError) as error:
+        yield Damaged(_unreadable(error))
 
 
 def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, Any]]:
@@ -175,20 +200,21 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
     def rows_of(batch: Any) -> list[Any]:
         try:
             return list(batch.to_pylist())
-        except (ValueError, OverflowError) as error:  # text that is no UTF-8, or a time beyond Python's in a map, in one row or more
+        except (ValueError, ArithmeticError, LookupError) as error:  # text that is no UTF-8, say, in one row or more
             if len(batch) == 1:
-                what = "text must be UTF-8" if isinstance(error, UnicodeDecodeError) else "a value is out of range"
+                what = "text must be UTF-8" if isinstance(error, UnicodeDecodeError) else "a value cannot be read"
                 return [ValueError(f"{what}: {error}")]
             return [row for i in range(len(batch)) for row in rows_of(batch.slice(i, 1))]
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            schema = pyarrow.schema([field.with_type(_timeless(field.type)) for field in table.schema_arrow])
-            if doubled := [name for name, count in Counter(schema.names).items() if count > 1]:
-                yield f"{path}: row 1", Damaged(f"a table must have columns of different names, got {doubled[0]} twice")
+            if doubled := repeated(table.schema_arrow.names):
+                yield f"{path}: row 1", Damaged(f"a table must have columns of different names, got {doubled} twice")
                 return
-            for row in chain.from_iterable(rows_of(batch.cast(schema)) for batch in table.iter_batches(256)):
+            # Times are of no use here, and Python does not have them all.
+            names = [field.name for field in table.schema_arrow if not pyarrow.types.is_temporal(field.type)]
+            for row in chain.from_iterable(rows_of(batch.select(names)) for batch in table.iter_batches(256)):
                 number += 1
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
@@ -208,8 +234,7 @@ def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tu
                 return
             for number, line in enumerate(file, 1):
                 if match["kind"] == "json" and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                    rows = _parse(line + file.read())
-                    rows = rows if isinstance(rows, list) else [Damaged(str(rows))]
+                    rows = _array_rows(line + file.read())
                     yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
                 elif line.lstrip(b"\xef\xbb\xbf").strip():
                     yield f"{path}:{number}", parse(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if path.suffix == ".csv":
                 csv.field_size_limit(2**31 - 1)  # a cell holds any text
                 table = csv.DictReader(file, strict=True)
-                if doubled := [name for name, count in Counter(table.fieldnames or ()).items() if count > 1]:
-                    raise ValueError(f"{path} must have columns of different names, got {doubled[0]} twice")
+                if doubled := sources.repeated(table.fieldnames or ()):
+                    raise ValueError(f"{path} must have columns of different names, got {doubled} twice")
                 yield from ((f"{path}:{table.line_num}", whole(row)) for row in table)
             else:
                 yield from ((f"{path}:{number}", {"text": line.strip()}) for number, line in enumerate(file, 1) if line.strip())

@@ -330,6 +330,8 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
     (own(prompt=["q"]), "prompt must be a list"), (own(chosen="\ud800"), "surrogates"),
     (b'{"prompt": "\xff"}', "UTF-8, got byte 0xff at position 12"), (b"{", "must be JSON"), (b"[1]", r"must be an object, got \[1\]"),
     (b"null", "must be an object"), (b"[" * 100_000, "must be JSON"), (b"NaN", "must be an object"),
+    (b'{"prompt": "q", "chosen_safe": true, "chosen_safe": false}', "must hold a field once, got chosen_safe twice"),
+    (b'{"prompt": [{"role": "user", "content": "a", "content": "b"}]}', "must hold a field once, got content twice"),
 ])  # fmt: skip
 def test_malformed_rows_are_named(row, words, chat, tmp_path):
     """Each way to break a row: file:line, the field, what it must be and what it is. The bad row is on line 3."""
@@ -402,26 +404,60 @@ def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
         load_stream([f"{folder}[:2]"], chat)
 
 
+@pytest.mark.parametrize("row, words", [
+    ('{"prompt": "q", "chosen_safe": true, "chosen_safe": false}', "must be JSON: an object must hold a field once, got chosen_safe"),
+    ('{"more": {"a": 1, "a": 2}}', "must hold a field once, got a twice"), ("{", "must be JSON"),
+])  # fmt: skip
+def test_a_row_of_an_array_is_named(row, words, chat, tmp_path):
+    """Claim: of a JSON array as of JSON lines, the row that cannot be read is named, and those before it are read. Oracle: its number."""
+    (tmp_path / "a.json").write_text(f"[\n {json.dumps(own(1))},\n {json.dumps(own(2))} , {row}\n]\n")
+    with pytest.raises(ValueError, match=rf"malformed rows: 1; the first ones:\n.*/a\.json: row 3: .*{words}"):
+        load_stream([str(tmp_path / "a.json")], chat)
+    assert [row for _, row in read_rows(tmp_path / "a.json")][:2] == [own(1), own(2)]
+    (tmp_path / "a.json").write_text(f"[{json.dumps(own(1))} {json.dumps(own(2))}]")
+    with pytest.raises(ValueError, match=r"a\.json: row 2: .*Expecting a comma"):
+        load_stream([str(tmp_path / "a.json")], chat)
+    (tmp_path / "a.json").write_text(" [ ] ")
+    assert not list(read_rows(tmp_path / "a.json"))
+
+
 def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
-    """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not, nor inside others. A
-    column's name that is there twice is refused."""
+    """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not. Within another column
+    such a time is a fault of its row. A column's name that is there twice is refused."""
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
     times = {"made": pa.array([1, 2, 3], pa.timestamp("ns")), "seen": pa.array([2**62, 0, 0], pa.timestamp("us"))}
     pq.write_table(pa.table(rows | times), tmp_path / "a.parquet")
     assert prompts(load_stream([str(tmp_path / "a.parquet")], chat, held_out=0)[0], chat) == [f"question {i}" for i in range(3)]
-    inner = pa.struct({"seen": pa.timestamp("us", tz="Europe/Nowhere"), "days": pa.list_(pa.date32()), "text": pa.string()})
-    values = [{"seen": None, "days": None, "text": "a"}, {"seen": 2**62, "days": [2**30], "text": "b"}, None]
-    pq.write_table(pa.table(rows | {"nested": pa.array(values, inner)}), tmp_path / "b.parquet")
-    assert prompts(load_stream([str(tmp_path / "b.parquet")], chat, held_out=0)[0], chat) == [f"question {i}" for i in range(3)]
-    assert [row["nested"] for _, row in read_rows(tmp_path / "b.parquet")] == values  # the numbers that stand for them
-    seen = pa.array([[("a", 2**62)], [], None], pa.map_(pa.string(), pa.timestamp("us")))  # too rare to be looked into
-    pq.write_table(pa.table(rows | {"seen": seen}), tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"malformed rows: 1; the first ones:\n.*d\.parquet: row 1: a value is out of range"):
-        load_stream([str(tmp_path / "d.parquet")], chat)
+    for kind in (pa.timestamp("us"), pa.timestamp("us", tz="Europe/Nowhere")):
+        nested = pa.array([None, {"seen": 2**62}, {"seen": None}], pa.struct({"seen": kind}))
+        pq.write_table(pa.table(rows | {"nested": nested}), tmp_path / "b.parquet")
+        with pytest.raises(ValueError, match=r"malformed rows: \d; the first ones:\n.*b\.parquet: row 2: a value cannot be read"):
+            load_stream([str(tmp_path / "b.parquet")], chat)
     pq.write_table(pa.Table.from_arrays([*map(pa.array, rows.values()), pa.array(["other"] * 3)], [*rows, "chosen"]),
                    tmp_path / "c.parquet")  # fmt: skip
     with pytest.raises(ValueError, match=r"c\.parquet: row 1: a table must have columns of different names, got chosen twice"):
         load_stream([str(tmp_path / "c.parquet")], chat)
+    doubled = pa.StructArray.from_arrays([pa.array([1, 2, 3]), pa.array([4, 5, 6])], names=["a", "a"])
+    pq.write_table(pa.table(rows | {"more": doubled}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet: row 1: a value cannot be read: .*duplicate field names"):
+        load_stream([str(tmp_path / "d.parquet")], chat)
+
+
+def test_fields_of_null_type_are_read(chat, tmp_path):
+    """Claim: a parquet file in which a field within the turns, or a column, is None in every row is read whole, across its batches.
+    Oracle: the rows that were written, by pyarrow and by datasets."""
+    from datasets import Dataset
+
+    turns = [turn | {"tool_calls": None, "parts": []} for turn in talk("q", "a")]
+    rows = []
+    for i in range(300):
+        rejected = [turns[0], turns[1] | {"content": f"bad {i}"}]
+        rows.append({"chosen": turns, "rejected": rejected, "score_chosen": 2.0, "score_rejected": 1.0, "note": None})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "b.parquet"))
+    for name in ("a.parquet", "b.parquet"):
+        assert [row for _, row in read_rows(tmp_path / name)] == rows
+        assert len(load_stream([str(tmp_path / name)], chat, held_out=0)[0]) == 300
 
 
 def test_sft_loses_no_turn_to_the_template(mistral_tokenizer, tmp_path):
