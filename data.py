@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import heapq
 import json
+import math
 import reprlib
 import shutil
 import sys
@@ -32,7 +33,7 @@ from bfpo import QUADRANTS, label
 from chat import Chat, Ids, Message, read_object, truncate
 from sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
 
-FORMAT = 8  # of the token cache: count up when the same rows would give other arrays
+FORMAT = 9  # of the token cache: count up when the same rows would give other arrays or counts
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
 HELD_OUT_ROWS = 1000  # of a source's test split, at most
 
@@ -56,6 +57,7 @@ class Schema(NamedTuple):
     better: str = ""  # id of the more helpful answer; without it, the first one
     safer: str = ""
     first_id: int = 0  # the ids count the answers from here
+    scores: tuple[str, ...] = ()  # of chosen and rejected; they order nothing, and are counted
 
 
 SCHEMAS = {
@@ -65,7 +67,8 @@ SCHEMAS = {
     "red-teaming": Schema("modeloutput1", ("modeloutput1", "modeloutput2"), ("is_modelout1_safe", "is_modelout2_safe"),
                           "better_modelout", first_id=1),
     "bfpo": Schema("chosen_safe", ("chosen", "rejected"), ("chosen_safe", "rejected_safe")),
-    "ultrafeedback_binarized": Schema("score_chosen", ("chosen", "rejected")),
+    "ultrafeedback_binarized": Schema("score_chosen", ("chosen", "rejected"),
+                                      scores=("score_chosen", "score_rejected")),
 }  # fmt: skip
 
 
@@ -76,7 +79,10 @@ def find_schema(columns: Sequence[str], stage: str) -> str:
         if schema.mark in columns:
             return name
     hint = " (conversations: pass them as --sft)" if "messages" in columns else ""
-    wanted = [f"{name}: {', '.join(filter(None, ('prompt', *s.answers, *s.labels, s.better, s.safer)))}" for name, s in known.items()]
+    wanted = []
+    for name, schema in known.items():
+        names = ("prompt", *schema.answers, *schema.labels, schema.better, schema.safer, *schema.scores)
+        wanted.append(f"{name}: {', '.join(filter(None, names))}")
     raise ValueError(f"columns must be those of a known schema{hint}, got {', '.join(columns)[:200]}; known: {'; '.join(wanted)}")
 
 
@@ -96,11 +102,15 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
         roles = [chosen[-1]["role"], rejected[-1]["role"]]
         if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or roles != ["assistant", "assistant"]:
             raise ValueError("chosen and rejected must be one conversation with two last answers of the assistant")
-        return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], True, True)
-    turns = isinstance(row.get("prompt"), list)
-    prompt = _messages(row, "prompt") if turns else [{"role": "user", "content": text_of(row, "prompt")}]
+        prompt = chosen[:-1]
+    elif isinstance(row.get("prompt"), list):
+        prompt = _messages(row, "prompt")
+    else:
+        prompt = [{"role": "user", "content": text_of(row, "prompt")}]
     if prompt[-1]["role"] != "user":
-        raise ValueError(f"prompt must end with a user's turn, got {prompt[-1]['role']}")
+        raise ValueError(f"the prompt must end with a user's turn, got {prompt[-1]['role']}")
+    if not schema.labels:
+        return Pair(prompt, chosen[-1]["content"], rejected[-1]["content"], True, True)
     answers = [text_of(row, name) for name in schema.answers]
     safe = [bool(checked(row, name, lambda value: isinstance(value, int) and value in (0, 1), "true or false"))
             for name in schema.labels]  # fmt: skip
@@ -113,10 +123,30 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
     return Pair(prompt, answers[first], answers[1 - first], safe[first], safe[1 - first])
 
 
+def doubt(row: dict[str, Any], schema: Schema) -> str:
+    """Why a row's scores do not say that chosen is better: missing, tied or inverted, or "" if they do."""
+    scores: list[Any] = [row.get(name) for name in schema.scores]
+    if not all(isinstance(score, int | float) and abs(score) < math.inf for score in scores):
+        return "missing"
+    if not scores or scores[0] > scores[1]:
+        return ""
+    return "tied" if scores[0] == scores[1] else "inverted"
+
+
 # --- streams of token ids --------------------------------------------------------------------------------------------
 
 SUMS = "sha256.json"  # of a cache's other files: their bytes and sums
-COUNTS = ("rows", "malformed", "empty", "identical", "prompts_cut", "answers_cut")
+COUNTS = (
+    "rows",
+    "malformed",
+    "empty",
+    "identical",
+    "scores_missing",
+    "scores_tied",
+    "scores_inverted",
+    "prompts_cut",
+    "answers_cut",
+)
 
 
 class Options(NamedTuple):
@@ -131,6 +161,7 @@ class Item(NamedTuple):
     texts: tuple[str, ...]  # for Chat.pair_ids or Chat.conversation_ids
     safe: tuple[bool, bool]
     held_out: bool
+    doubt: str
 
 
 class Stream:
@@ -184,13 +215,14 @@ def _summarise(part: dict[str, Any], table: Ids, stage: str) -> None:
 def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any], share: float) -> Item | None:
     """None if there is nothing to learn from the row; share: of all questions, held out."""
     pairs, safe = options.stage == "pairs", (True, True)
+    schema = SCHEMAS[part["schema"]]
     if part["schema"] == "messages":
         messages = _messages(row, "messages")
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if not answers:
             raise ValueError("messages must have an assistant's turn")
     else:
-        pair = read_pair(row, SCHEMAS[part["schema"]], options.prefer)
+        pair = read_pair(row, schema, options.prefer)
         messages, safe = [*pair.prompt, {"role": "assistant", "content": pair.chosen}], pair[3:]
         answers = [pair.chosen, pair.rejected][: 1 + pairs]
     asked = [message["content"] for message in messages if message["role"] == "user"]
@@ -199,7 +231,7 @@ def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any
         return None
     texts = chat.pair_texts(messages[:-1], *answers) if pairs else chat.conversation_text(messages)
     held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
-    return Item(texts, safe, held_out)
+    return Item(texts, safe, held_out, doubt(row, schema))
 
 
 def _items(source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]) -> Iterator[Item]:
@@ -270,6 +302,8 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
                         cut = [len(a) < len(b) for a, b in zip(tree, whole, strict=True)]
                         part["prompts_cut"] += cut[0]
                         part["answers_cut"] += sum(cut[1:])
+                        if item.doubt:
+                            part[f"scores_{item.doubt}"] += 1
                         report["example"] = report["example"] or _example(chat, tree)
         if problems:
             raise ValueError("\n".join([f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:", *problems]))
@@ -328,6 +362,13 @@ def load_stream(
 # --- report ----------------------------------------------------------------------------------------------------------
 
 
+def _scores(part: dict[str, Any]) -> str:
+    return (
+        f"  scores of chosen and rejected: {part['scores_missing']} rows without both, {part['scores_tied']} tied,"
+        f" {part['scores_inverted']} with the lower one for chosen"
+    )
+
+
 def describe(report: dict[str, Any]) -> str:
     """A stream's report, as text."""
     lines = []
@@ -339,13 +380,21 @@ def describe(report: dict[str, Any]) -> str:
             f"  dropped: {part['empty']} empty, {part['identical']} with identical answers;"
             f" cut to length: {part['prompts_cut']} prompts, {part['answers_cut']} answers",
             *([f"  {shares}"] if report["stage"] == "pairs" else []),
+            *([_scores(part)] if SCHEMAS[part["schema"]].scores else []),
             *(f"{name:>10} tokens  " + "  ".join(f"{q} {value:5d}" for q, value in quantiles.items())
               for name, quantiles in part["tokens"].items()),
         ]  # fmt: skip
     lines += ["first row, scored tokens between [[ and ]]:", *(f"  | {line}" for line in report["example"].split("\n"))]
     lines.append(f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MiB; delete it at will, or"
                  " move it and name its new folder: train.py --cache, or BFPO_CACHE")  # fmt: skip
-    return "\n".join(lines + [f"WARNING: {part['warning']}" for part in report["sources"] if part["warning"]])
+    lines += [f"WARNING: {part['warning']}" for part in report["sources"] if part["warning"]]
+    for part in report["sources"]:
+        if part["scores_inverted"]:
+            lines.append(
+                f"WARNING: in {part['scores_inverted']} rows of {part['source']} chosen has the lower score;"
+                " they are used as they are; correct the scores, or swap the answers"
+            )
+    return "\n".join(lines)
 
 
 # --- batches and packs -----------------------------------------------------------------------------------------------

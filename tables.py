@@ -27,6 +27,11 @@ def some_text(row: Row, *names: str) -> str:
     return found
 
 
+def one_of(row: Row, name: str, *words: str) -> str:
+    """A column's text, which is one of these words, as they are spelled here."""
+    return str(sources.checked(row, name, lambda found: found in words, " or ".join(words)))
+
+
 def texts(row: Row, name: str) -> tuple[str, ...]:
     """A column's list of texts. ValueError names one that is missing or anything else."""
     return tuple(sources.checked(row, name, lambda found: isinstance(found, list) and all(isinstance(entry, str) for entry in found),

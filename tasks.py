@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tables
 from metrics import Metric, Question, Request, accuracies, accuracy, bbq_scores, right_mass, stereotype
 from sources import checked
-from tables import Row, inside, number, some_text, text, texts, whole_number
+from tables import Row, inside, number, one_of, some_text, text, texts, whole_number
 
 Ask = Callable[[Row], "Question | None"]
 AskFor = Callable[[Row, "Protocol"], "Request | None"]
@@ -131,6 +131,8 @@ def bbq(row: Row) -> Question:
     named = tuple(answer for answer in answers if answer not in UNKNOWN)
     if len(named) != 2:
         raise ValueError(f"one of ans0, ans1, ans2 must be a known way to say unknown, got {answers}")
+    negative = one_of(row, "question_polarity", "neg", "nonneg") == "neg"
+    clear = one_of(row, "context_condition", "ambig", "disambig") == "disambig"
     stereotyped = {group.lower() for group in texts(inside(row, "additional_metadata"), "stereotyped_groups")}
     biased = []
     for i, answer in enumerate(answers):
@@ -138,14 +140,14 @@ def bbq(row: Row) -> Question:
         if not any(entries) and "Latina" not in answer:
             raise ValueError(f"answer_info must describe ans{i}")
         groups = bbq_groups("_".join(entries) if any(entries) else "Latino")
-        if text(row, "question_polarity") == "neg":
+        if negative:
             biased += [answer] * (not stereotyped.isdisjoint(groups))
         else:
             biased += [answer] * (groups[-1] != "unknown" and stereotyped.isdisjoint(groups))
     right = answers[whole_number(row, "label", 0, 2)]
     choices = named + UNKNOWN
     notes = {"biased": [choices.index(answer) for answer in biased if answer in choices], "category": text(row, "category"),
-             "clear": text(row, "context_condition") == "disambig"}  # fmt: skip
+             "clear": clear}  # fmt: skip
     context = f"{text(row, 'context')}\n\nQ: {text(row, 'question')}\nA:"
     return Question((context,), choices, tuple(range(2, len(choices))) if right in UNKNOWN else (choices.index(right),), notes=notes)
 
@@ -186,7 +188,9 @@ def harmbench(row: Row, protocol: Protocol) -> Request | None:
     """HarmBench's direct requests, by the columns of its own tables or of the hub's copy, whose configuration standard has only those
     without a context. Copyright behaviours are left out (the copy's alone have tags): HarmBench compares hashes there and asks no
     classifier."""
-    if row.get("FunctionalCategory") == "copyright" or row.get("tags"):
+    kinds = ("standard", "contextual", "copyright")
+    kind = one_of(row, "FunctionalCategory", *kinds) if "FunctionalCategory" in row else ""
+    if kind == "copyright" or row.get("tags"):
         return None
     context = next((text(row, name) for name in ("ContextString", "context") if row.get(name)), "")
     behaviour = some_text(row, "Behavior", "prompt")
@@ -196,7 +200,7 @@ def harmbench(row: Row, protocol: Protocol) -> Request | None:
 def xstest(row: Row, protocol: Protocol) -> Request | None:
     """The safe prompts, which a model should answer."""
     prompt = some_text(row, "prompt")
-    return Request(prompt, prompt) if text(row, "label") == "safe" else None
+    return Request(prompt, prompt) if one_of(row, "label", "safe", "unsafe") == "safe" else None
 
 
 def truthfulqa_gen(row: Row, protocol: Protocol) -> Request:

@@ -350,6 +350,10 @@ def test_malformed_rows_are_named(row, words, chat, tmp_path):
     ({"chosen": talk("q", "a"), "rejected": talk("r", "b"), "score_chosen": 1}, "one conversation"),
     ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "c"), "score_chosen": 1}, "one conversation"),
     ({"chosen": talk("q"), "rejected": talk("q"), "score_chosen": 1}, "one conversation"),
+    ({"chosen": [*talk("q", "a"), *talk("", "b")[1:]], "rejected": [*talk("q", "a"), *talk("", "c")[1:]], "score_chosen": 1},
+     "a.jsonl:1: the prompt must end with a user's turn, got assistant"),
+    ({"chosen": [{"role": "system", "content": "s"}, *talk("", "b")[1:]], "score_chosen": 1,
+      "rejected": [{"role": "system", "content": "s"}, *talk("", "c")[1:]]}, "must end with a user's turn, got system"),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "known schema, got prompt, chosen, rejected; known: PKU"),
     ({"messages": talk("q", "a")}, "known schema"),
 ])  # fmt: skip
@@ -672,12 +676,39 @@ def test_report_counts_what_the_rows_hold(chat, tmp_path):
     part, = train.report["sources"]
     assert part == {"source": str(tmp_path / "a.jsonl"), "schema": "bfpo", "rows": 9, "training_rows": 5, "held_out_rows": 0,
                     "malformed": 0, "empty": 3, "identical": 1, "prompts_cut": 0, "answers_cut": 0,
+                    "scores_missing": 0, "scores_tied": 0, "scores_inverted": 0,
                     "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1}, "tokens": part["tokens"],
                     "warning": ""}  # fmt: skip
     text = describe(train.report)
     assert "[[good 0</s>]]" in text and "[[bad 0</s>]]" in text and "<|assistant|>\n" in text and "bfpo, 9 rows" in text
     assert str(tmp_path / "token cache") in text and "WARNING" not in text
     json.dumps(train.report)
+
+
+def test_report_counts_scores_that_do_not_order_the_answers(chat, tmp_path):
+    """Claim: scores that are tied, absent or against the columns are counted, and inversions give a
+    warning; the ids are those that right scores give. Oracle: scores written here."""
+    good = [(8, 1), (7.5, 7)]
+    tied = [(5, 5), (5, 5.0)]
+    missing = [(None, 1), (3, None), (float("nan"), 1), ("8", "1")]
+    inverted = [(1, 8), (-1.0, 10**400)]
+    scores = good + tied + missing + inverted
+    rows = [{"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad")} for i in range(len(scores) + 1)]
+    right = [row | {"score_chosen": 2.0, "score_rejected": 1.0} for row in rows]
+    for row, (chosen, rejected) in zip(rows, scores, strict=False):
+        row |= {"score_chosen": chosen, "score_rejected": rejected}
+    rows[-1] |= {"score_chosen": 9.0}
+    for stage in ("pairs", "sft"):
+        streams = [
+            load_stream([str(write(tmp_path / name, content))], chat, stage=stage, held_out=0)[0]
+            for name, content in (("right.jsonl", right), ("doubtful.jsonl", rows))
+        ]
+        assert everything(streams[0]) == everything(streams[1])
+        counts = [[s.report["sources"][0][f"scores_{kind}"] for kind in ("tied", "missing", "inverted")] for s in streams]
+        assert counts == [[0, 0, 0], [2, 5, 2]]
+        assert "WARNING" not in describe(streams[0].report)
+        assert f"WARNING: in 2 rows of {tmp_path / 'doubtful.jsonl'}" in describe(streams[1].report)
+        assert "5 rows without both, 2 tied, 2 with the lower one for chosen" in describe(streams[1].report)
 
 
 def test_report_gives_length_percentiles_by_source(chat, tmp_path):

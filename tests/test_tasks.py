@@ -334,6 +334,13 @@ def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
         ("advbench", {"behaviour": "x"}, "goal or prompt or text is missing"),
         ("truthfulqa_gen", {"question": "x", "correct_answers": ["x"], "incorrect_answers": []}, "incorrect_answers must"),
         ("toxigen", ["a list"], "a row must be an object"),
+        ("xstest", {"prompt": "x", "label": "Safe"}, "label must be safe or unsafe, got 'Safe'"),
+        ("xstest", {"prompt": "x", "label": 1}, "label must be safe or unsafe, got 1"),
+        ("harmbench", {"Behavior": "x", "FunctionalCategory": "Copyright"}, "FunctionalCategory must be standard or contextual or"),
+        ("bbq", bbq_rows()[0] | {"question_polarity": "negative"}, "question_polarity must be neg or nonneg, got 'negative'"),
+        ("bbq", bbq_rows()[0] | {"context_condition": "disambiguated"}, "context_condition must be ambig or disambig"),
+        ("winogrande", {"sentence": "x _", "option1": "a", "option2": "b", "answer": "a"}, "answer must be a number from 1 to 2"),
+        ("realtoxicityprompts", {"challenging": "True", "prompt": {"text": "x"}}, "challenging must be true or false"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, row: Any, named: str) -> None:
