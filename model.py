@@ -470,11 +470,18 @@ class Mistral(nn.Module):
         return model
 
     @torch.no_grad()
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, like: str | Path | None = None,
-                        chat_template: str | None = None) -> None:  # fmt: skip
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        like: str | Path | None = None,
+        chat_template: str | None = None,
+        end_ids: Sequence[int] = (),
+    ) -> None:
         """Writes a folder that transformers and servers load: config.json, safetensors of at most 5 GB in `dtype` (default: the widest of
         the parameters'), and the tokenizer's and generation_config.json of the folder `like` (default: the older model's in this place,
-        which is replaced); `chat_template` replaces the one found there. ValueError: no folder `like`, or other files in the way. Under
+        which is replaced); `chat_template` replaces the one found there. `end_ids`, the tokens that end an answer, become eos_token_id of
+        config.json and generation_config.json, in this order. ValueError: no folder `like`, or other files in the way. Under
         FSDP2 every rank calls it: tensors are gathered one at a time, rank 0 writes. Written aside and renamed."""
         from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -499,11 +506,15 @@ class Mistral(nn.Module):
         # `rope_theta` and `torch_dtype` are the spellings that both old and new servers read.
         entries = {"architectures": [f"{self.config.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
                    "torch_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-        write_object(aside / "config.json", entries | dataclasses.asdict(self.config))
+        ends = {"eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids)} if end_ids else {}
+        write_object(aside / "config.json", entries | dataclasses.asdict(self.config) | ends)
         write_object(aside / "generation_config.json", {name: x for name, x in vars(self.config).items() if name.endswith("_token_id")})
         for source in (Path(like or folder, file) for file in COMPANIONS):
             if source.is_file():
                 shutil.copyfile(source, aside / source.name)
+        if ends:
+            generation = aside / "generation_config.json"
+            write_object(generation, read_object(generation) | ends)
         if chat_template is not None:
             (aside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
             if (path := aside / "tokenizer_config.json").is_file():

@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,19 @@ def oracle_ids(oracle: Any, messages: list[dict[str, str]], chat: Chat, **option
     return list(ids)
 
 
-def up_to_last_eos(ids: list[int], chat: Chat) -> list[int]:
-    return ids[: len(ids) - ids[::-1].index(chat.eos_id)] if chat.eos_id in ids else [*ids, chat.eos_id]
+def closed_ids(oracle: Any, messages: list[dict[str, str]], chat: Chat, template: str) -> list[int]:
+    """transformers' ids of a conversation up to the end of its last answer, without the BOS in front: a template's own end token, or EOS
+    in place of what follows the answer where it has none."""
+    text = oracle.apply_chat_template(messages, tokenize=False)
+    if template == "chatml" and "<|im_end|>" in chat.entries:
+        text = text[: text.rindex("<|im_end|>") + len("<|im_end|>")]
+    elif template in ("chatml", "open"):
+        text = text.removesuffix("\n").removesuffix("<|im_end|>") + "</s>"
+    else:
+        text = text[: text.rindex("</s>") + len("</s>")]
+    bos, *ids = oracle(text, add_special_tokens=False).input_ids
+    assert bos == chat.bos_id
+    return list(ids)
 
 
 def test_fixture_mistral_tokenizer_equals_sentencepiece(mistral_tokenizer):
@@ -135,7 +147,7 @@ def test_fixture_mistral_tokenizer_equals_sentencepiece(mistral_tokenizer):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_transformers(kind, template, tokenizers_by_kind):
-    """Prompts and conversations have transformers' apply_chat_template's ids, up to BOS and what follows the last EOS."""
+    """Prompts and conversations have transformers' apply_chat_template's ids, up to BOS and what follows the end of the last answer."""
     chat, oracle = chat_and_oracle(tokenizers_by_kind[kind], template)
     draw = random.Random(1)
     conversations = [turns(text, "An answer.") for text in TEXTS] + [turns("A question?", text) for text in TEXTS]
@@ -143,13 +155,12 @@ def test_ids_equal_transformers(kind, template, tokenizers_by_kind):
     for messages in conversations:
         prompt = oracle_ids(oracle, messages[:-1], chat, add_generation_prompt=True)
         assert chat.prompt(messages[:-1]) == [chat.bos_id, *prompt]
-        whole = oracle_ids(oracle, messages, chat)
-        [bos, rest], = chat.conversation_ids([[chat.render(messages)]])
-        wanted = up_to_last_eos(whole, chat) if template in ("zephyr", "instruct") else [*whole, chat.eos_id]
+        wanted = closed_ids(oracle, messages, chat, template)
+        [bos, rest], = chat.conversation_ids([chat.conversation_text(messages)])
         assert bos.tolist() == [chat.bos_id] and rest.tolist() == wanted
         [shared, chosen, rejected], = chat.pair_ids([chat.pair_texts(messages[:-1], messages[-1]["content"], "No.")])
         assert shared.tolist() + chosen.tolist() == [chat.bos_id, *wanted]
-        assert shared.tolist() == [chat.bos_id, *prompt][: len(shared)] and rejected[-1] == chat.eos_id
+        assert shared.tolist() == [chat.bos_id, *prompt][: len(shared)] and rejected[-1] == chat.end_id
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -174,12 +185,12 @@ def test_text_is_data(kind, template, tokenizers_by_kind):
         for make in (lambda text: turns(text, "ok"), lambda text: turns("q", text), lambda text: turns("q", "a", text, "z")):
             counts = []
             for content in (text, "harmless"):
-                [bos, rest], = chat.conversation_ids([[chat.render(make(content))]])
+                [bos, rest], = chat.conversation_ids([chat.conversation_text(make(content))])
                 ids = np.concatenate([bos, rest])
                 counts.append([int((ids == control).sum()) for control in ids_of_controls])
             assert counts[0] == counts[1], (text, counts)
             if kind.startswith("mistral") and template != "chatml":  # these keep every character
-                [_, rest], = chat.conversation_ids([[chat.render(make(text))]])
+                [_, rest], = chat.conversation_ids([chat.conversation_text(make(text))])
                 assert text in chat.decode(rest, skip_special_tokens=False)
 
 
@@ -197,7 +208,7 @@ def test_merges_spell_no_control_token(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pair_scores_the_answer_alone(kind, tokenizers_by_kind):
-    """BOS in front, and nowhere else unless the template opens turns with it; one EOS, at the end; the prompt decodes to the conversation
+    """BOS in front, and nowhere else unless the template opens turns with it; one end token, at the end; the prompt decodes to the conversation
     up to the answer, header included."""
     for template in TEMPLATES:
         chat, _ = chat_and_oracle(tokenizers_by_kind[kind], template)
@@ -206,7 +217,7 @@ def test_pair_scores_the_answer_alone(kind, tokenizers_by_kind):
         for response, text in ((chosen, "Sure, here is a list"), (rejected, "I cannot help")):
             ids = np.concatenate([prompt, response])
             assert ids[0] == chat.bos_id and (ids == chat.bos_id).sum() == (2 if template == "instruct" else 1)  # one a user's turn
-            assert response[-1] == chat.eos_id and (response == chat.eos_id).sum() == 1
+            assert response[-1] == chat.end_id and (response == chat.end_id).sum() == 1
             scored = chat.decode(ids, skip_special_tokens=False)[len(chat.decode(prompt, skip_special_tokens=False)) :]
             if kind != "words":  # its vocabulary knows few words
                 assert scored.replace(" ", "").split("</s>")[0].split("<|im_end|>")[0].strip() == text.replace(" ", "")
@@ -327,7 +338,7 @@ def test_rendering_equals_transformers_filters():
     {% endfor %}
     {% if add_generation_prompt %}{% endif %}"""
     for messages in (turns('a "b" <c> é\n'), turns("x", "y" * 9, "z")):
-        text = _compile(template).render(messages=messages, tools=None, documents=None, add_generation_prompt=False)
+        text = _compile(template, datetime.now().strftime).render(messages=messages, tools=None, documents=None, add_generation_prompt=False)
         wanted, _ = render_jinja_template([messages], chat_template=template)
         assert [text] == wanted
 
@@ -403,7 +414,8 @@ def test_bos_as_a_mark_of_turns(tokenizers_by_kind, tmp_path):
     harmless = [message | {"content": message["content"].replace("<", "").replace(">", "")} for message in messages]
     wanted = oracle.apply_chat_template(harmless[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
     assert chat.prompt(harmless[:-1]) == wanted and wanted.count(chat.bos_id) == 4
-    whole = up_to_last_eos(oracle.apply_chat_template(harmless, tokenize=True, return_dict=False), chat)
+    whole = oracle.apply_chat_template(harmless, tokenize=True, return_dict=False)
+    whole = whole[: len(whole) - whole[::-1].index(chat.eos_id)]
     for conversation in (messages, harmless):
         [prompt, chosen, _], = chat.pair_ids([chat.pair_texts(conversation[:-1], "Fine.", "No.")])
         assert [*prompt, *chosen].count(chat.bos_id) == 4 and chosen.tolist()[-1] == chat.eos_id
@@ -417,3 +429,125 @@ def test_long_text(tokenizers_by_kind):
     messages = turns("many words and 漢字 " * 30000)
     ids = chat.prompt(messages)
     assert len(ids) > 150_000 and ids[1:] == oracle_ids(oracle, messages, chat, add_generation_prompt=True)
+
+
+# --- where turns end: a byte-level BPE of 256 letters plus control tokens -----------------------------------------------
+
+HEADER = "{{ '<h>' + message['role'] + '</h>' }}"
+LLAMA_3 = (  # as first published: the assistant's header follows the last message whatever it is
+    "{{ '<s>' }}{% for message in messages %}" + HEADER + "{{ message['content'] + '<|eot|>' }}{% endfor %}{{ '<h>assistant</h>' }}"
+)
+MARKED = (
+    "{% for message in messages %}" + HEADER + "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<h>assistant</h>' }}{% endif %}"
+)
+SPACED = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ message['content'] + '</s>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
+)
+
+
+def letters(folder: Path, template: str = "", added: tuple[AddedToken, ...] = (), eos: str = "</s>", **files: Any) -> Path:
+    """A model folder with a byte-level tokenizer of 256 letters and control tokens; files: JSON files by name, without the ending."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<s>", "</s>")])
+    tokenizer.add_tokens(list(added))
+    own = {"chat_template": template} if template else {}
+    save(tokenizer, folder, eos_token=eos, **own)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def controls(*names: str, special: bool = True) -> tuple[AddedToken, ...]:
+    return tuple(AddedToken(name, normalized=False, special=special) for name in names)
+
+
+def scored_texts(chat: Chat) -> list[str]:
+    """The scored answer of a pair, and everything after BOS of the same conversation in SFT."""
+    (_, chosen, _), = chat.pair_ids([chat.pair_texts(turns("q"), "yes", "no")])
+    (_, rest), = chat.conversation_ids([chat.conversation_text(turns("q", "yes"))])
+    return [chat.decode(ids, skip_special_tokens=False) for ids in (chosen, rest)]
+
+
+@pytest.mark.parametrize("template, end, after", [(LLAMA_3, "<|eot|>", ""), (MARKED, "<|im_end|>", "\n")])
+def test_answer_ends_with_the_templates_end_token(template, end, after, tmp_path):
+    """A header after the last answer, a newline after its end token, an EOS of another name: none of it is scored. By hand."""
+    chat = Chat(letters(tmp_path, template, controls("<|eot|>", "<|im_end|>", "<h>", "</h>", "<|end|>"), eos="<|end|>"))
+    prompt = f"<h>user</h>q{end}{after}<h>assistant</h>"
+    assert scored_texts(chat) == [f"yes{end}", f"{prompt}yes{end}"]
+    assert chat.end_id == chat.tokenizer.token_to_id(end) and chat.remarks == []
+    (_, rest), = chat.conversation_ids([chat.conversation_text(turns("q", "yes", "and", "no"))])
+    second = f"{end}{after}<h>user</h>and{end}{after}<h>assistant</h>no{end}"
+    assert chat.decode(rest, skip_special_tokens=False) == prompt + "yes" + second
+
+
+def test_end_tokens_are_those_of_all_the_models_files(tmp_path):
+    """end_ids: the template's own end token first, then EOS and the ids of generation_config.json and config.json. What is no id is
+    refused by file."""
+    files = {"generation_config": {"eos_token_id": [7, 257]}, "config": {"eos_token_id": 9}}
+    folder = letters(tmp_path, LLAMA_3, controls("<|eot|>", "<h>", "</h>"), **files)
+    chat = Chat(folder)
+    assert chat.end_ids == (258, 257, 7, 9) and chat.end_id == chat.tokenizer.token_to_id("<|eot|>")
+    assert Chat(folder, "zephyr").end_ids == (257, 7, 9)
+    for value in ("2", [1, "2"], 1.5, True, {"a": 1}):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be a token id or a list of them"):
+            Chat(folder)
+
+
+def test_trained_ids_begin_with_the_served_prompt(tmp_path, tokenizers_by_kind):
+    """A generation prompt that ends in a space, where the answered conversation has none or merges it with the answer: pairs and SFT are
+    split at the served ids all the same, and it is said."""
+    (tmp_path / "merged.jinja").write_text(SPACED.replace("{{ message['content'] + '</s>' }}", "{{ ' ' + message['content'] + '</s>' }}"))
+    for chat in (Chat(letters(tmp_path / "letters", SPACED)), Chat(tokenizers_by_kind["bytes"], str(tmp_path / "merged.jinja"))):
+        served = chat.prompt(turns("A list"))
+        for answer in ("Sure, here is a list", " here", "\n\nhelp", "I", "漢"):
+            (prompt, chosen, rejected), = chat.pair_ids([chat.pair_texts(turns("A list"), answer, "No")])
+            (bos, rest), = chat.conversation_ids([chat.conversation_text(turns("A list", answer))])
+            assert prompt.tolist() == served == [*bos, *rest][: len(served)] and [*prompt, *chosen] == [*bos, *rest]
+            assert chat.decode(chosen).strip() == answer.strip() and chosen[-1] == rejected[-1] == chat.eos_id
+        assert len(chat.remarks) == 1 and "its token ids do not begin those of an answered conversation" in chat.remarks[0]
+
+
+def test_added_token_of_the_template_stays_text_in_data(tmp_path):
+    """A token that is added without the flag special but that the template writes, whole or put together: in a question it is text."""
+    added = controls("<h>", "</h>", "<|im_end|>", "<|user|>", "note", " ", special=False)
+    for template in (MARKED, ZEPHYR):
+        chat = Chat(letters(tmp_path, template, added))
+        own = "<|im_end|>" if template == MARKED else "<|user|>"
+        number = chat.tokenizer.token_to_id(own)
+        counts = [chat.prompt(turns(text)).count(number) for text in ("q", f"q{own}")]
+        assert counts == [1, 1] and f"q{own}" in chat.decode(chat.prompt(turns(f"q{own}")), skip_special_tokens=False)
+        words = chat.prompt(turns("a note"))  # words and spaces are text, whatever list they stand in
+        assert chat.tokenizer.token_to_id("note") in words and chat.tokenizer.token_to_id(" ") in words
+
+
+def test_end_marker_that_is_no_token_is_said(tmp_path):
+    """ChatML on a tokenizer without its tokens: EOS ends the answer, right after it, and a remark says what to do."""
+    chat = Chat(letters(tmp_path, CHATML))
+    assert scored_texts(chat)[0] == "yes</s>" and chat.end_ids == (chat.eos_id,)
+    assert len(chat.remarks) == 1 and "'<|im_end|>', which holds no control token" in chat.remarks[0]
+    assert Chat(letters(tmp_path / "open", OPEN)).remarks == []  # a template without end markers
+
+
+def test_missing_template_is_said(tmp_path):
+    """Without a chat template Zephyr's is used: a remark, and template_source."""
+    chat = Chat(letters(tmp_path / "none"))
+    assert chat.template_source == "zephyr, as the model has none" and "has no chat template; Zephyr's is used" in chat.remarks[0]
+    asked = Chat(letters(tmp_path / "asked"), "zephyr")
+    assert asked.template_source == "zephyr" and asked.remarks == []
+    assert Chat(letters(tmp_path / "own", MARKED, controls("<|im_end|>"))).template_source == "the model's"
+
+
+def test_date_of_a_template_is_the_runs(tmp_path):
+    """strftime_now gives the time that Chat is told, and the fingerprint follows the text it gives, not the hour."""
+    folder = letters(tmp_path, "{{ strftime_now('%d %b %Y') }}" + ZEPHYR.replace("\n", ""))
+    morning, evening, tomorrow = (Chat(folder, now=datetime(2026, 11, day, hour)) for day, hour in ((29, 8), (29, 20), (30, 8)))
+    assert "29 Nov 2026" in morning.decode(morning.prompt(turns("q")))
+    assert morning.fingerprint == evening.fingerprint != tomorrow.fingerprint
+    undated = letters(tmp_path / "undated", MARKED, controls("<|im_end|>"))
+    assert Chat(undated, now=datetime(2026, 11, 29)).fingerprint == Chat(undated, now=datetime(2026, 11, 30)).fingerprint

@@ -138,7 +138,7 @@ def test_sft_takes_conversations_and_safer_answers(chat, tmp_path):
     assert len(held) == 0 and stream.lengths.shape == (4, 2)
     for i, messages in enumerate(wanted):
         bos, rest = stream.tree(i)
-        [_, whole], = chat.conversation_ids([[chat.render(messages)]])
+        [_, whole], = chat.conversation_ids([chat.conversation_text(messages)])
         assert bos.tolist() == [chat.bos_id] and rest.tolist() == whole[:119].tolist()
     assert [part["answers_cut"] for part in stream.report["sources"]] == [1, 0]
 
@@ -480,7 +480,7 @@ def test_sft_loses_no_turn_to_the_template(mistral_tokenizer, tmp_path):
                 load_stream([str(path)], chat, stage="sft", max_length=99, held_out=0)
         else:
             stream, _ = load_stream([str(path)], chat, stage="sft", max_length=99, held_out=0)
-            [_, rest], = chat.conversation_ids([[chat.render(messages)]])
+            [_, rest], = chat.conversation_ids([chat.conversation_text(messages)])
             assert np.array_equal(stream.tree(0)[1], rest)
 
 
