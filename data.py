@@ -475,15 +475,16 @@ def main() -> None:
     if not 1 <= (1 if flags.sft else flags.max_prompt) < max_length:
         parser.error(f"max_prompt must be in [1, max_length), got {flags.max_prompt} with max_length {max_length}")
     try:
+        chat = Chat(find_model(flags.model, weights=False), flags.chat_template)
         stream, _ = load_stream(
-            flags.sources, Chat(find_model(flags.model, weights=False), flags.chat_template), stage="sft" if flags.sft else "pairs",
+            flags.sources, chat, stage="sft" if flags.sft else "pairs",
             prefer=flags.prefer, max_length=max_length, max_prompt=flags.max_prompt, mixed=not flags.sft)  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     parts = stream.report["sources"]
     for part in parts:
         part["warning"] *= bool(SCHEMAS[part["schema"]].labels)  # a schema without labels is one quadrant by its nature
-    print(describe(stream.report))
+    print("\n".join([*chat.remarks, describe(stream.report)]))
     safe = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
     for quadrant, labels, target in zip(QUADRANTS, safe.tolist(), label(*safe.T).tolist(), strict=True):
         if not flags.sft:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +230,7 @@ class Examiner:
     language model of Mistral's or Llama's shape, or a tokenizer of another model, or one that cannot spell a reply.
     """
 
-    def __init__(self, kind: str, name: str, world: World) -> None:
+    def __init__(self, kind: str, name: str, world: World, now: datetime | None = None) -> None:
         name = os.path.normpath(name) if Path(name).is_dir() else name  # one judge, one name
         self.form, self.world, self.folder = FORMS[kind], world, find_model(name)
         try:
@@ -237,7 +238,7 @@ class Examiner:
             stored_weights(self.config, self.folder)
         except ValueError as error:
             raise ValueError(f"a judge must be a causal language model of Mistral's or Llama's shape, got {name}: {error}") from error
-        self.chat = Chat(self.folder, None if self.form.turn else "zephyr")  # no other format is needed where the prompt has its own
+        self.chat = Chat(self.folder, None if self.form.turn else "zephyr", now)  # no other format is needed where the prompt has its own
         must_fit(self.chat, self.config.vocab_size, name)
         self.bos = [self.chat.bos_id] * self._starts_with_bos()
         self.branches = self._branches()
@@ -390,10 +391,10 @@ def judge_name(spec: str) -> str:
     return f"{kind}:{os.path.expanduser(name)}" if name else kind
 
 
-def load_judge(spec: str, world: World) -> Judge:
+def load_judge(spec: str, world: World, now: datetime | None = None) -> Judge:
     """The judge of a judge_name. Errors as there and in Examiner."""
     kind, _, name = judge_name(spec).partition(":")
-    return Judge(Examiner(kind, name, world) if name else None)
+    return Judge(Examiner(kind, name, world, now) if name else None)
 
 
 def agreement(said: Sequence[float], labels: Sequence[bool]) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -373,6 +374,7 @@ class RunFolder:
     steps: int = 0
     print_every: int = 1
     printed: tuple[int, float] = (0, 0.0)  # the step last printed, and when
+    started: datetime = field(default_factory=lambda: datetime.now().astimezone())  # what templates write as today's date
 
     def _read(self, path: Path, *keys: str) -> dict[str, Any]:
         return read_json(path, *keys, remedy=f"pass --fresh to start over, or delete the folder {self.path}")
@@ -382,7 +384,7 @@ class RunFolder:
 
         ValueError when the folder holds files that are no run, another program's run, something that this one `reads`, without `fresh` a
         run with other settings, which it names, or, before anything is removed or begun, the cache. Settings in `free` may differ: they do
-        not change what comes out. Writes nothing.
+        not change what comes out. Writes nothing. Afterwards `started` is when the run in the folder began, or now.
         """
         self.free = free
 
@@ -417,7 +419,20 @@ class RunFolder:
             result = self._read(done, "model") if done.exists() else None
             return result if result and (self.path / result["model"] / "config.json").is_file() else None  # else: export again
 
-        return self.world.from_main(look)
+        found = self.world.from_main(look)
+        self.started = self.world.from_main(lambda: self._began(fresh))
+        return found
+
+    def _began(self, fresh: bool) -> datetime:
+        """When the run began that this command goes on with; now, if it begins one. One date holds from a run's start to its end."""
+        records = [folder / "run.json" for folder in (self.path, self._earlier())]
+        record = next((path for path in records if path.exists()), None)
+        if fresh or record is None:
+            return datetime.now().astimezone()
+        try:
+            return datetime.fromisoformat(self._read(record, "started")["started"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{record} is damaged; pass --fresh to start over, or delete the folder {self.path}") from error
 
     def _refuse_other(self, settings: Mapping[str, Any], fresh: bool) -> None:
         """ValueError when the run in the folder is another program's, or, without `fresh`, has other settings."""
@@ -467,8 +482,12 @@ class RunFolder:
 
         self.world.from_main(look)
 
-    def create(self, settings: Mapping[str, Any], inputs: Mapping[str, str], fresh: bool) -> None:
+    def create(
+        self, settings: Mapping[str, Any], inputs: Mapping[str, str], fresh: bool, facts: Mapping[str, Any] | None = None
+    ) -> None:
         """Make the folder and its run.json, or go on with the run there; `fresh` sets that one aside first.
+
+        facts: what else run.json says of the run; nothing is compared with it.
 
         ValueError when weights or data (`inputs`: name -> fingerprint) are not those that the run began with, or when a rank does
         not see the folder: every rank writes its part of a checkpoint there.
@@ -497,7 +516,7 @@ class RunFolder:
                 return
             sum_of = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
             write_json(record, {"program": self.program, "settings": settings, "settings_sha256": sum_of, "inputs": inputs,
-                                **surroundings()})  # fmt: skip
+                                **(facts or {}), **surroundings(), "started": self.started.isoformat(timespec="seconds")})  # fmt: skip
 
         self.world.from_main(make)
         if fresh and self.world.from_main(self._earlier().exists):

@@ -52,6 +52,7 @@ def sft_stage(config: Config, folder: Path) -> Config:
     """The settings of the first stage; `folder` is what `begin` filled."""
     conversations = (str(folder / "data" / "ultrachat"), f"{folder / 'data' / 'pku'}[:20%]")
     return dataclasses.replace(config, **TOY_SFT, recipe="sft", fresh=False, cache=config.cache or str(folder / "cache"),
+                               chat_template=config.chat_template or "zephyr",
                                model=str(folder / "start"), sft=conversations, out=str(folder / "sft"))  # fmt: skip
 
 

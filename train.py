@@ -331,8 +331,10 @@ def run(config: Config, world: World) -> dict[str, Any]:
     for text in (*config.safety, *config.helpfulness, *config.sft):  # before weights are fetched, or the first one's rows tokenised
         find_source(text, "sft" if config.sft else "pairs")
     source = find_model(config.model)
-    chat, architecture = Chat(source, config.chat_template or None), ModelConfig.read(source)
+    chat, architecture = Chat(source, config.chat_template or None, folder.started), ModelConfig.read(source)
     must_fit(chat, architecture.vocab_size, source)
+    for remark in chat.remarks:
+        world.say(remark)
     stored_weights(architecture, source)
     trained_names = frozenset(name for name in architecture.shapes() if trains(config, name))
     if not trained_names:
@@ -351,7 +353,8 @@ def run(config: Config, world: World) -> dict[str, Any]:
 
     model, trained = build(config, source, world)
     weights = storage.weights_sha256(source, world)
-    folder.create(settings, {"weights": weights, **{name: stream.fingerprint for name, stream in streams.items()}}, config.fresh)
+    inputs = {"weights": weights, **{name: stream.fingerprint for name, stream in streams.items()}}
+    folder.create(settings, inputs, config.fresh, {"chat_template_source": chat.template_source, "end_ids": chat.end_ids})
     world.from_main(lambda: storage.write_json(folder.path / "data.json", {name: stream.report for name, stream in streams.items()}))
     references: list[dict[str, Tensor]] = [{}, {}]  # of the training and the held-out streams
     if config.objective != "sft":
@@ -361,7 +364,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     evaluate = partial(held_out_figures, model, config, held, references[1], world)
     optimize(model, trained, config, steps, Rows(streams, references[0], chat), evaluate, folder)
     figures, loss = evaluate()
-    model.save_pretrained(folder.path / "model", dtype=DTYPES[config.dtype], like=source, chat_template=chat.template)
+    model.save_pretrained(folder.path / "model", DTYPES[config.dtype], source, chat.template, chat.end_ids)
     world.from_main(lambda: curves.draw(folder.rows(), folder.path / "curves.png"))
     result = {"steps": steps, "held_out": figures, "held_out_loss": loss, "model": "model"}
     folder.finish(result)
