@@ -149,6 +149,27 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([head, *lines, "", *empty, *missing, *unsure, *agree, *report["rules"]])
 
 
+def unscored(report: Mapping[str, Any], name: str) -> int:
+    """How many of a task's rows have no score: those of alpaca_eval that exceed the judge's context."""
+    if name != "alpaca_eval" or name not in report["tasks"]:
+        return 0
+    figures = report["win_rates"]["policy"]
+    return int(figures["n_total"] + figures["n_missing"] - report["tasks"][name]["n"])
+
+
+def cell(report: Mapping[str, Any], name: str) -> str:
+    """A score with its interval, and of a task how many rows it is of."""
+    part = (report["averages"] | report["tasks"]).get(name)
+    if part is None:
+        return "-"
+    text = f"{part['score']:.4f} [{part['low']:.4f}, {part['high']:.4f}]"
+    if "n" in part:
+        text += f" of {part['n']}"
+    if absent := unscored(report, name):
+        text += f" ({absent} missing)"
+    return text
+
+
 def differing(reports: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
     """{what should be alike: its values in those reports that have it}."""
     values: dict[str, set[str]] = {}
@@ -160,25 +181,28 @@ def differing(reports: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
         for name, part in report["averages"].items():
             values.setdefault(f"the tasks in the average {name}", set()).add(json.dumps(part.get("tasks")))
         for name, rows in setup["rows"].items():
-            values.setdefault(f"the rows of {name}", set()).add(rows["sha256"])
+            values.setdefault(f"the rows of {name}", set()).add(f"{rows['sha256']} {unscored(report, name)}")
         for name, judge in setup["judges"].items():
             values.setdefault(f"the judge of {name}", set()).add(json.dumps(judge))
     return values
 
 
 def compare(folders: Sequence[str], out: str | None) -> str:
-    """The reports in some folders as one table, and what makes them unlike; figure5.png in `out` shows those that have both its axes."""
+    """The reports in some folders as one table with 95 % intervals, and what makes them unlike.
+
+    figure5.png in `out` shows those that have both its axes.
+    """
     remedy = "is it of eval.py --tasks? Then delete it, and make it again"
     if other := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"--compare takes folders of reports, got {other[0]}")
-    reports = {folder: storage.read_json(Path(folder) / "report.json", "tasks", "averages", "setup", remedy=remedy) for folder in folders}
+    keys = ("tasks", "averages", "setup", "win_rates")
+    reports = {folder: storage.read_json(Path(folder) / "report.json", *keys, remedy=remedy) for folder in folders}
     names = dict.fromkeys(name for report in reports.values() for name in (*report["averages"], *report["tasks"]))
-    width = next(n for n in itertools.count(22) if len({folder[-n:] for folder in reports}) == len(reports)) + 2
+    cells = {name: [cell(report, name) for report in reports.values()] for name in names}
+    longest = max([22, *(len(text) for row in cells.values() for text in row)])
+    width = next(n for n in itertools.count(longest) if len({folder[-n:] for folder in reports}) == len(reports)) + 2
     lines = [" " * 26 + "".join(f"{folder[2 - width :]:>{width}}" for folder in reports)]
-    for name in names:
-        parts = [(report["averages"] | report["tasks"]).get(name) for report in reports.values()]
-        cells = [f"{part['score']:.4f} +- {part['error']:.4f}" if part else "-" for part in parts]
-        lines.append(f"{name:<26}" + "".join(f"{cell:>{width}}" for cell in cells))
+    lines += [f"{name:<26}" + "".join(f"{text:>{width}}" for text in row) for name, row in cells.items()]
     lines += [f"not alike: {what}" for what, values in differing(list(reports.values())).items() if len(values) > 1]
     both = {folder: [report["averages"].get(axis) for axis in ("helpfulness", "harmlessness")] for folder, report in reports.items()}
     points = [scatter.Point(folder, *(axis["score"] for axis in axes),

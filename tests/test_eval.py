@@ -191,9 +191,34 @@ def test_reports_side_by_side(place: Path, tmp_path: Path, capsys: pytest.Captur
         found["averages"]["helpfulness"] = {"score": x, "error": 0.01, "low": x - 0.02, "high": x + 0.02}
         path.write_text(json.dumps(found))
     evaluation.main(["--compare", *folders, "--out", str(tmp_path / "figures")])
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("helpfulness"))
-    assert row.split() == ["helpfulness", "0.1000", "+-", "0.0100", "0.2000", "+-", "0.0100"]
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["helpfulness"] == ["0.1000", "[0.0800,", "0.1200]", "0.2000", "[0.1800,", "0.2200]"]
     assert (tmp_path / "figures" / "figure5.png").stat().st_size > 10_000
+
+
+def test_reports_of_unlike_rows_say_so(tmp_path: Path) -> None:
+    """Claim: side by side, a score has its interval, its rows and those without a score; reports that
+    score unlike rows are named. Oracle: scipy's Wilson interval; reports made here, of 3 rows of 4."""
+
+    def write(name: str, n: int, absent: int) -> str:
+        terms: dict[str, metrics.Terms] = {"alpaca_eval": {"win_rate": [1.0] * n}, "xstest": {"refused": [1.0] * 3}}
+        found = report.make_report(terms, {})
+        found["win_rates"] = {"policy": {"n_total": n, "n_missing": absent}}
+        found["setup"] = {"protocol": "paper", "bos_rule": "", "seed": 0, "models": {"policy": {"dtype": "float32"}}}
+        found["setup"] |= {"judges": {}, "rows": {task: {"sha256": "same"} for task in terms}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(found))
+        return str(tmp_path / name)
+
+    folders = [write("few", 3, 1), write("all", 4, 0)]
+    table = report.compare(folders, None)
+    rows = {line.split()[0]: line for line in table.splitlines() if line}
+    low, _ = scipy.stats.binomtest(3, 3).proportion_ci(method="wilson")
+    assert rows["xstest"].split()[1:] == ["1.0000", f"[{low:.4f},", "1.0000]", "of", "3"] * 2
+    assert "of 3 (1 missing)" in rows["alpaca_eval"] and rows["alpaca_eval"].endswith("of 4")
+    assert "not alike: the rows of alpaca_eval" in table and "not alike: the rows of xstest" not in table
+    assert "not alike" not in report.compare([folders[0]] * 2, None)
+    assert report.compare([write("none", 4, 0)], None).count("missing") == 0
 
 
 def test_one_prompt_prints_the_answer_and_nothing_more(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
