@@ -15,6 +15,7 @@ its reference lies on the side that the two safety labels and the helpfulness or
 from __future__ import annotations
 
 import argparse
+import bisect
 import functools
 import itertools
 import math
@@ -50,6 +51,7 @@ JUDGED = ("harmless", "refused")
 PREFERRED = "alpaca_eval"  # the task whose answers are compared with a baseline's
 JsonRows = list[dict[str, Any]]
 
+ANSWERS_VERSION = 2  # of kept answers: count up when the same settings would give others
 GENERATION_BATCH = 64
 QUESTIONS = 256  # scored, or answers judged, by each process between two writes to disk
 
@@ -149,11 +151,39 @@ def generate(
     return [every[i] for i in range(len(prompts))]
 
 
+def whole_prompt(chat: Chat, request: Request, bos: bool) -> list[int]:
+    """A request as token ids, however many there are."""
+    if request.chat:
+        return chat.prompt([{"role": "user", "content": request.prompt}])
+    ids = chat.text(request.prompt)
+    return ids if bos else ids[1:]
+
+
 def prompt_ids(chat: Chat, request: Request, bos: bool, longest: int) -> list[int]:
-    """A request as token ids; of more than `longest` the first are dropped, but for BOS (deviation 3)."""
-    ids = chat.prompt([{"role": "user", "content": request.prompt}]) if request.chat else chat.text(request.prompt)
-    front, rest = [chat.bos_id] * (request.chat or bos), ids[1:]
-    return front + rest[max(0, len(front) + len(rest) - longest) :]
+    """A request as at most `longest` token ids. Of a longer one the text's end is kept, as in training.
+
+    A chat request keeps the whole chat format; plain text keeps BOS (deviation 3). ValueError: the
+    chat format leaves no room for text.
+    """
+    ids = whole_prompt(chat, request, bos)
+    if len(ids) <= longest:
+        return ids
+    if not request.chat:
+        front = ids[:1] if bos else []
+        return front + ids[len(ids) - longest + len(front) :]
+
+    def without(characters: int) -> list[int]:
+        return whole_prompt(chat, request._replace(prompt=request.prompt[characters:]), bos)
+
+    # The fewest characters to drop: fewer characters have fewer tokens.
+    lengths = range(len(request.prompt))
+    start = bisect.bisect_left(lengths, -longest, key=lambda characters: -len(without(characters)))
+    if start == len(request.prompt):
+        raise ValueError(
+            f"the chat format leaves no room for the prompt's text in the {longest} tokens that the"
+            " model has for a prompt"
+        )
+    return without(start)
 
 
 # --- one model on the tasks ------------------------------------------------------------------------------------------
@@ -184,27 +214,46 @@ class Policy:
             raise ValueError(f"{self.folder} has {self.positions} positions, not enough for a prompt and an answer of {max_new_tokens} "
                              f"tokens; {remedy}")  # fmt: skip
 
-    def check_rows(self, name: str, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol) -> None:
-        """ValueError names the first row of a task that this model's tokenizer makes no question or prompt of."""
+    def check_rows(
+        self, name: str, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol
+    ) -> int:
+        """How many of a task's rows this model's positions cut.
+
+        ValueError names the first row that this tokenizer makes no question or prompt of.
+        """
         room = self.positions - protocol._replace(**task.draw).max_new_tokens
 
-        def look() -> None:
+        def is_cut(entry: Any) -> bool:
+            if not task.answers:
+                pairs = encode_requests(self.chat, entry.requests, protocol.bos, self.positions)
+                if all(len(head) + len(tail) <= self.positions for head, tail in pairs):
+                    return False
+                return pairs != encode_requests(self.chat, entry.requests, protocol.bos, sys.maxsize)
+            ids = whole_prompt(self.chat, entry, protocol.bos)
+            if not ids:
+                raise ValueError(f"a prompt must have a token, got none of {entry.prompt!r:.80}")
+            if len(ids) > room:
+                prompt_ids(self.chat, entry, protocol.bos, room)
+            return len(ids) > room
+
+        def count() -> int:
+            cut = 0
             for place, entry in entries:
                 try:
-                    if not task.answers:
-                        encode_requests(self.chat, entry.requests, protocol.bos, self.positions)
-                    elif not prompt_ids(self.chat, entry, protocol.bos, room):
-                        raise ValueError(f"a prompt must have a token, got none of {entry.prompt!r:.80}")
+                    if is_cut(entry):
+                        cut += 1
                 except ValueError as error:
                     raise ValueError(f"{place}: {name}: {error}") from error
+            return cut
 
-        self.world.from_main(look)
+        return self.world.from_main(count)
 
     def take(self, path: Path, task: Task, entries: Sequence[tuple[str, Any]], protocol: Protocol, seed: int) -> JsonRows:
         """One row for each entry of a task, from `path` or computed and kept there: what was asked, and what the model made of it."""
         draw = protocol._replace(**task.draw)
         identity: dict[str, Any] = {**self.identity, "bos": protocol.bos, "rows": digest([entry for _, entry in entries])}
         if task.answers:
+            identity["version"] = ANSWERS_VERSION
             identity |= {"temperature": draw.temperature, "top_p": draw.top_p, "max_new_tokens": draw.max_new_tokens, "seed": seed}
 
         def compute(numbers: range) -> JsonRows:
@@ -365,8 +414,9 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     policies = {who: Policy(name, options.chat_template, world) for who, name in names.items()}
     for policy, name in itertools.product(policies.values(), (name for name in asked if TASKS[name].answers)):
         policy.check(protocol._replace(**TASKS[name].draw).max_new_tokens, f"leave out {name}")
-    for policy, name in itertools.product(policies.values(), asked):
-        policy.check_rows(name, TASKS[name], asked[name], protocol)
+    cut: dict[str, dict[str, int]] = {name: {} for name in asked}
+    for (who, policy), name in itertools.product(policies.items(), asked):
+        cut[name][who] = policy.check_rows(name, TASKS[name], asked[name], protocol)
     folder.create(settings, {}, options.fresh)
 
     taken: dict[str, dict[str, JsonRows]] = {}
@@ -391,7 +441,7 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     found = report.make_report(terms["policy"], terms.get("reference", {}))
     found["empty_answers"] = {name: {who: sum(not row["answer"].strip() for row in taken[who][name]) for who in taken}
                               for name in asked if TASKS[name].answers}  # fmt: skip
-    found |= {"agreement": agreement, "win_rates": figures}
+    found |= {"cut_rows": cut, "agreement": agreement, "win_rates": figures}
     found["setup"] = {
         "models": {who: {"name": names[who], **policy.identity, "chat_template": policy.chat.template} for who, policy in policies.items()},
         "protocol": {"name": options.protocol, **protocol._asdict()}, "seed": options.seed,

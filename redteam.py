@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     entries: list[tuple[str, Request]] = [entry for entry in asked for _ in range(2)]
     policy = Policy(options.model, options.chat_template, world)
     policy.check(protocol.max_new_tokens, "pass a smaller --max_new_tokens")
-    policy.check_rows("prompts", PROMPT, asked, protocol)
+    cut = policy.check_rows("prompts", PROMPT, asked, protocol)
     waiting = folder.path / "to_rank.jsonl"
     if ranks is None and not options.fresh:
         world.from_main(lambda: must_not_have_ranks(waiting))
@@ -118,6 +118,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     answers = policy.take(folder.path / "answers.jsonl", PROMPT, entries, protocol, options.seed)
     policy.unload()
     pairs, counts = pairs_of(answers, judged(folder.path, "answers", entries, answers, judge, world))
+    counts["cut_to_the_models_positions"] = cut
     judge.unload()
     if ranks is None:
         world.from_main(lambda: storage.write_lines(waiting, pairs))

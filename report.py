@@ -137,6 +137,11 @@ def table(report: Mapping[str, Any]) -> str:
         head += f"{'reference':>12}{'difference':>12}   95 % interval"
     empty = [f"empty answers: {name}, {who}, {count} of {report['tasks'][name]['n']}" for name, counts in report["empty_answers"].items()
              for who, count in counts.items() if count and name in report["tasks"]]  # fmt: skip
+    cut = []
+    for name, counts in report["cut_rows"].items():
+        for who, count in counts.items():
+            if count:
+                cut.append(f"cut to the model's positions: {name}, {who}, {count} rows")
     missing = [f"alpaca_eval, {who}: {figures['n_missing']} answers without a preference, beyond the judge's context"
                for who, figures in report["win_rates"].items() if figures["n_missing"]]  # fmt: skip
     shares = ("agreement", "false", "missed")
@@ -146,7 +151,7 @@ def table(report: Mapping[str, Any]) -> str:
     masses = {name: part["others"]["judge_mass"]["score"] for name, part in report["tasks"].items() if "judge_mass" in part["others"]}
     unsure = [f"the judge of {name} gave {mass:.3f} of its probability to the replies it was asked for, on average: was it made for this "
               "prompt?" for name, mass in masses.items() if mass < USUAL_MASS]  # fmt: skip
-    return "\n".join([head, *lines, "", *empty, *missing, *unsure, *agree, *report["rules"]])
+    return "\n".join([head, *lines, "", *empty, *cut, *missing, *unsure, *agree, *report["rules"]])
 
 
 def unscored(report: Mapping[str, Any], name: str) -> int:

@@ -304,6 +304,53 @@ def test_prompts_are_cut_from_the_left_to_the_last_token(place: Path) -> None:
         assert evaluation.prompt_ids(chat, request, False, longest) == whole[1:][-longest:]
 
 
+@pytest.mark.parametrize("name", ["model", "judge"])
+def test_a_long_prompt_keeps_the_chat_format(place: Path, name: str) -> None:
+    """Claim: a chat prompt that is too long loses the beginning of its text alone, no more of it than
+    it must, and is refused where no text fits. Oracle: every way to shorten the text, by Chat.prompt."""
+    chat, text = Chat(place / name), "How do I make a cake? </s> Say naïve words.\n" * 2
+
+    def asked(content: str) -> list[int]:
+        return chat.prompt([{"role": "user", "content": content}])
+
+    request, shortest = metrics.Request(text), len(asked(text[-1]))
+    for longest in range(shortest, len(asked(text)) + 2, 5):
+        start = next(i for i in range(len(text)) if len(asked(text[i:])) <= longest)
+        assert evaluation.prompt_ids(chat, request, True, longest) == asked(text[start:])
+    with pytest.raises(ValueError, match="the chat format leaves no room"):
+        evaluation.prompt_ids(chat, request, True, shortest - 1)
+
+
+def test_rows_beyond_the_positions_are_counted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: each task's report says how many rows were cut, of choices, chat and plain prompts, by model.
+    Oracle: rows of known lengths, and a reference with room for all."""
+    shutil.copytree(place / "model", tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    changed = config | {"max_position_embeddings": 256 + 60}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(changed))
+    texts = ["cake " * 20, "cake " * 500, "cake"]
+    rows = {
+        "ethics_cm": [{"input": text, "label": 0} for text in texts],
+        "xstest": [{"prompt": text, "label": "safe"} for text in texts],
+        "realtoxicityprompts": [{"prompt": {"text": text}, "challenging": True} for text in texts],
+    }
+    (tmp_path / "data").mkdir()
+    for name, content in rows.items():
+        lines_of = "".join(json.dumps(row) + "\n" for row in content)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(lines_of)
+    models = ["--model", str(tmp_path / "small"), "--reference", str(place / "model")]
+    evaluation.main(
+        [*models, "--tasks", *rows, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    )
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["cut_rows"] == {name: {"policy": 1, "reference": 0} for name in rows}
+    printed = capsys.readouterr().out
+    assert all(f"cut to the model's positions: {name}, policy, 1 rows\n" in printed for name in rows)
+    assert "positions: xstest, reference" not in printed
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
