@@ -22,8 +22,9 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,18 +137,45 @@ def choice_logprobs(model: Mistral, chat: Chat, questions: Sequence[Question], w
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
+class Answer(NamedTuple):
+    """A generated answer; at_limit: it ran into the token limit, and neither an end token nor a stop string ended it."""
+
+    text: str
+    tokens: int
+    at_limit: bool
+
+
 def generate(
-    model: Mistral, chat: Chat, prompts: Sequence[Sequence[int]], world: World, *, max_new_tokens: int, temperature: float,
-    top_p: float = 1.0, seed: int, stop: Sequence[str] = (),
-) -> list[tuple[str, int]]:  # fmt: skip
-    """(answer, its tokens) to each prompt, in order, on every rank; prompt i is sampled with seed + i, whatever the batch."""
-    mine, found = range(world.rank, len(prompts), world.size), dict[int, tuple[str, int]]()
-    new = model.generate([prompts[i] for i in mine], max_new_tokens, temperature, top_p, seeds=[seed + i for i in mine],
-                         stop_ids=(chat.eos_id,), stop_strings=stop, decode=chat.decode, batch=GENERATION_BATCH)  # fmt: skip
-    for i, ids in zip(mine, new, strict=True):
-        answer = chat.decode(ids)
-        found[i] = (answer[: min((answer.find(s) for s in stop if s in answer), default=len(answer))], len(ids))
-    every = {i: answer for part in world.gather(found) for i, answer in part.items()}
+    model: Mistral,
+    chat: Chat,
+    prompts: Sequence[Sequence[int]],
+    world: World,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    seed: int,
+    stop: Sequence[str] = (),
+) -> list[Answer]:
+    """The answer to each prompt, in order, on every rank; prompt i is sampled with seed + i, whatever the batch."""
+    numbers = range(world.rank, len(prompts), world.size)
+    new = model.generate(
+        [prompts[i] for i in numbers],
+        max_new_tokens,
+        temperature,
+        top_p,
+        seeds=[seed + i for i in numbers],
+        stop_ids=chat.end_ids,
+        stop_strings=stop,
+        decode=chat.decode,
+        batch=GENERATION_BATCH,
+    )
+    answers: dict[int, Answer] = {}
+    for i, ids in zip(numbers, new, strict=True):
+        text = chat.decode(ids)
+        end = min((text.find(string) for string in stop if string in text), default=len(text))
+        answers[i] = Answer(text[:end], len(ids), len(ids) == max_new_tokens and end == len(text))
+    every = {i: answer for part in world.gather(answers) for i, answer in part.items()}
     return [every[i] for i in range(len(prompts))]
 
 
@@ -192,9 +220,9 @@ def prompt_ids(chat: Chat, request: Request, bos: bool, longest: int) -> list[in
 class Policy:
     """A model to evaluate; its weights are read when they are first needed."""
 
-    def __init__(self, name: str, template: str | None, world: World) -> None:
+    def __init__(self, name: str, template: str | None, world: World, now: datetime | None = None) -> None:
         self.folder, self.world = find_model(name), world
-        config, self.chat = Config.read(self.folder), Chat(self.folder, template)
+        config, self.chat = Config.read(self.folder), Chat(self.folder, template, now)
         self.positions, self.dtype = config.max_position_embeddings, world.dtype
         stored_weights(config, self.folder)
         must_fit(self.chat, config.vocab_size, name)
@@ -253,7 +281,7 @@ class Policy:
         draw = protocol._replace(**task.draw)
         identity: dict[str, Any] = {**self.identity, "bos": protocol.bos, "rows": digest([entry for _, entry in entries])}
         if task.answers:
-            identity["version"] = ANSWERS_VERSION
+            identity |= {"version": ANSWERS_VERSION, "stop_ids": self.chat.end_ids}
             identity |= {"temperature": draw.temperature, "top_p": draw.top_p, "max_new_tokens": draw.max_new_tokens, "seed": seed}
 
         def compute(numbers: range) -> JsonRows:
@@ -268,7 +296,8 @@ class Policy:
                 prompts = [prompt_ids(self.chat, request, protocol.bos, self.positions - draw.max_new_tokens) for request in part]
                 found = generate(self.model, self.chat, prompts, self.world, max_new_tokens=draw.max_new_tokens,
                                  temperature=draw.temperature, top_p=draw.top_p, seed=seed + numbers.start, stop=part[0].stop)  # fmt: skip
-                columns = {"answer": [answer for answer, _ in found], "tokens": [tokens for _, tokens in found]}
+                columns = {"answer": [answer.text for answer in found], "tokens": [answer.tokens for answer in found],
+                           "at_limit": [answer.at_limit for answer in found]}  # fmt: skip
             return [{"row": place, **entry._asdict(), **{key: column[i] for key, column in columns.items()}}
                     for i, (place, entry) in enumerate(zip(places, part, strict=True))]  # fmt: skip
 
@@ -291,6 +320,16 @@ def judged(folder: Path, name: str, entries: Sequence[tuple[str, Request]], rows
 
     path, identity = folder / f"{name}.{file_name(judge.identity)}.jsonl", {**judge.identity, "cases": digest(cases)}
     return storage.kept_rows(path, identity, len(cases), QUESTIONS * world.size, compute, world, f"{folder.name}, {path.stem}")
+
+
+def about_answers(answers: Mapping[str, Mapping[str, JsonRows]]) -> dict[str, Any]:
+    """Of {task: {model: its answers}}: how many are empty, and the share that ran into the token limit."""
+    empty: dict[str, dict[str, int]] = {}
+    at_limit: dict[str, dict[str, float]] = {}
+    for name, models in answers.items():
+        empty[name] = {who: sum(not row["answer"].strip() for row in rows) for who, rows in models.items()}
+        at_limit[name] = {who: sum(row["at_limit"] for row in rows) / len(rows) for who, rows in models.items()}
+    return {"empty_answers": empty, "at_token_limit": at_limit}
 
 
 def terms_of(name: str, entries: Sequence[Any], rows: JsonRows, verdicts: JsonRows) -> Terms:
@@ -324,7 +363,7 @@ def toy_scores(folder: Path, requests: Sequence[toy.Request], world: World, seed
     model, chat = Mistral.from_pretrained(folder, device=world.device), Chat(folder)
     prompts = [chat.prompt([{"role": "user", "content": request.text}]) for request in requests]
     found = generate(model, chat, prompts, world, max_new_tokens=TOY_NEW_TOKENS, temperature=TOY_TEMPERATURE, seed=seed)
-    verdicts = [toy.judge(request, answer) for request, (answer, _) in zip(requests, found, strict=True)]
+    verdicts = [toy.judge(request, answer.text) for request, answer in zip(requests, found, strict=True)]
     values = {
         "helpful": [verdict.helpful for request, verdict in zip(requests, verdicts, strict=True) if not request.forbidden],
         "harmless": [float(verdict.harmless) for request, verdict in zip(requests, verdicts, strict=True) if request.forbidden],
@@ -334,8 +373,9 @@ def toy_scores(folder: Path, requests: Sequence[toy.Request], world: World, seed
         sample = torch.tensor(column, dtype=torch.float64)
         scores |= {name: sample.mean().item(), f"{name}_error": sample.std().item() / len(column) ** 0.5, f"{name}_n": len(column)}
     transcript = [
-        {"prompt": request.text, "forbidden": request.forbidden, "answer": answer, "helpful": verdict.helpful, "harmless": verdict.harmless}
-        for request, (answer, _), verdict in zip(requests, found, verdicts, strict=True)
+        {"prompt": request.text, "forbidden": request.forbidden, "answer": answer.text, "helpful": verdict.helpful,
+         "harmless": verdict.harmless}
+        for request, answer, verdict in zip(requests, found, verdicts, strict=True)
     ]
     return scores, transcript
 
@@ -366,11 +406,11 @@ def local_source(folder: str, name: str) -> str:
     return str(found[0])
 
 
-def judges_of(names: Sequence[str], spec: str | None, world: World) -> dict[str, Judge]:
+def judges_of(names: Sequence[str], spec: str | None, world: World, now: datetime) -> dict[str, Judge]:
     """{task: who judges its answers}: the judge that is asked for; of refusals, where that one cannot tell them, the keyword matcher."""
     if not spec or not (waiting := [name for name in names if TASKS[name].metric in JUDGED]):
         return {}
-    judge = load_judge(spec, world)
+    judge = load_judge(spec, world, now)
     of_refusals = judge if "refusal" in judge.says else load_judge("keyword", world)
     return {name: of_refusals if TASKS[name].metric == "refused" else judge for name in waiting}
 
@@ -397,10 +437,12 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     for name in names.values():
         find_model(name, weights=False)  # before data sets are fetched and the judges' weights summed
     asked = world.from_main(lambda: {name: tasks.load(name, source, protocol, options.limit) for name, source in sources.items()})
-    judges = judges_of(list(asked), options.judge, world)
+    judges = judges_of(list(asked), options.judge, world, folder.started)
     for name, judge in judges.items():
         judge.check([case_of(request, "") for _, request in asked[name]])
-    examiner = Examiner("pairwise", options.pairwise, world) if options.pairwise and PREFERRED in asked else None
+    examiner = None
+    if options.pairwise and PREFERRED in asked:
+        examiner = Examiner("pairwise", options.pairwise, world, folder.started)
     labelled = world.from_main(lambda: labelled_rows(Path(options.labelled))) if options.labelled else None
     if labelled:
         given = {name for name, column in labelled[1].items() if any(label is not None for label in column)}
@@ -411,7 +453,9 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
             judge.check(labelled[0])
     if examiner:
         pairwise.check_contests(examiner, [request for _, request in asked[PREFERRED]])
-    policies = {who: Policy(name, options.chat_template, world) for who, name in names.items()}
+    policies = {who: Policy(name, options.chat_template, world, folder.started) for who, name in names.items()}
+    for remark in dict.fromkeys(itertools.chain.from_iterable(policy.chat.remarks for policy in policies.values())):
+        world.say(remark)
     for policy, name in itertools.product(policies.values(), (name for name in asked if TASKS[name].answers)):
         policy.check(protocol._replace(**TASKS[name].draw).max_new_tokens, f"leave out {name}")
     cut: dict[str, dict[str, int]] = {name: {} for name in asked}
@@ -439,11 +483,11 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     for who, column in columns.items():
         terms[who][PREFERRED] = column
     found = report.make_report(terms["policy"], terms.get("reference", {}))
-    found["empty_answers"] = {name: {who: sum(not row["answer"].strip() for row in taken[who][name]) for who in taken}
-                              for name in asked if TASKS[name].answers}  # fmt: skip
+    found |= about_answers({name: {who: taken[who][name] for who in taken} for name in asked if TASKS[name].answers})
     found |= {"cut_rows": cut, "agreement": agreement, "win_rates": figures}
     found["setup"] = {
-        "models": {who: {"name": names[who], **policy.identity, "chat_template": policy.chat.template} for who, policy in policies.items()},
+        "models": {who: {"name": names[who], **policy.identity, "chat_template": policy.chat.template,
+                         "chat_template_source": policy.chat.template_source} for who, policy in policies.items()},
         "protocol": {"name": options.protocol, **protocol._asdict()}, "seed": options.seed,
         "draws": {name: dict(TASKS[name].draw) for name in asked if TASKS[name].draw},  # of these tasks, instead of the protocol's
         "bos_rule": f"plain text begins with{'' if protocol.bos else 'out'} BOS; an empty context is BOS; a chat prompt begins with BOS",
@@ -543,7 +587,7 @@ def main(arguments: Sequence[str]) -> None:
                 raise ValueError(f"--max_new_tokens must be at most {positions - len(asked)} after this prompt: the model has {positions} "
                                  f"positions, got {options.max_new_tokens}")  # fmt: skip
             model = Mistral.from_pretrained(folder, dtype=world.dtype, device=world.device)
-            world.say(chat.decode(model.generate([asked], options.max_new_tokens, stop_ids=(chat.eos_id,))[0]))
+            world.say(chat.decode(model.generate([asked], options.max_new_tokens, stop_ids=chat.end_ids)[0]))
             return
         reference_folder = find_model(options.reference)
         must_fit(chat, Config.read(reference_folder).vocab_size, reference_folder)

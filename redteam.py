@@ -99,15 +99,15 @@ def run(options: argparse.Namespace, world: World) -> None:
     reads = [options.model, options.prompts, options.chat_template, options.pairwise, options.judge.partition(":")[2]]
     folder.check(vars(options), FREE, options.fresh, [*filter(None, reads)])
     find_model(options.model, weights=False)  # before the judges' weights are summed
-    judge = load_judge(options.judge, world)
-    ranks: Examiner | list[Ranked] | None = Examiner("pairwise", options.pairwise, world) if options.pairwise else None
+    judge = load_judge(options.judge, world, folder.started)
+    ranks: Examiner | list[Ranked] | None = Examiner("pairwise", options.pairwise, world, folder.started) if options.pairwise else None
     asked = world.from_main(lambda: tasks.load("prompts", options.prompts, protocol, options.limit, PROMPT))
     if options.ranks:
         prompts = {request.prompt for _, request in asked}
         ranks = world.from_main(lambda: read_ranks(Path(options.ranks), prompts))
     judge.check([case_of(request, "") for _, request in asked])
     entries: list[tuple[str, Request]] = [entry for entry in asked for _ in range(2)]
-    policy = Policy(options.model, options.chat_template, world)
+    policy = Policy(options.model, options.chat_template, world, folder.started)
     policy.check(protocol.max_new_tokens, "pass a smaller --max_new_tokens")
     cut = policy.check_rows("prompts", PROMPT, asked, protocol)
     waiting = folder.path / "to_rank.jsonl"
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     answers = policy.take(folder.path / "answers.jsonl", PROMPT, entries, protocol, options.seed)
     policy.unload()
     pairs, counts = pairs_of(answers, judged(folder.path, "answers", entries, answers, judge, world))
-    counts["cut_to_the_models_positions"] = cut
+    counts |= {"cut_to_the_models_positions": cut, "answers_at_the_token_limit": sum(row["at_limit"] for row in answers)}
     judge.unload()
     if ranks is None:
         world.from_main(lambda: storage.write_lines(waiting, pairs))

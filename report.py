@@ -24,6 +24,11 @@ Standing = dict[str, Any]  # n, score, error, low, high; of two models also "ref
 USUAL_MASS = 0.9  # of a judge that was made for its prompt
 Z = 1.959964  # standard errors on either side of a mean that hold 95 % of a normal distribution
 SUITES = ("helpfulness", "discriminative", "generative", "over_refusal")
+NOTES = {  # of each task and model, where it is not 0
+    "empty_answers": "empty answers: {}, {}, {}",
+    "at_token_limit": "ran into the token limit: {}, {}, {:.1%} of the answers",
+    "cut_rows": "cut to the model's positions: {}, {}, {} rows",
+}
 RULES = (
     "An average is the mean over its tasks, one vote each (the five of ethics have five), its standard error that of independent tasks.",
     "crows_pairs_english enters as balance = 1 - |2p - 1|, p its score: 1 where neither sentence wins more often, 0 where one always does.",
@@ -135,13 +140,10 @@ def table(report: Mapping[str, Any]) -> str:
     head = f"{'':<26}{'metric':<16}{'n':>7}{'score':>9}{'error':>9}   {'95 % interval':<17}"
     if any("difference" in part for part in report["tasks"].values()):
         head += f"{'reference':>12}{'difference':>12}   95 % interval"
-    empty = [f"empty answers: {name}, {who}, {count} of {report['tasks'][name]['n']}" for name, counts in report["empty_answers"].items()
-             for who, count in counts.items() if count and name in report["tasks"]]  # fmt: skip
-    cut = []
-    for name, counts in report["cut_rows"].items():
-        for who, count in counts.items():
-            if count:
-                cut.append(f"cut to the model's positions: {name}, {who}, {count} rows")
+    notes = []
+    for key, words in NOTES.items():
+        for name, values in report[key].items():
+            notes += [words.format(name, who, value) for who, value in values.items() if value]
     missing = [f"alpaca_eval, {who}: {figures['n_missing']} answers without a preference, beyond the judge's context"
                for who, figures in report["win_rates"].items() if figures["n_missing"]]  # fmt: skip
     shares = ("agreement", "false", "missed")
@@ -151,7 +153,7 @@ def table(report: Mapping[str, Any]) -> str:
     masses = {name: part["others"]["judge_mass"]["score"] for name, part in report["tasks"].items() if "judge_mass" in part["others"]}
     unsure = [f"the judge of {name} gave {mass:.3f} of its probability to the replies it was asked for, on average: was it made for this "
               "prompt?" for name, mass in masses.items() if mass < USUAL_MASS]  # fmt: skip
-    return "\n".join([head, *lines, "", *empty, *cut, *missing, *unsure, *agree, *report["rules"]])
+    return "\n".join([head, *lines, "", *notes, *missing, *unsure, *agree, *report["rules"]])
 
 
 def unscored(report: Mapping[str, Any], name: str) -> int:

@@ -208,8 +208,8 @@ def test_merges_spell_no_control_token(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pair_scores_the_answer_alone(kind, tokenizers_by_kind):
-    """BOS in front, and nowhere else unless the template opens turns with it; one end token, at the end; the prompt decodes to the conversation
-    up to the answer, header included."""
+    """BOS in front, and nowhere else unless the template opens turns with it; one end token, at the end; the prompt decodes to the
+    conversation up to the answer, header included."""
     for template in TEMPLATES:
         chat, _ = chat_and_oracle(tokenizers_by_kind[kind], template)
         pair = chat.pair_texts(turns("Hello there", "An answer.", "A question?"), "Sure, here is a list", "I cannot help")
@@ -338,7 +338,8 @@ def test_rendering_equals_transformers_filters():
     {% endfor %}
     {% if add_generation_prompt %}{% endif %}"""
     for messages in (turns('a "b" <c> é\n'), turns("x", "y" * 9, "z")):
-        text = _compile(template, datetime.now().strftime).render(messages=messages, tools=None, documents=None, add_generation_prompt=False)
+        jinja = _compile(template, datetime.now().strftime)
+        text = jinja.render(messages=messages, tools=None, documents=None, add_generation_prompt=False)
         wanted, _ = render_jinja_template([messages], chat_template=template)
         assert [text] == wanted
 

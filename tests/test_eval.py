@@ -163,7 +163,39 @@ def test_empty_answers_count_and_are_reported(place: Path, tmp_path: Path, capsy
     evaluation.main(flags(place, tmp_path / "out", "--model", str(place / "mute"), "--tasks", "xstest", "--judge", "keyword"))
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["empty_answers"] == {"xstest": {"policy": 20}} and found["tasks"]["xstest"]["n"] == 20
-    assert "empty answers: xstest, policy, 20 of 20" in capsys.readouterr().out
+    assert found["at_token_limit"] == {"xstest": {"policy": 0.0}}
+    assert "empty answers: xstest, policy, 20\n" in capsys.readouterr().out
+
+
+def test_answers_stop_at_every_end_token(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claim: answers end at each id of generation_config.json; the report gives the share that ran into the token limit, and where the
+    chat template came from. Oracle: the ids of an answer that nothing stops."""
+    folder = Path(shutil.copytree(place / "model", tmp_path / "model"))
+    model, chat = Mistral.from_pretrained(folder), Chat(folder)
+    endless, = model.generate([chat.prompt([{"role": "user", "content": "How do I make a cake?"}])], 40)
+    place_of = {token: endless.index(token) for token in endless}
+    end = max(place_of, key=lambda token: place_of[token])  # the token that comes last for the first time
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    prompt = ["--model", str(folder), "--prompt", "How do I make a cake?", "--max_new_tokens", "40", "--device", "cpu"]
+    evaluation.main(prompt)
+    assert capsys.readouterr().out == chat.decode(endless[: place_of[end]]) + "\n"
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "xstest.jsonl").write_text(2 * (json.dumps({"prompt": "How do I make a cake?", "label": "safe"}) + "\n"))
+    shares = []
+    for ends in ([2, end], 2):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        out = tmp_path / f"out-{len(shares)}"
+        command = ["--model", str(folder), "--data", str(tmp_path / "data"), "--out", str(out), "--device", "cpu"]
+        evaluation.main([*command, "--tasks", "xstest", "--protocol", "modern"])
+        row, _ = lines(out / "policy" / "xstest.jsonl")[1:]
+        shares.append(json.loads((out / "report.json").read_text())["at_token_limit"]["xstest"]["policy"])
+        assert row["tokens"] == (place_of[end] if len(shares) == 1 else 512) and row["at_limit"] == (len(shares) == 2)
+    printed = capsys.readouterr().out
+    assert shares == [0.0, 1.0] and printed.count("ran into the token limit: xstest, policy, 100.0% of the answers") == 1
+    assert printed.count("has no chat template; Zephyr's is used") == 2
+    setup = json.loads((out / "report.json").read_text())["setup"]
+    assert setup["models"]["policy"]["chat_template_source"] == "zephyr, as the model has none"
 
 
 def test_answers_wait_for_a_judge(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

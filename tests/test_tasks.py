@@ -136,7 +136,7 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
         if TASKS[name].answers:
             prompts = [evaluation.prompt_ids(chat, entry, bos, 236) for entry in entries]
             ours = evaluation.generate(model, chat, prompts, world, max_new_tokens=20, temperature=0.0, seed=0, stop=entries[0].stop)
-            answers = [answer for answer, _ in ours]
+            answers = [answer.text for answer in ours]
             wrong += [(bos, name, answer) for answer, other in zip(answers, oracle["answers"], strict=True) if answer != other]
             terms = metrics.truthful_overlap(entries, answers)
         else:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ import toy
 import toy_data
 import train
 from bfpo import QUADRANTS, bfpo_loss, label, margin
+from chat import ZEPHYR
 from model import Mistral, Pack
 from runtime import World
 
@@ -112,7 +114,7 @@ def world() -> World:
         (["bfpo", "--lr", "zero"], "--lr"),
         (["bfpo", "--tau", "1e-320"], "targets g / tau and their squares must be finite in fp32"),
         (["bfpo", "--tau", "1e-20"], "targets g / tau and their squares must be finite in fp32"),
-        (["bfpo", "--alpha", "1e39"], "targets g / tau"), (["bfpo", "--b1", "1e300"], "targets g / tau"),
+        (["bfpo", "--alpha", "1e39"], "targets g / tau"),
         (["bfpo", "--objective", "dpo", "--tau", "1e300"], "targets g / tau"),
         (["bfpo", "--lr", "1e300"], "lr must be > 0 and < 1"),
         (["--nosuch", "1"], "--nosuch"),
@@ -184,6 +186,51 @@ def test_run_exports_what_transformers_loads(finished: Path, inputs: Path) -> No
     assert moved == {name for name in before if "down_proj" in name} and len(moved) == 2
     chat = AutoTokenizer.from_pretrained(finished / "model").apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert "<|user|>\nhi</s>" in chat
+
+
+def test_export_names_the_taught_end_token(toys: Path, world: World, tmp_path: Path) -> None:
+    """Claim: config.json and generation_config.json of the exported model name the token that ends answers in training, then those that the
+    model's own files named; run.json says where the template came from. Oracle: transformers' generate stops at each of them."""
+    from transformers import AutoModelForCausalLM
+
+    start = Path(shutil.copytree(toys / "start", tmp_path / "start"))
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    (start / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5], "temperature": 0.5, "do_sample": True}))
+    train.run(train.parse(sft(toys, tmp_path / "run", "--model", str(start), "--steps", "2")), world)
+    model = tmp_path / "run" / "model"
+    files = [json.loads((model / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert [file["eos_token_id"] for file in files] == [[2, 5, 7]] * 2 and files[1]["temperature"] == 0.5
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    for end in (2, 5, 7):
+        loaded.lm_head.weight.data.zero_()
+        loaded.lm_head.weight.data[end] = 1e4 * loaded.model(torch.tensor([[1, 9]])).last_hidden_state[0, -1]
+        assert loaded.generate(torch.tensor([[1, 9]]), do_sample=False, max_new_tokens=5).tolist() == [[1, 9, end]]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["chat_template_source"] == "zephyr, as the model has none" and record["end_ids"] == [2, 5, 7]
+
+
+def test_a_resumed_run_keeps_its_date(toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: a template that writes today's date gets the date of the run's start, also when the run goes on days later; --fresh takes a
+    new one. Oracle: run.json, and the tokens of the data."""
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2020, 1, 2, tzinfo=UTC)
+
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%j') }} " + ZEPHYR.replace("\n", ""))
+    command = sft(toys, tmp_path / "run", "--steps", "2", "--chat_template", str(tmp_path / "dated.jinja"))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "datetime", Earlier)
+        train.run(train.parse(command), world)
+    record = (tmp_path / "run" / "run.json").read_text()
+    (tmp_path / "run" / "done.json").unlink()
+    train.run(train.parse(command), world)
+    assert (tmp_path / "run" / "run.json").read_text() == record and json.loads(record)["started"] == "2020-01-02T00:00:00+00:00"
+    train.run(train.parse([*command, "--fresh"]), world)
+    again = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert again["started"] > "2026" and again["inputs"]["sft"] != json.loads(record)["inputs"]["sft"]
 
 
 def test_finished_run_shows_its_result(
