@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Where a point's name may stand: away from its mark, across and up; the diagonals first, off the error bars.
-SIDES = [(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
+# Where a point's name may stand: away from its mark, across and up; on the diagonals it is off the error bars.
+SIDES = [(1, 1), (-1, 1), (1, -1), (-1, -1)]
 
 
 class Point(NamedTuple):
@@ -31,36 +31,39 @@ class Point(NamedTuple):
 
 
 def _place_names(figure: Figure, axes: Axes, points: Sequence[Point], radius_pt: float) -> None:
-    """Each point's name beside it, on the side where it covers the least of marks, error bars and other names."""
+    """Each point's name beside its mark, on the first side where it is in the picture and covers no mark, no upright error bar and
+    no other name."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     figure.draw_without_rendering()  # lays the axes out, so that places are final
     radius = radius_pt * figure.dpi / 72
     taken = []
-    for _, x, y, x_bar, y_bar, *_ in points:
-        corners = [(x, y), (x - x_bar[0], y - y_bar[0]), (x + x_bar[1], y + y_bar[1])]
-        (across, up), (left, low), (right, high) = axes.transData.transform(corners)
-        taken += [Bbox.from_extents(across - radius, up - radius, across + radius, up + radius),
-                  Bbox.from_extents(left, up - 2, right, up + 2), Bbox.from_extents(across - 2, low, across + 2, high)]
-
-    def crowding(box: Bbox) -> float:
-        inside, covered = Bbox.intersection(box, axes.bbox), [Bbox.intersection(box, other) for other in taken]
-        visible = inside.width * inside.height if inside else 0
-        return float(3 * (box.width * box.height - visible) + sum(cut.width * cut.height for cut in covered if cut))
+    for point in points:
+        below, above = point.harmless_bar
+        corners = [(point.helpful, point.harmless - below), (point.helpful, point.harmless + above)]
+        taken.append(Bbox(axes.transData.transform(corners)).padded(radius))  # the mark and its upright bar
+    halo = withStroke(linewidth=3, foreground="white")
 
     for point in points:
-        words = axes.annotate(point.name, (point.helpful, point.harmless), (0, 0), textcoords="offset points",
-                              fontsize=10, color=BLACK, zorder=5, path_effects=[withStroke(linewidth=3, foreground="white")])
-        choices = []
+        words = axes.annotate(
+            point.name,
+            (point.helpful, point.harmless),
+            (0, 0),
+            textcoords="offset points",
+            fontsize=10,
+            color=BLACK,
+            zorder=5,
+            path_effects=[halo],
+        )
         for across, up in SIDES:
-            away = radius_pt * (0.85 if across and up else 1.1) + 1
-            stand = {"position": (away * across, away * up), "ha": ("center", "left", "right")[across],
-                     "va": ("center", "bottom", "top")[up]}
-            words.set(**stand)
-            choices.append((words.get_window_extent(), stand))
-        box, stand = min(choices, key=lambda choice: crowding(choice[0]))
-        words.set(**stand)
+            words.set_position((radius_pt * across, radius_pt * up))
+            words.set_horizontalalignment("left" if across > 0 else "right")
+            words.set_verticalalignment("bottom" if up > 0 else "top")
+            box = words.get_window_extent()
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not box.count_overlaps(taken):
+                break
         taken.append(box)
 
 
