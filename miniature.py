@@ -508,5 +508,5 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 if __name__ == "__main__":
-    with runtime.one_voice():
+    with runtime.errors_in_one_line():
         work(Job(**{**json.loads(sys.argv[1]), "settings": tuple(map(tuple, json.loads(sys.argv[1])["settings"]))}))

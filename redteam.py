@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """The command. Exit codes: 2 for wrong usage, 1 for bad input, in one line."""
     options = parse(arguments)
-    with runtime.one_voice():
+    with runtime.errors_in_one_line():
         run(options, runtime.start(options.device))
 
 

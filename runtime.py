@@ -8,13 +8,13 @@ import contextlib
 import ctypes
 import errno
 import os
-import select
 import signal
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -31,9 +31,10 @@ Result = TypeVar("Result")
 # Bad input; a full disk, which save_file says by an error of its own; a model or pack too large for the GPU.
 USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # not EACCES: reading gives it too
-SPEAK_GRACE_S = 20.0  # how long a failing rank waits for rank 0 to report the same error
+SPEAK_AFTER_S = 5.0  # how long another rank than 0 waits before it reports an error
+RANK_0_SPEAKS = "rank 0 reports this error"
+GROUP_TIMEOUT = timedelta(hours=1)  # of a collective: ranks wait for one that reads or tokenises alone
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-ANSWER_S = 20.0  # how long a rank waits for the others' sign of life after a SIGTERM
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
@@ -83,6 +84,8 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if box[1] is not None:
+            if not self.is_main:
+                box[1].add_note(RANK_0_SPEAKS)
             raise box[1]
         return box[0]  # type: ignore[no-any-return]  # rank 0's Result
 
@@ -95,9 +98,14 @@ class World:
 
     def same(self, what: str, value: Result) -> Result:
         """The value, if every rank has the same: nodes may have disks of their own. ValueError names a rank that has another."""
-        first, *others = self.gather(value)
-        if other := [rank for rank, found in enumerate(others, 1) if found != first]:
-            raise ValueError(f"{what} must be the same on every node, but rank {other[0]} reads another than rank 0; copy it there")
+        values = self.gather(value)
+
+        def compare() -> None:
+            for rank, other in enumerate(values):
+                if other != values[0]:
+                    raise ValueError(f"{what} must be the same on every node, but rank {rank} reads another than rank 0; copy it there")
+
+        self.from_main(compare)
         return value
 
 
@@ -113,42 +121,6 @@ def keep_freed_memory() -> None:
 def launched(name: str, alone: int) -> int:
     """RANK, WORLD_SIZE or the like as torchrun set it; `alone` without RANK: then it did not start us, and the others are leftovers."""
     return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
-
-
-@contextlib.contextmanager
-def dying_at_once() -> Iterator[None]:
-    """Within it SIGTERM and Ctrl-C do what they do to any program, as it waits where no handler of Python's would run."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if handler == signal.SIG_IGN else signal.SIG_DFL)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def answer_roll_call(rank: int, size: int, signals: int) -> None:
-    """Runs beside the program: after a SIGTERM to any rank every rank answers; without one from each, this process ends.
-
-    A rank that died cannot answer. torchrun then sends SIGTERM to the others and waits for as long as --shutdown-timeout says, but one
-    that waits for the dead rank inside a GPU's collective never comes back to Python to note the signal. signals: a descriptor from
-    which the numbers of received signals are read (signal.set_wakeup_fd), which also works there.
-    """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
-    while not store.check(["roll call"]):
-        if select.select([signals], [], [], 1.0)[0] and signal.SIGTERM in os.read(signals, 64):
-            store.set("roll call", "1")
-    store.set(f"rank {rank} is here", "1")
-    deadline = time.monotonic() + ANSWER_S
-    while silent := [other for other in range(size) if not store.check([f"rank {other} is here"])]:
-        if time.monotonic() > deadline:
-            if rank == min(set(range(size)) - set(silent)):
-                names = ", ".join(map(str, silent))
-                print(f"error: no sign of life from rank {names} for {ANSWER_S:.0f} s; the others end. The same command, without --fresh, "
-                      "goes on from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
-            os._exit(1)
-        time.sleep(0.5)
 
 
 def start(device: str = "auto", replicate: int = 1) -> World:
@@ -178,12 +150,7 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         if "RANK" in os.environ:
-            with dying_at_once():
-                dist.init_process_group(backend)
-            signals, wakeup = os.pipe()
-            os.set_blocking(wakeup, False)
-            signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-            threading.Thread(target=answer_roll_call, args=(rank, size, signals), daemon=True).start()
+            dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     shape, names = (size,), ("shard",)
@@ -192,82 +159,56 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     return World(rank, size, where, init_device_mesh(device, shape, mesh_dim_names=names))
 
 
-def spoken(within_s: float) -> bool:
-    """Whether another rank has said what went wrong, or does so in this time."""
-    deadline = time.monotonic() + within_s
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return False
-    with contextlib.suppress(dist.DistError):  # without torchrun the store leaves with rank 0
-        store = dist.distributed_c10d._get_default_store()
-        while not store.check(["spoken"]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return bool(store.check(["spoken"]))
-    return False
-
-
-def speak(error: Exception) -> None:
-    """Say what went wrong, once for all ranks."""
+def one_line(error: Exception) -> str:
+    """What went wrong, and what helps against a lack of memory or disk."""
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        error = OSError(f"{error}; free space, or write elsewhere (--out; --cache of train.py)")
+        return f"{error}; free space, or write elsewhere (--out; --cache of train.py)"
     if isinstance(error, torch.OutOfMemoryError):
-        error = OSError(f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks")
-    rank, group = launched("RANK", 0), dist.is_initialized()
-    if spoken(SPEAK_GRACE_S) if rank and group else launched("LOCAL_RANK", 0):  # before there is a group, a node's ranks fail alike
-        return
-    print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
-    if group:
-        with contextlib.suppress(dist.DistError):
-            dist.distributed_c10d._get_default_store().set("spoken", "1")
+        return f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks"
+    return str(error)
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """What a program runs in: an error of the user's making becomes one line and exit code 1, from rank 0 if it fails too.
+def errors_in_one_line() -> Iterator[None]:
+    """What a program runs in: bad input becomes one line and exit code 1, and Ctrl-C one line and exit code 130.
 
-    A rank that fails alone (its disk is full, say) speaks for itself after SPEAK_GRACE_S; torchrun ends the others, and one whose
-    collective fails waits as long for what they say before it shows a traceback. SIGTERM and Ctrl-C leave at once, but where a
-    StopRequest is at work. Of several processes none goes through Python's own shutdown, where gloo's threads may abort a run that is
-    done.
+    Of several processes rank 0 speaks at once. Another rank waits for SPEAK_AFTER_S and then gives its number: if rank 0
+    has failed too, torchrun ends this one before. A rank whose collective broke, as another rank left it, waits likewise.
+    Several processes leave by os._exit: in Python's own shutdown gloo's threads may abort a run that is done.
     """
-    signals = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]  # nohup's, say
-    stopped: list[int] = []
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        raise KeyboardInterrupt
-
+    rank = launched("RANK", 0)
+    several = launched("WORLD_SIZE", 1) > 1
     code: Any = 0
-    before = {number: signal.signal(number, leave) for number in signals}
     try:
         yield
     except SystemExit as leaving:
         code = leaving.code
-    except (KeyboardInterrupt, RuntimeError, *USER_ERRORS) as error:
-        for number in signals:  # torchrun may send one after the other, and does so as soon as another rank has left
-            signal.signal(number, signal.SIG_IGN)
-        if stopped or isinstance(error, KeyboardInterrupt):  # a collective that others have left then is no error of its own
-            if launched("RANK", 0) == 0 and not spoken(0):
-                print("\nstopped; the same command goes on from what was saved (without --fresh once the earlier run is gone)",
-                      file=sys.stderr)  # fmt: skip
-            code = 128 + (stopped or [signal.SIGINT])[0]
-        elif isinstance(error, USER_ERRORS):
-            speak(error)
-            code = 1
-        elif spoken(SPEAK_GRACE_S):  # of a collective that another rank has left
-            code = 1
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
+        code = 128 + signal.SIGINT
+        if rank == 0:
+            print("\nstopped; the same command, without --fresh, goes on from what was saved", file=sys.stderr)
+    except USER_ERRORS as error:
+        code = 1
+        if rank == 0:
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         else:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            time.sleep(SPEAK_AFTER_S)
+        if rank and RANK_0_SPEAKS not in getattr(error, "__notes__", ()):
+            print(f"error on rank {rank}: {one_line(error)}", file=sys.stderr)
+    except Exception:
+        if not several:
             raise
-    several = dist.is_initialized() and dist.get_world_size() > 1
+        code = 1
+        time.sleep(SPEAK_AFTER_S)
+        traceback.print_exc()
+
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
     if several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    for number, handler in before.items():
-        signal.signal(number, handler)
     if code:
         sys.exit(code)
 
@@ -285,9 +226,11 @@ class StopRequest:
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.requested and kind is RuntimeError:  # a collective broke, as another rank was stopped or died
+            signal.raise_signal(self.requested)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

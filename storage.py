@@ -533,8 +533,12 @@ class RunFolder:
             time.sleep(0.5)
         blind = [rank for rank, sees in enumerate(self.world.gather(seen())) if not sees]
         self.world.from_main(sign.unlink)
-        if blind:
-            raise ValueError(f"{self.path.absolute()} must be on a disk that all nodes share, but rank {blind[0]} does not see it")
+
+        def refuse_blind() -> None:
+            if blind:
+                raise ValueError(f"{self.path.absolute()} must be on a disk that all nodes share, but rank {blind[0]} does not see it")
+
+        self.world.from_main(refuse_blind)
 
     def _remove(self, folder: Path) -> None:
         """Delete a run's folder; a kill leaves it whole, or nothing of that name."""

@@ -339,7 +339,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments = ["figure4", *arguments]
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # tensors of a few numbers: more threads only wait for each other
-    with runtime.one_voice():
+    with runtime.errors_in_one_line():
         return int(options.run(options) or 0)
 
 

@@ -376,7 +376,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     with contextlib.redirect_stderr(sys.stderr if runtime.launched("RANK", 0) == 0 else io.StringIO()):
         config = parse(arguments)
-    with runtime.one_voice():
+    with runtime.errors_in_one_line():
         world = runtime.start(config.device, config.replicate)
         usual = dataclasses.asdict(Config())
         world.say(listed({key: value for key, value in dataclasses.asdict(config).items() if key == "recipe" or value != usual[key]}))

@@ -115,12 +115,21 @@ def weight_distance(out: Path, other: Path) -> float:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
+def usual_signals() -> None:
+    """In a child of the tests: SIGTERM and Ctrl-C do what they do by default, though the tests may run where they are ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def launch(arguments: Sequence[str], processes: int = 0, program: str = "train.py", *flags: str) -> subprocess.CompletedProcess[str]:
     """A program as a user starts it: by python, or under torchrun on a free port."""
     command = [sys.executable, str(ROOT / program), *arguments]
     if processes:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=300, check=False)
+    environment = os.environ | ONE_THREAD
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False, preexec_fn=usual_signals
+    )
 
 
 def launch_nodes(arguments: Sequence[str], folders: Sequence[Path], processes: int, program: str) -> list[tuple[int, str, str]]:
@@ -132,7 +141,7 @@ def launch_nodes(arguments: Sequence[str], folders: Sequence[Path], processes: i
                 "--rdzv_backend", "c10d", "--rdzv_id", "test", "--rdzv_endpoint", f"localhost:{port}",
                 "--local_addr", "localhost"]  # fmt: skip
     started = [subprocess.Popen([*torchrun, str(ROOT / program), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=os.environ | ONE_THREAD, cwd=folder) for folder in folders]  # fmt: skip
+                                env=os.environ | ONE_THREAD, cwd=folder, preexec_fn=usual_signals) for folder in folders]  # fmt: skip
     outputs = [process.communicate(timeout=300) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
@@ -227,7 +236,7 @@ def many(commands: list[list[str]]) -> None:
     import runtime
     import train
 
-    with runtime.one_voice():
+    with runtime.errors_in_one_line():
         for arguments in commands:
             config = train.parse(arguments)
             train.run(config, runtime.start(config.device, config.replicate))
