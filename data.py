@@ -311,7 +311,7 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
         for number, part in enumerate(report["sources"]):
             _summarise(part, table[table[:, -1] == number], options.stage)
         np.save(aside / "rows.npy", table)
-        (aside / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (aside / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
         sums = {file.name: (file.stat().st_size, sha256(file)) for file in aside.iterdir()}
         (aside / SUMS).write_text(json.dumps(sums), encoding="utf-8")
         aside.rename(folder)

@@ -44,6 +44,7 @@ from judge import Case, Examiner, Judge, agreements, digest, file_name, judge_na
 from metrics import Question, Request, Terms
 from model import Config, Mistral, Pack, find_model, stored_weights
 from quadrants import check_targets, preference_view, quadrant_table
+from rows import in_words, not_finite
 from runtime import World
 from sources import check_whole
 from tasks import PROTOCOLS, TASKS, Protocol, Task
@@ -69,16 +70,20 @@ def my_packs(lengths: Sequence[int], world: World, budget: int) -> list[list[int
 
 
 @torch.no_grad()
-def score(model: Mistral, stream: Stream, world: World, budget: int, text: str, rows: range | None = None) -> Tensor:
+def score(model: Mistral, stream: Stream, world: World, budget: int, text: str, rows: Sequence[int] | None = None) -> Tensor:
     """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n, responses], the same on every rank."""
     rows, responses = range(len(stream)) if rows is None else rows, stream.lengths.shape[1] - 1
     logprobs = torch.zeros(len(rows), responses)
-    packs, found = my_packs(stream.lengths[rows.start : rows.stop].sum(1).tolist(), world, budget), []
+    packs, found = my_packs(stream.lengths[list(rows)].sum(1).tolist(), world, budget), []
     for items in tqdm(packs, desc=text, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False):
         pack = Pack.build([stream.tree(rows[i]) for i in items]).to(world.device)
         found.append(model.logprobs(pack).float().reshape(responses, -1).T)  # off the device after the last: none waits for another
     logprobs[[i for items in packs for i in items]] = torch.cat(found).cpu()
-    return world.sum(logprobs)
+    logprobs = world.sum(logprobs)
+    bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad and budget > 1:  # a NaN spreads within its pack, masked or not: only a row that gives it alone has it
+        logprobs[bad] = score(model, stream, world, 1, f"{text}, not finite", [rows[i] for i in bad])
+    return logprobs
 
 
 # --- multiple choice -------------------------------------------------------------------------------------------------
@@ -130,7 +135,7 @@ def choice_logprobs(model: Mistral, chat: Chat, questions: Sequence[Question], w
     found[filled] = torch.cat(scored).cpu()
     values = world.sum(found).tolist()
     if not all(map(math.isfinite, values)):
-        raise ValueError("a log-probability is not finite; the weights may be damaged, or trained to divergence")
+        raise ValueError(f"{model.origin} gives a log-probability that is not finite; its weights may be damaged, or trained to divergence")
     return [[values[slot] for slot in row] for row in places]
 
 
@@ -596,10 +601,16 @@ def main(arguments: Sequence[str]) -> None:
         train, held = load_stream(options.pairs, chat, stage="pairs", max_length=options.max_length, max_prompt=options.max_prompt)
         stream = held if len(held) else train
         world.say(f"{len(stream)} {'held-out' if len(held) else 'training'} pairs of {len(train) + len(held)}")
-        policy, reference = (
-            score(Mistral.from_pretrained(name, dtype=world.dtype, device=world.device), stream, world, SCORED_PACK_TOKENS, text)
-            for name, text in ((folder, "policy"), (reference_folder, "reference"))
-        )
+
+        def scored(name: Path, text: str) -> Tensor:
+            model = Mistral.from_pretrained(name, dtype=world.dtype, device=world.device)
+            logprobs = score(model, stream, world, SCORED_PACK_TOKENS, text)
+            if bad := not_finite(logprobs, "pairs", stream, chat):
+                raise ValueError(f"{name} gives rows a log-probability that is not finite: {in_words(bad)}; "
+                                 "its weights may be damaged, or trained to divergence")  # fmt: skip
+            return logprobs
+
+        policy, reference = scored(folder, "policy"), scored(reference_folder, "reference")
         world.say(quadrant_table(preference_view(policy, reference, stream, options.alpha, options.b1, options.tau)))
 
 

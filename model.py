@@ -403,6 +403,7 @@ class Mistral(nn.Module):
         D, blocks = config.hidden_size, nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         body = {"embed_tokens": nn.Embedding(config.vocab_size, D), "layers": blocks, "norm": Norm(D, config.rms_norm_eps)}
         self.config, self.model = config, cast(Any, nn.ModuleDict(body))
+        self.origin = "the model"  # what messages call it
         if not config.tie_word_embeddings:
             self.lm_head = linear(D, config.vocab_size)
         self.checkpoint_blocks = False  # True: the backward finds the blocks' inputs alone and computes the rest again
@@ -467,6 +468,7 @@ class Mistral(nn.Module):
             model = Mistral(config).to(dtype)
         model.to_empty(device=device)
         load_weights(model, folder)
+        model.origin = str(path_or_hub_name)
         return model
 
     @torch.no_grad()
@@ -532,6 +534,7 @@ class Mistral(nn.Module):
         Each prompt has a seed of its own (default: its index), so that the batch changes an answer by rounding alone (bf16).
 
         A prompt ends before a stop id, after the token that completes a stop string in the text of `decode`, or at max_new_tokens.
+        ValueError: impossible arguments, or weights whose logits are not finite.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         if not all(map(len, prompts)):
@@ -560,6 +563,9 @@ class Mistral(nn.Module):
             several = [slice(k, k + PREFILL_ROWS) for k in range(0, len(alive), PREFILL_ROWS)]
             logits = torch.cat([cache.extend([prompts[i] for i in alive[rows]], rows) for rows in several])
             while alive:
+                if not logits.isfinite().all():
+                    raise ValueError(f"{self.origin} gives logits that are not finite; "
+                                     "its weights may be damaged, or trained to divergence")  # fmt: skip
                 ids = choose(logits, draws[:, len(answers[alive[0]])], temperature, top_p).tolist()
                 for i, token in zip(alive, ids, strict=True):
                     answers[i].append(token)

@@ -35,14 +35,16 @@ def quadrant_sums(h: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, alpha: 
 
     Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the target's side: h and g have
     one sign. Two of the four quadrants ask for h < 0, so a share of h > 0, as the authors' accuracy is, would count
-    their failures (deviation 5). h = 0 is on no side. All inputs are 1-D over pairs. ValueError: as label's.
+    their failures (deviation 5). h = 0 is on no side. A pair whose h is not finite is left out.
+    All inputs are 1-D over pairs. ValueError: as label's.
     """
     h, g = h.detach().double(), label(chosen_safe, rejected_safe, alpha, b1).double()
     s_w, s_l = chosen_safe.bool(), rejected_safe.bool()
     masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])  # deviation 6
     on_target_side = (h.sign() * g.sign() > 0).double()
     columns_NC = torch.stack([torch.ones_like(h), h, g / tau, on_target_side], dim=-1)
-    return torch.where(masks_QN[..., None], columns_NC, 0.0).sum(1)  # mask * x spreads a NaN
+    counts_QN = masks_QN & h.isfinite()
+    return torch.where(counts_QN[..., None], columns_NC, 0.0).sum(1)  # mask * x spreads a NaN
 
 
 def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:

@@ -1,5 +1,5 @@
 """What a step holds: the rows of all streams numbered through, and which of them step n draws, a pure function of (seed, n); and what
-came of them: the gate that step 0 must pass, the step's figures, whether weights moved."""
+came of them: the gate that step 0 must pass, and the step's figures."""
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.  Here also: Q safety quadrants, C columns of sums.
 
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +19,7 @@ from bfpo import QUADRANTS, label, pair_loss
 from chat import Chat, Ids
 from data import Stream, batch_indices, deal, describe, load_stream, unevenness
 from quadrants import quadrant_means, quadrant_sums, safety_labels
-from runtime import World, local_part
+from runtime import World
 
 if TYPE_CHECKING:
     from train import Config
@@ -45,7 +44,29 @@ def open_streams(config: Config, chat: Chat, world: World) -> tuple[dict[str, St
     first, stream = next(iter(training.items()))
     if len(stream) < config.batch:
         raise ValueError(f"a step needs {config.batch} rows of {first}, got {len(stream)}; pass a smaller --batch")
+    for name, rows in training.items():
+        if 0 < len(rows) < config.batch:
+            world.say(f"WARNING: {name} has {len(rows)} rows, and a step draws {config.batch} of them: a row is in it "
+                      f"up to {math.ceil(config.batch / len(rows))} times")  # fmt: skip
     return training, {name: rows for name, rows in held.items() if len(rows)}
+
+
+def title_of(name: str, stream: Stream, i: int, chat: Chat) -> str:
+    """What a message calls row i of a stream: the stream's name, the number, and how the row begins and ends."""
+    text = chat.decode([token for part in stream.tree(i)[:2] for token in part])
+    return f"{name} {i} ({reprlib.repr(text)})"
+
+
+def not_finite(logprobs: Tensor, name: str, stream: Stream, chat: Chat, first: int = 0) -> list[str]:
+    """Titles of a stream's rows, from `first` on, whose log-probabilities [n, responses] are not all finite."""
+    bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
+    return [title_of(name, stream, first + i, chat) for i in bad]
+
+
+def in_words(titles: list[str]) -> str:
+    """The first five titles, and how many others there are."""
+    more = f" and {len(titles) - 5} more" if len(titles) > 5 else ""
+    return ", ".join(titles[:5]) + more
 
 
 class Rows:
@@ -83,16 +104,16 @@ class Rows:
         return self.streams[self.stream[i]].tree(i - self.starts[self.stream[i]])
 
     def title(self, i: int) -> str:
-        """What an error calls a row: its stream, its number there, and how it begins and ends."""
-        text = self.chat.decode([token for part in self.tree(i)[:2] for token in part])
-        return f"{self.names[self.stream[i]]} {i - self.starts[self.stream[i]]} ({reprlib.repr(text)})"
+        """What an error calls row i of all."""
+        k = self.stream[i]
+        return title_of(self.names[k], self.streams[k], i - self.starts[k], self.chat)
 
     def blame(self, items: Tensor, losses: Tensor, world: World) -> str:
         """Which rows make a step's loss or gradient not finite, of the items and losses [N] that each rank brings."""
         mine = [(loss, self.title(i)) for i, loss in zip(items.tolist(), losses.tolist(), strict=True)]
         every = [pair for part in world.gather(mine) for pair in part]
         if bad := [title for loss, title in every if not math.isfinite(loss)]:
-            return f"rows whose loss is not finite: {', '.join(bad[:5])}"
+            return f"rows whose loss is not finite: {in_words(bad)}"
         return "every row's loss is finite; the largest: " + ", ".join(f"{loss:.3g} of {title}" for loss, title in sorted(every)[-3:])
 
 
@@ -140,31 +161,6 @@ def gate(config: Config, rows: Rows, items: Tensor, outcome: Outcome, loss: floa
     if not (ratio <= 1 and abs(loss - expected) <= len(rows.names) * drift + 1e-6 * expected):
         raise ValueError(f"step 0: the policy is not the reference: {found}; remove the reference cache and start again with --fresh")
     world.say(f"step-0 gate: {found}")
-
-
-class Sample:
-    """Some values of each tensor as they are now, of this rank's part, to see later whether they have moved."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors, self.before = tensors, [self.some(tensor).clone() for tensor in tensors]
-
-    @staticmethod
-    def some(tensor: Tensor) -> Tensor:
-        """About 4096 values, from all over the tensor."""
-        flat = local_part(tensor.detach()).flatten()
-        return flat[:: max(1, len(flat) // 4096)]
-
-    def moved_share(self, optimizer: torch.optim.Optimizer, world: World) -> float:
-        """Of the sample's values that had a gradient, over all ranks, the share that is another now; says so, and warns when it is under a
-        tenth. An embedding of a token that no row holds has none."""
-        had = [self.some(optimizer.state[tensor]["exp_avg_sq"]) != 0 for tensor in self.tensors]
-        moved = sum(int((self.some(t) != b).sum()) for t, b in zip(self.tensors, self.before, strict=True))
-        counts = world.sum(torch.tensor([moved, sum(int(each.sum()) for each in had)]))
-        share = float(counts[0] / counts[1].clamp(min=1))
-        world.say(f"end of warm-up: {share:.1%} of a sample of the trained values have moved")
-        if share < 0.1:
-            world.say("WARNING: most trained weights have not moved; the learning rate may be lost in their rounding")
-        return share
 
 
 def memory_gib(device: torch.device) -> float:

@@ -83,13 +83,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Any JSON value, as write_text writes."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Any JSON value, as write_text writes. ValueError: NaN or an infinity, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def as_lines(rows: Iterable[Any]) -> str:
+    """Rows as JSON lines. ValueError as in write_json."""
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """JSON lines."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """JSON lines, as write_text writes."""
+    write_text(path, as_lines(rows))
+
+
+def read_line(line: bytes) -> Any:
+    """The value of a JSON line. ValueError: it is damaged, or holds NaN or an infinity, which Python alone reads."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
 
 
 def read_json(path: Path, *keys: str, remedy: str = "delete it, and make it again") -> dict[str, Any]:
@@ -108,7 +122,7 @@ def log_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
+            row = read_line(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
@@ -130,7 +144,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str) -> Tensor:
     """The tensor of this shape that `path` keeps, on the CPU of every rank; else make() of all ranks together, kept from now on.
 
-    make gives the same contiguous tensor on every rank. A damaged file is named and made again. Of runs that make it at
+    make gives the same contiguous tensor on every rank. A damaged file is named and made again, and so is one whose values are not all
+    finite, which an earlier version kept. Of runs that make it at
     the same time the first to end is kept and used by all: on another number of processes it differs in rounding, and a run
     that is started again must find the bits it began with.
     """
@@ -145,7 +160,8 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
             raise ValueError(f"{path} is somebody else's, and cannot be read; change its mode, or pass another --cache")
         with contextlib.suppress(SafetensorError, KeyError, TypeError, OSError), safe_open(path, "pt") as file:
             found: Tensor = file.get_tensor("values")
-            if found.shape == shape and sha256_of(found) == file.metadata()["sha256"]:
+            whole = found.shape == shape and sha256_of(found) == file.metadata()["sha256"]
+            if whole and found.isfinite().all():
                 return found
         world.say(f"{what}: {path} is damaged; computing it again")
         path.unlink(missing_ok=True)
@@ -290,7 +306,7 @@ def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, c
         stored = path.read_bytes().splitlines() if path.exists() else []
         for number, line in enumerate(stored, 1):
             try:
-                lines.append(json.loads(line))
+                lines.append(read_line(line))
             except (ValueError, RecursionError):
                 if number < len(stored):  # no kill did that
                     raise ValueError(f"{path}:{number} is damaged, and {len(stored) - number} lines follow; mend it, or delete the file"
@@ -303,13 +319,13 @@ def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, c
             raise ValueError(f"{path} was made with another {', '.join(changed)}; delete that file alone, or pass another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in lines or [plain]), encoding="utf-8")
+        aside.write_text(as_lines(lines or [plain]), encoding="utf-8")
         os.replace(aside, path)
         return lines[1:]
 
     def append(new: Sequence[Mapping[str, Any]]) -> None:
         with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in new))
+            file.write(as_lines(new))
             file.flush()
             os.fsync(file.fileno())
 
@@ -570,8 +586,8 @@ class RunFolder:
         def rewrite() -> None:
             path = self.path / "log.jsonl"
             aside = path.with_name(".log.jsonl")
-            kept = (json.dumps(row) + "\n" for row in self.rows() if row["step"] < step)
-            aside.write_text("".join(kept), encoding="utf-8")
+            kept = [row for row in self.rows() if row["step"] < step]
+            aside.write_text(as_lines(kept), encoding="utf-8")
             os.replace(aside, path)
             self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `finish`, or with the process
 
@@ -584,7 +600,7 @@ class RunFolder:
     def write_row(self, row: Mapping[str, Any]) -> None:
         """A row to log.jsonl, on rank 0."""
         if self.log is not None:
-            self.log.write(json.dumps(row) + "\n")
+            self.log.write(as_lines([row]))
             self.log.flush()
 
     def log_step(self, row: Mapping[str, Any]) -> None:

@@ -137,7 +137,7 @@ def figure4(out: Path) -> None:
     summary: dict[str, object] = {
         name: {"probabilities": mean[-1, i].tolist(), "ranking": names(ranking(mean[-1, i]))}
         for i, name in enumerate(objectives)}
-    write_text(out / "summary.json", json.dumps({**summary, "optimum": exact[0].tolist()}, indent=1) + "\n")
+    write_text(out / "summary.json", json.dumps({**summary, "optimum": exact[0].tolist()}, indent=1, allow_nan=False) + "\n")
     plots.figure4(out / "figure4.png", {name: mean[:, i].numpy() for i, name in enumerate(objectives)},
                   {name: half_width[:, i].numpy() for i, name in enumerate(objectives)}, SAFE, desired[0],
                   exact[0].tolist())

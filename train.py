@@ -40,12 +40,13 @@ from eval import my_packs, score
 from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
 from quadrants import check_targets, preference_view, quadrant_table, safety_labels
-from rows import Outcome, Rows, Sample, gate, memory_gib, open_streams, summarise
+from rows import Outcome, Rows, gate, in_words, memory_gib, not_finite, open_streams, summarise
 from runtime import StopRequest, World
 from settings import from_command_line, listed, setting
 from sources import cache_root, find_source, sha256
 from storage import RunFolder
 from toy_run import toy_run
+from weights import part_like
 
 # --- configuration ---------------------------------------------------------------------------------------------------
 
@@ -182,17 +183,27 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def reference_logprobs(model: Mistral, name: str, stream: Stream, weights: str, config: Config, world: World) -> Tensor:
+def reference_logprobs(
+    model: Mistral, name: str, stream: Stream, weights: str, config: Config, chat: Chat, world: World
+) -> Tensor:
     """pi_ref's log-probabilities of a stream, [n, 2] fp32: from the cache, else computed by the policy's own code path.
 
     Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype, device and the model's
     code: a run that differs only in objective, tau, alpha, b1, lr or seed reuses it. Deviation 4: no second model in memory.
+    ValueError names the rows whose log-probability is not finite.
     """
+
+    def make(rows: range) -> Tensor:
+        logprobs = score(model, stream, world, config.pack_tokens, f"reference, {name}", rows)
+        if bad := not_finite(logprobs, name, stream, chat, rows.start):
+            raise ValueError(f"the starting weights {config.model} give rows a log-probability that is not finite: {in_words(bad)}; "
+                             "take other weights, or leave these rows out")  # fmt: skip
+        return logprobs
+
     code = [sha256(Path(__file__).with_name(file)) for file in ("model.py", "kernels.py", "weights.py")]
     key = hashlib.sha256(json.dumps([weights, stream.fingerprint, config.dtype, world.device.type, *code]).encode()).hexdigest()
-    return storage.cached_rows(cache_root(config.cache) / "reference" / key, (len(stream), 2),
-                               lambda rows: score(model, stream, world, config.pack_tokens, f"reference, {name}", rows), world,
-                               f"reference of {name} pairs")  # fmt: skip
+    path = cache_root(config.cache) / "reference" / key
+    return storage.cached_rows(path, (len(stream), 2), make, world, f"reference of {name} pairs")
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -226,28 +237,46 @@ def forward_backward(model: Mistral, config: Config, rows: Rows, items: Tensor, 
 
 
 def held_out_figures(
-    model: Mistral, config: Config, held: dict[str, Stream], references: dict[str, Tensor], world: World
+    model: Mistral, config: Config, held: dict[str, Stream], references: dict[str, Tensor], chat: Chat, world: World
 ) -> tuple[dict[str, Any], float | None]:
-    """Of the held-out rows: (by stream its loss a token, or its quadrants' margins; the loss of all, None without rows)."""
+    """Of the held-out rows: (by stream its loss a token, or its quadrants' margins; the loss of all, None without rows).
+
+    A row whose log-probability is not finite counts in no margin and leaves the loss None; "not_finite" of its stream names it.
+    """
     figures: dict[str, Any] = {}
     losses = []
     for name, stream in held.items():
         logprobs = score(model, stream, world, config.pack_tokens, f"held-out, {name}").double()
         if name == "sft":
             losses.append(-logprobs.sum().item() / int(stream.lengths[:, 1:].sum()))
-            figures[name] = {"loss": losses[-1]}
+            figures[name] = {"loss": losses[-1] if math.isfinite(losses[-1]) else None}
         else:
             h = margin(*logprobs.unbind(1), *references[name].double().unbind(1))
             g = label(*safety_labels(stream), config.alpha, config.b1).double()
             losses.append(pair_loss(config.objective, h, g, config.tau).mean().item())
             figures[name] = preference_view(logprobs, references[name], stream, config.alpha, config.b1, config.tau)
-    return figures, sum(losses) if losses else None
+        if bad := not_finite(logprobs, name, stream, chat):
+            figures[name]["not_finite"] = bad
+            world.say(f"WARNING: held-out rows whose log-probability is not finite: {in_words(bad)}")
+    loss = sum(losses)
+    return figures, loss if losses and math.isfinite(loss) else None
 
 
 def say_held_out(figures: dict[str, Any], world: World) -> None:
     """Print held_out_figures as tables."""
     for name, view in figures.items():
-        world.say(f"held-out {name}:" + (f" loss {view['loss']:.4f} a token" if name == "sft" else "\n" + quadrant_table(view)))
+        if name != "sft":
+            world.say(f"held-out {name}:\n{quadrant_table(view)}")
+        elif view["loss"] is not None:
+            world.say(f"held-out {name}: loss {view['loss']:.4f} a token")
+
+
+def must_be_finite(figures: dict[str, Any]) -> None:
+    """ValueError names the held-out rows to which the exported model gives no finite log-probability."""
+    bad = [title for view in figures.values() for title in view.get("not_finite", [])]
+    if bad:
+        raise ValueError(f"the model is written, but gives held-out rows a log-probability that is not finite: {in_words(bad)}; "
+                         "its training diverged: lower --lr, and start over with --fresh")  # fmt: skip
 
 
 def optimize(
@@ -268,7 +297,6 @@ def optimize(
     if config.objective != "sft":
         world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first, steps, config.log_every)
-    sample = Sample([*trained.values()])
 
     with StopRequest() as stop:
         for step in range(first, steps):  # Algorithm 1
@@ -293,8 +321,6 @@ def optimize(
             done, seconds = step + 1, time.monotonic() - began
             row |= {"rows_per_s": len(items) / seconds, "tokens_per_s": rows.tokens[items].sum().item() / seconds}
             row["memory_gib"] = memory_gib(world.device)
-            if done == math.ceil(config.warmup * steps) + 1:  # the first step at the peak learning rate
-                row["moved_share"] = sample.moved_share(optimizer, world)
             folder.log_step(row)
             if config.eval_every and done % config.eval_every == 0 and done < steps:
                 figures, held_out_loss = evaluate()
@@ -311,6 +337,24 @@ def optimize(
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
+def count_changed(trained: dict[str, Tensor], start: dict[str, Any], config: Config, world: World) -> int:
+    """How many of the trained values are others than the starting weights' once both are in the exported dtype.
+
+    start: a safetensors slice by name. Each rank compares its shards, one tensor at a time. Says the share, and warns of a small one.
+    """
+    dtype = DTYPES[config.dtype]
+    changed = 0
+    for name, parameter in trained.items():
+        local, before = part_like(parameter.detach(), start[name])
+        changed += int((local.to(dtype) != before.to(local.device, dtype)).sum())
+    changed = int(world.sum(torch.tensor(changed))) // config.replicate  # every replica has counted
+    total = sum(parameter.numel() for parameter in trained.values())
+    world.say(f"{changed:,} of {total:,} trained values ({changed / total:.1%}) differ from the starting weights in {config.dtype}")
+    if changed < 0.1 * total:
+        world.say(f"WARNING: most of the training is lost in the rounding of {config.dtype}; raise --lr or take more steps")
+    return changed
+
+
 def run(config: Config, world: World) -> dict[str, Any]:
     """One run from its folder, data and model to the exported model; returns what done.json holds, {} from a dry run.
 
@@ -325,6 +369,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     if (result := folder.check(settings, FREE, config.fresh, reads)) is not None:
         world.say(f"{folder.path} is finished: {folder.path / 'model'}; its model and data are not looked at again (--fresh trains anew)")
         say_held_out(result["held_out"], world)
+        must_be_finite(result["held_out"])
         return result
     if config.model == RECIPES["bfpo"]["model"] and not Path(config.model).is_dir():
         raise ValueError(f"the recipe bfpo starts from {config.model}, which is not there; run the recipe sft first, or pass --model")
@@ -358,18 +403,20 @@ def run(config: Config, world: World) -> dict[str, Any]:
     world.from_main(lambda: storage.write_json(folder.path / "data.json", {name: stream.report for name, stream in streams.items()}))
     references: list[dict[str, Tensor]] = [{}, {}]  # of the training and the held-out streams
     if config.objective != "sft":
-        references = [{name: reference_logprobs(model, name, stream, weights, config, world) for name, stream in part.items()}
+        references = [{name: reference_logprobs(model, name, stream, weights, config, chat, world) for name, stream in part.items()}
                       for part in (streams, held)]  # fmt: skip
 
-    evaluate = partial(held_out_figures, model, config, held, references[1], world)
+    evaluate = partial(held_out_figures, model, config, held, references[1], chat, world)
     optimize(model, trained, config, steps, Rows(streams, references[0], chat), evaluate, folder)
     figures, loss = evaluate()
     model.save_pretrained(folder.path / "model", DTYPES[config.dtype], source, chat.template, chat.end_ids)
+    moved = count_changed(trained, stored_weights(architecture, source), config, world)
     world.from_main(lambda: curves.draw(folder.rows(), folder.path / "curves.png"))
-    result = {"steps": steps, "held_out": figures, "held_out_loss": loss, "model": "model"}
+    result = {"steps": steps, "held_out": figures, "held_out_loss": loss, "changed_values": moved, "model": "model"}
     folder.finish(result)
     say_held_out(figures, world)
     world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, checkpoints/")
+    must_be_finite(figures)
     return result
 
 

@@ -105,7 +105,8 @@ def record(name: str, figures: dict[str, Any]) -> None:
     """Puts figures, and where they were taken, under `name` in results.json, which is written aside and renamed."""
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     aside = RESULTS.with_suffix(".aside")
-    aside.write_text(json.dumps(dict(sorted((known | {name: surroundings() | figures}).items())), indent=1) + "\n", encoding="utf-8")
+    entries = dict(sorted((known | {name: surroundings() | figures}).items()))
+    aside.write_text(json.dumps(entries, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(aside, RESULTS)
 
 

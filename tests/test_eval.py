@@ -307,6 +307,27 @@ def test_preference_view_of_four_quadrants(place: Path, tmp_path: Path, capsys: 
         assert again[quadrant][3] == ("-" if not target else held[quadrant][3])
 
 
+def test_pairs_that_are_not_finite_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Claim: a pair that the policy makes NaN is named with the model's folder, its pack's other pairs are not, and no table counts
+    it. Oracle: a word that one pair of six has, with NaN as its embedding."""
+    monkeypatch.setenv("BFPO_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": "How do I make a cake?", "chosen": "Gather the flour.", "rejected": "I cannot help.", "chosen_safe": True,
+             "rejected_safe": True} for _ in range(6)]  # fmt: skip
+    rows[4]["rejected"] = "Gather the friend."
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat, model = Chat(place / "model"), Mistral.from_pretrained(place / "model")
+    (token,) = set(chat.text("Gather the friend.")) - set(chat.text("Gather the flour."))
+    model.model.embed_tokens.weight.data[token] = math.nan
+    model.save_pretrained(tmp_path / "nan", like=place / "model")
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(["--model", str(tmp_path / "nan"), "--reference", str(place / "reference"), "--pairs",
+                         str(tmp_path / "pairs.jsonl"), "--device", "cpu"])  # fmt: skip
+    shown = capsys.readouterr()
+    assert stopped.value.code == 1 and "both_safe" not in shown.out
+    assert re.search(rf"error: {tmp_path}/nan gives rows [^:]*: pairs 4 \('[^)]*\); its weights", shown.err)
+
+
 def test_pairs_are_not_scored_under_another_tokenizers_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Claim: a reference whose tokenizer gives a token of the policy's another id, or whose embedding is too small for its ids, ends with

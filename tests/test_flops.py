@@ -233,7 +233,6 @@ def test_a_step_waits_for_the_device_only_to_log(gpu_like: World, monkeypatch: p
     monkeypatch.setattr(Tensor, "item", item)
     monkeypatch.setattr(Tensor, "cpu", cpu)
     monkeypatch.setattr(train, "gate", lambda *_: None)  # at step 0 alone; it reads what the log has
-    monkeypatch.setattr(train, "Sample", lambda _: None)  # read once in a run, at the end of warm-up
     steps: list[list[str]] = []
 
     class Folder(RunFolder):

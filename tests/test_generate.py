@@ -1,6 +1,8 @@
 """model.generate against generation without a cache, and the distribution it samples from."""
 
 import dataclasses
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +124,20 @@ def test_generate_refuses_bad_requests() -> None:
                             ({"seeds": [1]}, "seeds"), ({"stop_strings": ["x"]}, "decode")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             model.generate(**{"prompts": PROMPTS, "max_new_tokens": 3} | arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generate_refuses_logits_that_are_not_finite(temperature: float, tmp_path: Path) -> None:
+    """Claim: NaN weights are an error that names them, greedy and sampled, also where a later token brings the NaN. Oracle: the message."""
+    model = model_with()
+    second = model.generate(PROMPTS, 2)[0][0]
+    model.model.embed_tokens.weight.data[second] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    broken = Mistral.from_pretrained(tmp_path / "nan")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/nan gives logits that are not finite"):
+        broken.generate([[*PROMPTS[0], second]], 5, temperature=temperature)
+    with pytest.raises(ValueError, match=r"the model gives logits that are not finite"):
+        model.generate(PROMPTS, 5)
 
 
 def test_generate_reads_no_memory_that_nobody_wrote() -> None:

@@ -277,7 +277,6 @@ def test_log_and_curves_have_it_all(finished: Path, tmp_path: Path) -> None:
             assert view["margin_nats"] == pytest.approx(difference, abs=1e-9)  # float64 sums of the same numbers
         for key in ("chosen_logprob_change_nats", "rejected_logprob_change_nats"):
             assert row[key] == pytest.approx(sum(view["pairs"] * view[key] for view in views.values()) / 8, abs=1e-9)
-    assert log_of(finished)[2]["moved_share"] == 1.0  # 2 of 12 steps warm up, the first at learning rate 0
     whole = (finished / "curves.png").read_bytes()
     shutil.copyfile(finished / "log.jsonl", tmp_path / "log.jsonl")
     curves.main([str(tmp_path)])
@@ -389,24 +388,23 @@ def test_gradient_that_is_not_finite_stops_before_the_update(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_weights_that_do_not_move_are_noticed(toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Claim: at the end of warm-up a warning says that weights have not moved. Oracle: a learning rate below fp32's resolution."""
-    for lr, warned in (("1e-12", True), ("1e-4", False)):
-        train.run(train.parse([*bfpo(toys, tmp_path / lr, "--steps", "20"), "--lr", lr]), world)
-        assert ("WARNING: most trained weights have not moved" in capsys.readouterr().out) == warned
-        (share,) = [float(str(row["moved_share"])) for row in log_of(tmp_path / lr) if "moved_share" in row]
-        assert (share < 0.1) == warned
-
-
-def test_values_without_a_gradient_need_not_move(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    """Claim: rows of an embedding whose token no row holds are not counted among the weights that should move. Oracle: one step of AdamW
-    with a gradient in every hundredth row."""
-    weight = torch.nn.Parameter(torch.ones(40_000, 2))
-    sample, optimizer = train.Sample([weight]), torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
-    weight.grad = torch.zeros_like(weight)
-    weight.grad[::100] = 1.0
-    optimizer.step()
-    assert sample.moved_share(optimizer, world) == 1.0 and "WARNING" not in capsys.readouterr().out
+def test_updates_that_the_export_rounds_away_are_counted(
+    toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: the end of a run says how many trained values the export holds otherwise than the start, and warns of less than a tenth.
+    In bfloat16 ten steps of 5e-7 vanish, which the fp32 masters do not show. Oracle: both models' files, value by value."""
+    before = load_file(toys / "start" / "model.safetensors")
+    for lr, dtype, warned in (("5e-7", "bfloat16", True), ("5e-7", "float32", False), ("1e-3", "bfloat16", False)):
+        out = tmp_path / f"{lr} {dtype}"
+        done = train.run(train.parse([*bfpo(toys, out, "--steps", "10", "--dtype", dtype), "--lr", lr]), world)
+        after = load_file(out / "model" / "model.safetensors")
+        names = [name for name in after if "down_proj" in name]
+        total = sum(after[name].numel() for name in names)
+        changed = sum(int((after[name] != before[name].to(after[name].dtype)).sum()) for name in names)
+        said = capsys.readouterr().out
+        assert f"{changed:,} of {total:,} trained values" in said and done["changed_values"] == changed
+        assert json.loads((out / "done.json").read_text())["changed_values"] == changed
+        assert (changed < 0.1 * total) == warned == ("WARNING: most of the training is lost" in said)
 
 
 def test_gate_refuses_a_reference_of_other_weights(toys: Path, world: World, tmp_path: Path) -> None:
@@ -452,14 +450,144 @@ def test_no_held_out_rows_have_no_loss(toys: Path, world: World, tmp_path: Path)
     assert [row["held_out_loss"] for row in log_of(tmp_path / "run") if "held_out_loss" in row] == [None]
 
 
+def damaged(toys: Path, folder: Path, name: str, rows: slice) -> Path:
+    """The starting model with NaN in some rows of a tensor."""
+    shutil.copytree(toys / "start", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name][rows] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def test_starting_weights_that_are_not_finite_are_named(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: a loss that is not finite at step 0 is the starting weights', not the learning rate's."""
-    shutil.copytree(toys / "start", tmp_path / "nan")
-    weights = load_file(tmp_path / "nan" / "model.safetensors")
-    weights["model.norm.weight"][0] = math.nan
-    save_file(weights, tmp_path / "nan" / "model.safetensors")
+    """Claim: weights that give no row a finite log-probability are blamed: by the reference, and in SFT by step 0."""
+    start = str(damaged(toys, tmp_path / "nan", "model.norm.weight", slice(1)))
+    few = ("--safety", f"{toys}/pku[:8]", "--helpfulness", f"{toys}/ultrafeedback[:8]", "--steps", "3", "--model", start)
+    with pytest.raises(ValueError, match=rf"starting weights {start} give rows .*: safety 0 \(.*safety 4 \([^,]*\) and \d+ more;"):
+        train.run(train.parse(bfpo(toys, tmp_path / "run", *few)), world)
     with pytest.raises(ValueError, match=r"step 0: loss nan.*The starting weights or --tau give it"):
-        train.run(train.parse([*bfpo(toys, tmp_path / "run", "--steps", "3"), "--model", str(tmp_path / "nan")]), world)
+        train.run(train.parse([*sft(toys, tmp_path / "sft", "--steps", "3"), "--model", start]), world)
+
+
+def test_a_row_that_is_not_finite_under_the_reference_is_named(
+    toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: the one row that the starting weights make NaN is named before training, none of its pack's others, and nothing
+    of it is kept. A NaN that was kept before is computed again. Oracle: a word that one row of eight has, with NaN as its embedding."""
+    rows = [{"prompt": "How do I make a cake?", "chosen": "Gather the flour.", "rejected": "I cannot help.", "chosen_safe": True,
+             "rejected_safe": True} for _ in range(8)]  # fmt: skip
+    rows[5]["chosen"] = "Gather the friend."
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    chat = train.Chat(toys / "start")
+    (token,) = set(chat.text("Gather the friend.")) - set(chat.text("Gather the flour."))
+    start = damaged(toys, tmp_path / "nan", "model.embed_tokens.weight", slice(token, token + 1))
+    cache = tmp_path / "cache"
+    command = ["redteam", "--model", str(start), "--safety", str(tmp_path / "rows.jsonl"), "--batch", "4", "--steps", "2",
+               *runs.usual(toys, tmp_path / "run"), "--cache", str(cache)]  # fmt: skip
+    with pytest.raises(ValueError, match=r"starting weights \S+ give rows a log-prob[^:]*: safety 5 \('[^)]*\); take other"):
+        train.run(train.parse(command), world)
+    assert not list(cache.rglob("reference/*.safetensors")) and not (tmp_path / "run" / "checkpoints").exists()
+
+    path = tmp_path / "kept" / "x.safetensors"
+    broken = torch.tensor([1.0, math.nan])
+    path.parent.mkdir()
+    storage.write_tensors(path, {"values": broken}, {"sha256": storage.hashlib.sha256(broken.numpy().tobytes()).hexdigest()})
+    assert storage.cached_tensor(path, (2,), lambda: torch.ones(2), world, "it").tolist() == [1.0, 1.0]
+    assert "is damaged; computing it again" in capsys.readouterr().out
+
+
+def test_a_held_out_row_that_is_not_finite_costs_no_model(
+    toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: training goes on and exports; the row is named and counts in no margin, the loss is null, every file is JSON, and the
+    command ends in an error, also when it is given again. Oracle: one NaN put into the held-out log-probabilities, and a run without."""
+    true = train.score
+
+    def broken(model: Mistral, stream: train.Stream, world: World, budget: int, text: str, *rest: range) -> torch.Tensor:
+        logprobs = true(model, stream, world, budget, text, *rest)
+        if text == "held-out, safety":
+            logprobs[3, 1] = math.nan
+        return logprobs
+
+    plain = train.run(train.parse(bfpo(toys, tmp_path / "plain", "--steps", "4")), world)
+    monkeypatch.setattr(train, "score", broken)
+    out = tmp_path / "run"
+    command = train.parse(bfpo(toys, out, "--steps", "4", "--eval_every", "2"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the model is written, .*: safety 3 \('"):
+            train.run(command, world)
+    assert runs.model_bytes(out) == runs.model_bytes(tmp_path / "plain")
+    assert "WARNING: held-out rows whose log-probability is not finite: safety 3 (" in capsys.readouterr().out
+
+    def strict(text: str) -> dict[str, object]:
+        return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} in JSON"))  # type: ignore[no-any-return]
+
+    done = strict((out / "done.json").read_text())
+    logged = [strict(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for row in (done, *(row for row in logged if "held_out" in row)):
+        views = row["held_out"]["safety"]  # type: ignore[index]
+        assert row["held_out_loss"] is None and len(views.pop("not_finite")) == 1
+        assert sum(view["pairs"] for view in views.values()) == 39
+        assert sum(view["pairs"] for view in plain["held_out"]["safety"].values()) == 40
+
+
+def test_no_file_holds_what_json_does_not_have(tmp_path: Path) -> None:
+    """Claim: NaN and infinities are refused by every writer, and a log's row that has one is left out. Oracle: RFC 8259."""
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            storage.write_json(tmp_path / "a.json", {"x": value})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            storage.write_lines(tmp_path / "a.jsonl", [{"x": value}])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": NaN}\n{"step": 2}\n')
+    assert [row["step"] for row in storage.log_rows(tmp_path / "log.jsonl")] == [0, 2]
+
+
+def test_a_stream_smaller_than_its_batch_is_said(toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Claim: one line names a stream of fewer rows than a step draws and how often a row is in it; a larger one gets none."""
+    for few, said in (("[:3]", True), ("[:4]", False)):
+        command = bfpo(toys, tmp_path / few, "--helpfulness", f"{toys}/ultrafeedback{few}", "--dry_run")
+        train.run(train.parse(command), world)
+        found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: helpfulness has")]
+        rows = 3 if said else 4
+        assert found == [f"WARNING: helpfulness has {rows} rows, and a step draws 4 of them: a row is in it up to 2 times"] * said
+
+
+def test_updates_are_adamw_s(toys: Path, world: World, tmp_path: Path) -> None:
+    """Claim: five steps give AdamW's weights with betas 0.9 and 0.999, eps 1e-8 and no decay, from each step's own gradient.
+
+    Oracle: the algorithm by hand in float64. Gradients are scaled to 1e-8, where eps is half of the denominator.
+    """
+    true, gradients = train.forward_backward, list[dict[str, torch.Tensor]]()
+
+    def small(model: Mistral, *rest: object) -> train.Outcome:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        before = {name: 0 if p.grad is None else p.grad.clone() for name, p in trained.items()}
+        outcome = true(model, *rest)  # type: ignore[arg-type]
+        own = {name: p.grad - before[name] for name, p in trained.items() if p.grad is not None}
+        scale = 1e-8 / torch.cat([g.flatten() for g in own.values()]).square().mean().sqrt()
+        for name, gradient in own.items():
+            gradient *= scale
+            trained[name].grad = before[name] + gradient
+        gradients.append({name: g.double() for name, g in own.items()})
+        return outcome
+
+    config = train.parse([*bfpo(toys, tmp_path / "run", "--steps", "5", "--warmup", "0.3"), "--lr", "0.02"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "forward_backward", small)
+        train.run(config, world)
+    before, after = (load_file(path / "model.safetensors") for path in (toys / "start", tmp_path / "run" / "model"))
+    assert len(gradients) == 5 and len(gradients[0]) == 2
+    for name in gradients[0]:
+        weight, m, v = before[name].double(), torch.zeros(()), torch.zeros(())
+        for step, gradient in enumerate(own[name] for own in gradients):
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient**2
+            m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            weight = weight - train.learning_rate(step, 5, 0.02, 0.3) * m_hat / (v_hat.sqrt() + 1e-8)
+        assert (weight - before[name].double()).abs().max() > 0.02  # else this shows nothing
+        # 1e-6: fp32 weights below 0.2, five updates; decay of 0.01 alone would change the largest by 1e-4
+        torch.testing.assert_close(after[name].double(), weight, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo"])
@@ -479,7 +607,7 @@ def test_cached_reference_gives_the_gradient_of_a_live_second_model(inputs: Path
     chat = train.Chat(inputs / "model")
     streams, _ = train.open_streams(config, chat, world)
     model, trained = train.build(config, inputs / "model", world)
-    references = {name: train.reference_logprobs(model, name, stream, "these", config, world) for name, stream in streams.items()}
+    references = {name: train.reference_logprobs(model, name, stream, "these", config, chat, world) for name, stream in streams.items()}
     data = train.Rows(streams, references, chat)
     policy = load_file(finished / "model" / "model.safetensors")
     live, reference = Mistral.from_pretrained(finished / "model"), Mistral.from_pretrained(inputs / "model")
@@ -612,7 +740,8 @@ def test_a_kill_in_the_reference_loses_one_part(toys: Path, world: World, tmp_pa
     monkeypatch.setattr(storage, "PART_ROWS", 30)
     config = train.parse([*bfpo(toys, tmp_path / "run", "--safety", f"{toys}/pku[:80]"), "--cache", str(tmp_path / "cache")])
     config = replace(config, dtype="float32", pack_tokens=1024)
-    stream = train.open_streams(config, train.Chat(toys / "start"), world)[0]["safety"]
+    chat = train.Chat(toys / "start")
+    stream = train.open_streams(config, chat, world)[0]["safety"]
     model, _ = train.build(config, toys / "start", world)
     scored, killed_at = list[range](), len(stream) // 30
     true = train.score
@@ -625,9 +754,9 @@ def test_a_kill_in_the_reference_loses_one_part(toys: Path, world: World, tmp_pa
 
     monkeypatch.setattr(train, "score", score)
     with pytest.raises(KeyboardInterrupt):
-        train.reference_logprobs(model, "safety", stream, "these", config, world)
+        train.reference_logprobs(model, "safety", stream, "these", config, chat, world)
     killed_at = 99
-    found = train.reference_logprobs(model, "safety", stream, "these", config, world)
+    found = train.reference_logprobs(model, "safety", stream, "these", config, chat, world)
     assert [i for rows in scored for i in rows] == list(range(len(stream))) and len(scored) == math.ceil(len(stream) / 30) > 2
     torch.testing.assert_close(found, true(model, stream, world, 1024, "whole"), rtol=1e-5, atol=0)  # other packs round otherwise
 
