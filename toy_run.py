@@ -6,7 +6,9 @@ held-out requests, judged exactly.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -89,6 +91,9 @@ def toy_run(config: Config, world: World, run: Callable[[Config, World], object]
         return result
     if config.dry_run:
         return try_stages(config, world, run)
+    if config.fresh:  # what a stage refuses is said before an earlier run is set aside
+        with contextlib.redirect_stdout(io.StringIO()):
+            try_stages(dataclasses.replace(config, dry_run=True), world, run)
     folder.create(settings, {}, config.fresh)
     name = config.objective.upper()
     world.say(f"[1/4] the toy language: {folder.path / 'data'}")

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from types import SimpleNamespace
@@ -820,6 +820,22 @@ def test_dry_run_of_the_toy_recipe(world: World, tmp_path: Path, capsys: pytest.
     read = train.parse(["--fresh", "--out", str(tmp_path), "--chat_template", str(tmp_path / "notes.txt")])
     with pytest.raises(ValueError, match=r"must not hold what the run reads, got .*notes\.txt"):
         train.toy_run(read, world, train.run, train.FREE)
+
+
+def test_fresh_toy_recipe_tries_its_stages_first(world: World, tmp_path: Path) -> None:
+    """Claim: what a stage of the toy recipe refuses is said before --fresh sets the earlier run aside. Oracle: the folder."""
+    command = ["--out", str(tmp_path / "run"), "--fresh", "--chat_template", str(tmp_path / "bad.jinja")]
+    (tmp_path / "bad.jinja").write_text("{{", encoding="utf-8")
+    config = train.parse(command)
+    earlier = storage.RunFolder(tmp_path / "run", world)
+    earlier.create(asdict(config), {}, fresh=False)
+    assert earlier.lock is not None
+    earlier.lock.close()
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ValueError, match="must be valid jinja"):
+        train.toy_run(config, world, train.run, train.FREE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jinja", "run"]
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 def test_a_run_folder_holds_no_cache_and_nobody_elses_files(toys: Path, world: World, tmp_path: Path) -> None:
