@@ -37,7 +37,9 @@ QUADRANTS = ("both_safe", "chosen_safe", "rejected_safe", "both_unsafe")
 
 def _check_tau(tau: float) -> None:
     if not (math.isfinite(tau) and tau > 0):
-        raise ValueError(f"tau must be finite and > 0, got {tau}; pass 0.01 for a language model, 1 for §3.4")
+        raise ValueError(
+            f"tau must be finite and > 0, got {tau}; pass 0.01 for a language model, 1 for §3.4"
+        )
 
 
 def _check_label_settings(alpha: float, b1: float) -> None:
@@ -57,15 +59,19 @@ def _check_shapes(**tensors: Tensor) -> None:
 def _as_indicator(labels: Tensor, name: str) -> Tensor:
     wrong = ~((labels == 0) | (labels == 1))  # NaN is neither
     if wrong.any():
-        raise ValueError(f"{name} must hold only 1 (safe) and 0 (unsafe), got {labels[wrong][0].item()}; "
-                         "label these rows or drop them")
+        raise ValueError(
+            f"{name} must hold only 1 (safe) and 0 (unsafe), got {labels[wrong][0].item()}; "
+            "label these rows or drop them"
+        )
     return labels if labels.is_floating_point() else labels.to(torch.get_default_dtype())
 
 
 # -------------------------------------------------------------------------------------------- the objective
 
 
-def label(chosen_safe: Tensor, rejected_safe: Tensor, alpha: float = 0.5, b1: float = 3.0) -> Tensor:
+def label(
+    chosen_safe: Tensor, rejected_safe: Tensor, alpha: float = 0.5, b1: float = 3.0
+) -> Tensor:
     """g = (b1 I_safe(y_w) - I_safe(y_l)) / (b1 - 1) - alpha, a float tensor of the labels' shape.
 
     At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2 (Figure 3).
@@ -77,18 +83,26 @@ def label(chosen_safe: Tensor, rejected_safe: Tensor, alpha: float = 0.5, b1: fl
     _check_shapes(chosen_safe=chosen_safe, rejected_safe=rejected_safe)
     s_w = _as_indicator(chosen_safe, "chosen_safe")
     s_l = _as_indicator(rejected_safe, "rejected_safe")
-    g = (b1 * s_w.double() - s_l.double()) / (b1 - 1) - alpha  # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1)
+    g = (b1 * s_w.double() - s_l.double()) / (
+        b1 - 1
+    ) - alpha  # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1)
     return g.to(torch.promote_types(s_w.dtype, s_l.dtype))
 
 
-def margin(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+def margin(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor
+) -> Tensor:
     """h = log [ pi(y_w|x) pi_ref(y_l|x) / (pi(y_l|x) pi_ref(y_w|x)) ], nats, one per pair.
 
     Log-probabilities are SUMMED over the tokens of a response; means per token would be another objective.
     ValueError: two shapes.
     """
-    _check_shapes(policy_chosen=policy_chosen, policy_rejected=policy_rejected,
-                  ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    _check_shapes(
+        policy_chosen=policy_chosen,
+        policy_rejected=policy_rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+    )
     return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # close values first
 
 
@@ -131,28 +145,44 @@ def pair_loss(objective: str, h: Tensor, g: Tensor, tau: float) -> Tensor:
 # checks both.
 
 
-def _action_set(preference_AA: Tensor, safe_A: Tensor, reference_A: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _action_set(
+    preference_AA: Tensor, safe_A: Tensor, reference_A: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The three in float64, checked to 1e-6 so that fp32 input passes; no reference means the uniform one."""
     preference_AA, safe_A = preference_AA.double(), _as_indicator(safe_A, "safe_A").double()
     uniform_A = torch.ones_like(safe_A) / max(safe_A.numel(), 1)
     reference_A = uniform_A if reference_A is None else reference_A.double()
     shapes = [list(tensor.shape) for tensor in (preference_AA, safe_A, reference_A)]
     if not safe_A.numel() or shapes != [2 * shapes[1], shapes[1], shapes[1]]:
-        raise ValueError("preference_AA, safe_A, reference_A must be [A, A], [A], [A] with A > 0, got "
-                         f"{shapes[0]}, {shapes[1]}, {shapes[2]}; give each action one entry")
-    least, mirror_error = preference_AA.min().item(), (preference_AA + preference_AA.T - 1).abs().max().item()
+        raise ValueError(
+            "preference_AA, safe_A, reference_A must be [A, A], [A], [A] with A > 0, got "
+            f"{shapes[0]}, {shapes[1]}, {shapes[2]}; give each action one entry"
+        )
+    least, mirror_error = (
+        preference_AA.min().item(),
+        (preference_AA + preference_AA.T - 1).abs().max().item(),
+    )
     if not (least >= 0 and mirror_error <= 1e-6):
-        raise ValueError("preference_AA must be >= 0 with p(y, y') + p(y', y) = 1, got a minimum of "
-                         f"{least:.3g} and an error of {mirror_error:.3g}; use 1/2 on the diagonal")
+        raise ValueError(
+            "preference_AA must be >= 0 with p(y, y') + p(y', y) = 1, got a minimum of "
+            f"{least:.3g} and an error of {mirror_error:.3g}; use 1/2 on the diagonal"
+        )
     least, total = reference_A.min().item(), reference_A.sum().item()
     if not (least > 0 and abs(total - 1) <= 1e-6):
-        raise ValueError(f"reference_A must be > 0 and sum to 1, got a minimum of {least:.3g} and a sum of "
-                         f"{total:.6g}; leave out actions that pi_ref never takes and divide by the sum")
+        raise ValueError(
+            f"reference_A must be > 0 and sum to 1, got a minimum of {least:.3g} and a sum of "
+            f"{total:.6g}; leave out actions that pi_ref never takes and divide by the sum"
+        )
     return preference_AA, safe_A, reference_A
 
 
-def population_reward(preference_AA: Tensor, safe_A: Tensor, alpha: float = 0.5, b1: float = 3.0,
-                      reference_A: Tensor | None = None) -> Tensor:
+def population_reward(
+    preference_AA: Tensor,
+    safe_A: Tensor,
+    alpha: float = 0.5,
+    b1: float = 3.0,
+    reference_A: Tensor | None = None,
+) -> Tensor:
     """tau log(pi*/pi_ref) of the exact minimiser up to a constant, float64 [A]: form 1, for every action set.
 
         [ s (1 + (b1 - 1) p(y)) + (b1 - 1) E_y'[ s(y') p(y, y') ] ] / (b1 - 1) - 2 alpha p(y),   s = I_safe(y)
@@ -164,11 +194,18 @@ def population_reward(preference_AA: Tensor, safe_A: Tensor, alpha: float = 0.5,
     preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
     helpful_A = preference_AA @ reference_A
     beats_safe_A = preference_AA @ (reference_A * safe_A)
-    return (safe_A * (1 + (b1 - 1) * helpful_A) + (b1 - 1) * beats_safe_A) / (b1 - 1) - 2 * alpha * helpful_A
+    return (safe_A * (1 + (b1 - 1) * helpful_A) + (b1 - 1) * beats_safe_A) / (
+        b1 - 1
+    ) - 2 * alpha * helpful_A
 
 
-def joint_reward(preference_AA: Tensor, safe_A: Tensor, alpha: float = 0.5, b1: float = 3.0,
-                 reference_A: Tensor | None = None) -> Tensor:
+def joint_reward(
+    preference_AA: Tensor,
+    safe_A: Tensor,
+    alpha: float = 0.5,
+    b1: float = 3.0,
+    reference_A: Tensor | None = None,
+) -> Tensor:
     """(I_safe(y) + E_safe - 2 alpha) (p(y) + 1 / (b1 - 1)), float64 [A]: form 2, the paper's joint reward.
 
     b1 = 3 and alpha = 0 give (r_safe + E_safe)(r_help + 1/2). It is population_reward plus a constant where
@@ -178,16 +215,26 @@ def joint_reward(preference_AA: Tensor, safe_A: Tensor, alpha: float = 0.5, b1: 
     _check_label_settings(alpha, b1)
     preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
     helpful_A, safe_share = preference_AA @ reference_A, reference_A @ safe_A
-    return (safe_A + safe_share - 2 * alpha) * (helpful_A + 1 / (b1 - 1))  # Theorem 3.2; alpha: Prop. 3.3
+    return (safe_A + safe_share - 2 * alpha) * (
+        helpful_A + 1 / (b1 - 1)
+    )  # Theorem 3.2; alpha: Prop. 3.3
 
 
-def optimum(preference_AA: Tensor, safe_A: Tensor, tau: float, alpha: float = 0.5, b1: float = 3.0,
-            reference_A: Tensor | None = None) -> Tensor:
+def optimum(
+    preference_AA: Tensor,
+    safe_A: Tensor,
+    tau: float,
+    alpha: float = 0.5,
+    b1: float = 3.0,
+    reference_A: Tensor | None = None,
+) -> Tensor:
     """pi* = pi_ref exp(population_reward / tau) / Z, float64 [A]: the population loss's exact minimiser.
 
     Arguments and errors as in population_reward, and ValueError for tau <= 0 or not finite.
     """
     _check_tau(tau)
     reward_A = population_reward(preference_AA, safe_A, alpha, b1, reference_A)
-    log_reference_A = torch.zeros_like(reward_A) if reference_A is None else reference_A.double().log()
+    log_reference_A = (
+        torch.zeros_like(reward_A) if reference_A is None else reference_A.double().log()
+    )
     return torch.softmax(log_reference_A + reward_A / tau, dim=0)  # Theorem 3.1, after IPO

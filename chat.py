@@ -76,11 +76,15 @@ def _respell(tokenizer: str, spelling: dict[str, str]) -> str:
             token.update(content=spelling[token["content"]], special=False)
     model = content["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {spelling.get(token, token): number for token, number in model["vocab"].items()}
+        model["vocab"] = {
+            spelling.get(token, token): number for token, number in model["vocab"].items()
+        }
     else:  # Unigram
         model["vocab"] = [[spelling.get(token, token), score] for token, score in model["vocab"]]
     if "merges" in model:
-        model["merges"] = [[a, b] for a, b in model["merges"] if not {a, b, a + b} & spelling.keys()]
+        model["merges"] = [
+            [a, b] for a, b in model["merges"] if not {a, b, a + b} & spelling.keys()
+        ]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
     return json.dumps(content | {"truncation": None, "padding": None, "post_processor": None})
@@ -99,7 +103,9 @@ def _find_template(folder: Path, config: dict[str, Any], template: str | None) -
         return ZEPHYR, "zephyr"
     if template:
         if not Path(template).is_file():
-            raise ValueError(f"template must be 'zephyr' or a file with a jinja template, got {template}")
+            raise ValueError(
+                f"template must be 'zephyr' or a file with a jinja template, got {template}"
+            )
         return _read_template(Path(template)), template
     if (file := folder / "chat_template.jinja").is_file():
         return _read_template(file), "the model's"
@@ -107,7 +113,9 @@ def _find_template(folder: Path, config: dict[str, Any], template: str | None) -
     if not own:
         return ZEPHYR, NO_TEMPLATE
     try:
-        named = {entry["name"]: entry["template"] for entry in own} if isinstance(own, list) else own
+        named = (
+            {entry["name"]: entry["template"] for entry in own} if isinstance(own, list) else own
+        )
         default = named if isinstance(named, str) else named["default"]
     except (TypeError, LookupError):
         default = None
@@ -126,7 +134,9 @@ def _configured_ends(folder: Path) -> set[int]:
         value = read_object(folder / file).get("eos_token_id")
         listed = value if isinstance(value, list) else [value]
         if any(type(number) is not int and number is not None for number in listed):
-            raise ValueError(f"{folder / file}: eos_token_id must be a token id or a list of them, got {reprlib.repr(value)}")
+            raise ValueError(
+                f"{folder / file}: eos_token_id must be a token id or a list of them, got {reprlib.repr(value)}"
+            )
         ends.update(number for number in listed if number is not None)
     return ends
 
@@ -145,11 +155,15 @@ def _compile(template: str, strftime_now: Callable[[str], str]) -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     marks = r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})"  # they only say which part is scored
-    template = re.sub(marks, lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], template)
+    template = re.sub(
+        marks, lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], template
+    )
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
@@ -171,43 +185,73 @@ class Chat:
     characters of text like any other, and all other text gives the ids that the tokenizer always gives.
     """
 
-    def __init__(self, folder: str | Path, template: str | None = None, now: datetime | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, template: str | None = None, now: datetime | None = None
+    ) -> None:
         from tokenizers import AddedToken, Tokenizer
 
         folder = Path(folder)
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises no narrower type
-            raise ValueError(f"a model folder must hold a readable tokenizer.json, got {folder} ({error}); transformers'"
-                             " tokenizer.save_pretrained writes one") from error
-        config = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-        spelled = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
-        self.named = {name: text for name, text in spelled.items() if name.endswith("_token") and isinstance(text, str)}
+            raise ValueError(
+                f"a model folder must hold a readable tokenizer.json, got {folder} ({error}); transformers'"
+                " tokenizer.save_pretrained writes one"
+            ) from error
+        config = read_object(folder / "special_tokens_map.json") | read_object(
+            folder / "tokenizer_config.json"
+        )
+        spelled = {
+            name: value.get("content") if isinstance(value, dict) else value
+            for name, value in config.items()
+        }
+        self.named = {
+            name: text
+            for name, text in spelled.items()
+            if name.endswith("_token") and isinstance(text, str)
+        }
         for name in ("bos_token", "eos_token"):
             if self.tokenizer.token_to_id(self.named.get(name, "")) is None:
-                raise ValueError(f"{folder} must name a {name} of its vocabulary; set it in tokenizer_config.json")
+                raise ValueError(
+                    f"{folder} must name a {name} of its vocabulary; set it in tokenizer_config.json"
+                )
         bos, eos = self.named["bos_token"], self.named["eos_token"]
         known = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
-        self.tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (bos, eos) if text not in known])
+        self.tokenizer.add_special_tokens(
+            [AddedToken(text, normalized=False) for text in (bos, eos) if text not in known]
+        )
         self.entries: dict[str, int] = self.tokenizer.get_vocab()
         self.vocabulary = 1 + max(self.entries.values())
 
-        self.now, self.dates = now or datetime.now(), dict[str, str]()  # format -> the date as the template writes it
+        self.now, self.dates = (
+            now or datetime.now(),
+            dict[str, str](),
+        )  # format -> the date as the template writes it
         self.template, self.template_source = _find_template(folder, config, template)
         self._jinja = _compile(self.template, self._date)
         self._know_controls()
-        front, own_bos, _ = self.render([{"role": "user", "content": "?"}]).partition(self._spelling[bos])
+        front, own_bos, _ = self.render([{"role": "user", "content": "?"}]).partition(
+            self._spelling[bos]
+        )
         if own_bos and front and not front.strip():
-            raise ValueError(f"the chat template must write nothing before its {bos}, got {front!r}; delete it there")
+            raise ValueError(
+                f"the chat template must write nothing before its {bos}, got {front!r}; delete it there"
+            )
         if front:
-            unindented = re.sub(r"^[ \t]+(?=\{[%#])", "", self.template)  # as lstrip_blocks would have it, at a line's start alone
+            unindented = re.sub(
+                r"^[ \t]+(?=\{[%#])", "", self.template
+            )  # as lstrip_blocks would have it, at a line's start alone
             self.template = "{{ bos_token }}" + unindented
             self._jinja = _compile(self.template, self._date)
         self.remarks: list[str] = []
         if self.template_source == NO_TEMPLATE:
-            self.remarks.append(f"{folder} has no chat template; Zephyr's is used. Pass another as --chat_template FILE")
+            self.remarks.append(
+                f"{folder} has no chat template; Zephyr's is used. Pass another as --chat_template FILE"
+            )
         self._probe()
-        self.end_ids = tuple(dict.fromkeys([self.end_id, self.eos_id, *sorted(_configured_ends(folder))]))
+        self.end_ids = tuple(
+            dict.fromkeys([self.end_id, self.eos_id, *sorted(_configured_ends(folder))])
+        )
         depends_on = [self.tokenizer.to_str(), self.template, self.named]
         if self.dates:
             depends_on.append(self.dates)
@@ -227,7 +271,9 @@ class Chat:
 
         added = self.tokenizer.get_added_tokens_decoder()
         self._spelling: dict[str, str] = {}
-        self._controls = any_of(())  # a first rendering shows which added tokens the template puts together
+        self._controls = any_of(
+            ()
+        )  # a first rendering shows which added tokens the template puts together
         self._seal = f"\ufdd1{secrets.randbits(64)}\ufdd1"
         bos, eos = self.named["bos_token"], self.named["eos_token"]
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
@@ -238,10 +284,17 @@ class Chat:
             if token.special or used or token.content in (bos, eos):
                 self._ids[token.content] = number
         self.bos_id, self.eos_id = self._ids[bos], self._ids[eos]
-        self._spelling = {text: f"\ufdd0{secrets.randbits(64)}.{number}\ufdd0" for text, number in self._ids.items()}
+        self._spelling = {
+            text: f"\ufdd0{secrets.randbits(64)}.{number}\ufdd0"
+            for text, number in self._ids.items()
+        }
         self._controls = any_of(self._ids)
-        self._cuts = any_of(self._spelling[token.content] for token in added.values() if token.content in self._spelling
-                            and not (token.normalized or token.single_word or token.content == bos))
+        self._cuts = any_of(
+            self._spelling[token.content]
+            for token in added.values()
+            if token.content in self._spelling
+            and not (token.normalized or token.single_word or token.content == bos)
+        )
         self._encoder = Tokenizer.from_str(_respell(self.tokenizer.to_str(), self._spelling))
 
     def _probe(self) -> None:
@@ -251,15 +304,24 @@ class Chat:
         header, whole = self.render(turns[:1], header=True), self.render(turns)
         front, _, self._tail = whole.rpartition(answer)
         if front.rstrip() != header.rstrip() or question not in header:
-            said = {spelling: text for text, spelling in self._spelling.items()} | {question: "QUESTION", answer: "ANSWER"}
-            wanted, got = (any_of(said).sub(lambda found: said[found[0]], text) for text in (header, front))
-            raise ValueError("the chat template must write before an answer what it writes as the generation prompt,"
-                             f" {wanted!r}, got {got!r}; take another one, such as --chat_template zephyr")
+            said = {spelling: text for text, spelling in self._spelling.items()} | {
+                question: "QUESTION",
+                answer: "ANSWER",
+            }
+            wanted, got = (
+                any_of(said).sub(lambda found: said[found[0]], text) for text in (header, front)
+            )
+            raise ValueError(
+                "the chat template must write before an answer what it writes as the generation prompt,"
+                f" {wanted!r}, got {got!r}; take another one, such as --chat_template zephyr"
+            )
         ids = self._encoder.encode(whole, add_special_tokens=False).ids
         for text, spelling in self._spelling.items():
             if spelling in whole and ids.count(self._ids[text]) != whole.count(spelling):
-                raise ValueError(f"the tokenizer must read the template's {text!r} as one token, wherever it is; in"
-                                 " tokenizer.json, make it an added token with normalized false")
+                raise ValueError(
+                    f"the tokenizer must read the template's {text!r} as one token, wherever it is; in"
+                    " tokenizer.json, make it an added token with normalized false"
+                )
         self._find_end(turns, answer, reply)
         self._find_seam(turns[:1], header)
 
@@ -278,7 +340,9 @@ class Chat:
             between = longer.rpartition(reply)[0].rpartition(answer)[2]
             after = between[: _same_start(self._tail, between)]
         eos = self.named["eos_token"]
-        first = any_of(self._spelling.values()).search(after) or re.search(re.escape(self._spelling[eos]), self._tail)
+        first = any_of(self._spelling.values()).search(after) or re.search(
+            re.escape(self._spelling[eos]), self._tail
+        )
         if first:
             self._end = self._tail[: first.end()]
             self._end_spelling = first[0]
@@ -289,7 +353,11 @@ class Chat:
                     f"the chat template ends an answer with {marker!r}, which holds no control token of this tokenizer; "
                     f"{eos} ends answers in its place. Add the token to tokenizer.json, or pass --chat_template zephyr"
                 )
-        self.end_id = next(number for text, number in self._ids.items() if self._spelling[text] == self._end_spelling)
+        self.end_id = next(
+            number
+            for text, number in self._ids.items()
+            if self._spelling[text] == self._end_spelling
+        )
 
     def _find_seam(self, question: Sequence[Message], header: str) -> None:
         """Sets _seam, "" as a rule: a token of our own between prompt and answer, where the prompt's own ids do not begin
@@ -297,7 +365,10 @@ class Chat:
         from tokenizers import AddedToken
 
         self._seam, self._seam_id = "", -1
-        texts = [self.render([*question, {"role": "assistant", "content": text}]) for text in ("Sure", "I", "7")]
+        texts = [
+            self.render([*question, {"role": "assistant", "content": text}])
+            for text in ("Sure", "I", "7")
+        ]
         served, *answered = self.encode([header, *texts])
         if all(np.array_equal(served, ids[: len(served)]) for ids in answered):
             return
@@ -314,11 +385,31 @@ class Chat:
         import jinja2
 
         # What only looks like a control token is broken up: those left in the text are the template's.
-        masked = [message | {"content": self._controls.sub(lambda found: self._seal.join(("", *found[0], "")), message["content"])}
-                  for message in messages]
+        masked = [
+            message
+            | {
+                "content": self._controls.sub(
+                    lambda found: self._seal.join(("", *found[0], "")), message["content"]
+                )
+            }
+            for message in messages
+        ]
         try:
-            text = self._jinja.render(messages=masked, add_generation_prompt=header, tools=None, documents=None, **self.named)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            text = self._jinja.render(
+                messages=masked,
+                add_generation_prompt=header,
+                tools=None,
+                documents=None,
+                **self.named,
+            )
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         return self.control(text).replace(self._seal, "")
 
@@ -351,7 +442,9 @@ class Chat:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; without control tokens, or with them."""
-        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+        return str(
+            self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        )
 
     def conversation_text(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """What conversation_ids takes: the conversation, alone. ValueError as pair_texts', of one that ends with an answer."""
@@ -364,9 +457,13 @@ class Chat:
         """What pair_ids takes: the prompt with the answer's header, and the conversation with each answer, chosen and rejected.
         ValueError where the template writes the prompt otherwise once it is answered, as some do with a system turn."""
         header = self.render(prompt, header=True)
-        answered = [self.render([*prompt, {"role": "assistant", "content": answer}]) for answer in answers]
+        answered = [
+            self.render([*prompt, {"role": "assistant", "content": answer}]) for answer in answers
+        ]
         if not all(text.startswith(header.rstrip()) for text in answered):
-            raise ValueError("the chat template writes this prompt otherwise once an answer follows; take another one, such as zephyr")
+            raise ValueError(
+                "the chat template writes this prompt otherwise once an answer follows; take another one, such as zephyr"
+            )
         closed = [self._closed(text) for text in answered]
         if self._seam:
             starts = [_same_start(header, text) for text in closed]
@@ -382,7 +479,9 @@ class Chat:
         pieces = [piece for three in texts for piece in self._cut(three)]
         ids, trees = iter(self.encode(pieces)), []
         for front, *tails in zip(ids, ids, ids, ids, strict=True):
-            header, chosen, rejected = (np.concatenate([front, tail[len(front) > 0:]]) for tail in tails)
+            header, chosen, rejected = (
+                np.concatenate([front, tail[len(front) > 0 :]]) for tail in tails
+            )
             shared = min(_common(header, chosen), _common(header, rejected))
             prompt = np.concatenate([[self.bos_id], header[:shared]])
             trees.append([prompt, chosen[shared:], rejected[shared:]])
@@ -393,13 +492,17 @@ class Chat:
         with that token again. Tokenizers treat text on either side of a control token apart, so that
         ids(text) = ids(front) + ids(tail)[1:], and the prompt is tokenised once and not three times."""
         header, *whole = texts
-        cuts = list(self._cuts.finditer(header)) if all(text.startswith(header) for text in whole) else []
+        cuts = (
+            list(self._cuts.finditer(header))
+            if all(text.startswith(header) for text in whole)
+            else []
+        )
         start, end = cuts[-1].span() if cuts else (0, 0)
         return header[:end], *(text[start:] for text in texts)
 
     def conversation_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
         """[[BOS], everything after it] of each conversation_text: SFT scores every token, as the authors do."""
-        return [[np.array([self.bos_id]), ids] for ids in self.encode([text for text, in texts])]
+        return [[np.array([self.bos_id]), ids] for ids in self.encode([text for (text,) in texts])]
 
 
 def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]:
@@ -408,13 +511,15 @@ def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]
     prompt, *responses = tree
     longest = max(map(len, responses))
     if len(prompt) + longest > max_length and len(prompt) > max_prompt:
-        prompt = np.concatenate([prompt[:1], prompt[len(prompt) - max_prompt + 1:]])
+        prompt = np.concatenate([prompt[:1], prompt[len(prompt) - max_prompt + 1 :]])
     if len(prompt) + longest > max_length:
-        responses = [response[:max_length - max_prompt] for response in responses]
+        responses = [response[: max_length - max_prompt] for response in responses]
     return [prompt, *responses]
 
 
 def must_fit(chat: Chat, entries: int, model: str | Path) -> None:
     """ValueError where the tokenizer gives ids that a model with so many entries in its embedding does not have."""
     if chat.vocabulary > entries:
-        raise ValueError(f"{model}: the tokenizer has {chat.vocabulary} entries, the model {entries}; they do not match")
+        raise ValueError(
+            f"{model}: the tokenizer has {chat.vocabulary} entries, the model {entries}; they do not match"
+        )

@@ -1,6 +1,6 @@
 """The curves of a training run, from its log.jsonl.
 
-    python curves.py runs/mine          # runs/mine/curves.png, again or for the first time
+python curves.py runs/mine          # runs/mine/curves.png, again or for the first time
 """
 
 from __future__ import annotations
@@ -34,16 +34,25 @@ def _series(rows: Sequence[Row], *keys: str) -> tuple[Floats, Floats]:
     return table[:, 0], table[:, 1]
 
 
-def _draw_line(axes: Axes, steps: Floats, values: Floats, color: str, marker: str, words: str,
-               windows: int) -> None:
+def _draw_line(
+    axes: Axes, steps: Floats, values: Floats, color: str, marker: str, words: str, windows: int
+) -> None:
     """The values, pale, under their centred running mean over 1/`windows` of the run."""
     half = len(values) // (2 * windows)
     if half:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
         values = np.convolve(values, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
         steps = steps[half:-half]
-    axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=5,
-              markevery=max(1, len(steps) // 8), label=words)
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        linewidth=1.8,
+        marker=marker,
+        markersize=5,
+        markevery=max(1, len(steps) // 8),
+        label=words,
+    )
 
 
 def _draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
@@ -60,10 +69,25 @@ def _draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
     gap = 0.06 * (axes.get_ylim()[1] - axes.get_ylim()[0])
     for quadrant, height in zip(targets, spread(list(targets.values()), gap), strict=True):
         color, marker, words = QUADRANT_STYLE[quadrant]
-        axes.plot([1], [targets[quadrant]], color=color, marker=marker, clip_on=False,
-                  transform=axes.get_yaxis_transform())
-        axes.annotate(words, (1, height), (7, 0), xycoords=axes.get_yaxis_transform(), va="center",
-                      textcoords="offset points", fontsize=9, color=BLACK, annotation_clip=False)
+        axes.plot(
+            [1],
+            [targets[quadrant]],
+            color=color,
+            marker=marker,
+            clip_on=False,
+            transform=axes.get_yaxis_transform(),
+        )
+        axes.annotate(
+            words,
+            (1, height),
+            (7, 0),
+            xycoords=axes.get_yaxis_transform(),
+            va="center",
+            textcoords="offset points",
+            fontsize=9,
+            color=BLACK,
+            annotation_clip=False,
+        )
     axes.set(title="margin by safety quadrant (dashed: its target)", ylabel="margin h (nats)")
 
 
@@ -74,19 +98,34 @@ def draw(log_rows: Sequence[Row], path: Path) -> None:
     SFT: loss and learning rate. Thick lines are running means over 1/25 of the run. No row: it says so.
     """
     preference = any("quadrants" in row for row in log_rows)
-    groups = [("loss", "loss per pair" if preference else "loss (nats per token)",
-               [("loss", "total", BLACK, ""), ("safety_loss", "safety pairs", BLUE, "o"),
-                ("helpfulness_loss", "helpfulness pairs", ORANGE, "^")]),
-              ("log-probability of the answers, change since step 0", "nats per answer",
-               [("chosen_logprob_change_nats", "chosen (more helpful)", BLUE, "o"),
-                ("rejected_logprob_change_nats", "rejected", VERMILION, "D")]),
-              ("learning rate", "learning rate", [("lr", "learning rate", BLACK, "")])]
-    groups = [group for group in groups if any(len(_series(log_rows, key)[0]) for key, *_ in group[2])]
+    groups = [
+        (
+            "loss",
+            "loss per pair" if preference else "loss (nats per token)",
+            [
+                ("loss", "total", BLACK, ""),
+                ("safety_loss", "safety pairs", BLUE, "o"),
+                ("helpfulness_loss", "helpfulness pairs", ORANGE, "^"),
+            ],
+        ),
+        (
+            "log-probability of the answers, change since step 0",
+            "nats per answer",
+            [
+                ("chosen_logprob_change_nats", "chosen (more helpful)", BLUE, "o"),
+                ("rejected_logprob_change_nats", "rejected", VERMILION, "D"),
+            ],
+        ),
+        ("learning rate", "learning rate", [("lr", "learning rate", BLACK, "")]),
+    ]
+    groups = [
+        group for group in groups if any(len(_series(log_rows, key)[0]) for key, *_ in group[2])
+    ]
     count = len(groups) + preference
     figure, panels = canvas(12, 3.9 * max(1, math.ceil(count / 2)), max(1, math.ceil(count / 2)), 2)
     if preference:
         _draw_margins(panels[0], log_rows)
-    for axes, (title, unit, lines) in zip(panels[int(preference):], groups, strict=False):
+    for axes, (title, unit, lines) in zip(panels[int(preference) :], groups, strict=False):
         for key, words, color, marker in lines:
             steps, values = _series(log_rows, key)
             if len(steps):

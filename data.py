@@ -62,36 +62,71 @@ class Schema(NamedTuple):
 
 SCHEMAS = {
     "messages": Schema("messages", ("messages",)),  # SFT alone: ultrachat_200k
-    "PKU-SafeRLHF": Schema("response_0", ("response_0", "response_1"), ("is_response_0_safe", "is_response_1_safe"),
-                           "better_response_id", "safer_response_id"),
-    "red-teaming": Schema("modeloutput1", ("modeloutput1", "modeloutput2"), ("is_modelout1_safe", "is_modelout2_safe"),
-                          "better_modelout", first_id=1),
+    "PKU-SafeRLHF": Schema(
+        "response_0",
+        ("response_0", "response_1"),
+        ("is_response_0_safe", "is_response_1_safe"),
+        "better_response_id",
+        "safer_response_id",
+    ),
+    "red-teaming": Schema(
+        "modeloutput1",
+        ("modeloutput1", "modeloutput2"),
+        ("is_modelout1_safe", "is_modelout2_safe"),
+        "better_modelout",
+        first_id=1,
+    ),
     "bfpo": Schema("chosen_safe", ("chosen", "rejected"), ("chosen_safe", "rejected_safe")),
-    "ultrafeedback_binarized": Schema("score_chosen", ("chosen", "rejected"),
-                                      scores=("score_chosen", "score_rejected")),
-}  # fmt: skip
+    "ultrafeedback_binarized": Schema(
+        "score_chosen", ("chosen", "rejected"), scores=("score_chosen", "score_rejected")
+    ),
+}
 
 
 def find_schema(columns: Sequence[str], stage: str) -> str:
     """The schema with these columns. SFT takes whole conversations, or the safer answer of pairs."""
-    known = {name: schema for name, schema in SCHEMAS.items() if stage == "sft" or name != "messages"}
+    known = {
+        name: schema for name, schema in SCHEMAS.items() if stage == "sft" or name != "messages"
+    }
     for name, schema in known.items():
         if schema.mark in columns:
             return name
     hint = " (conversations: pass them as --sft)" if "messages" in columns else ""
     wanted = []
     for name, schema in known.items():
-        names = ("prompt", *schema.answers, *schema.labels, schema.better, schema.safer, *schema.scores)
+        names = (
+            "prompt",
+            *schema.answers,
+            *schema.labels,
+            schema.better,
+            schema.safer,
+            *schema.scores,
+        )
         wanted.append(f"{name}: {', '.join(filter(None, names))}")
-    raise ValueError(f"columns must be those of a known schema{hint}, got {', '.join(columns)[:200]}; known: {'; '.join(wanted)}")
+    raise ValueError(
+        f"columns must be those of a known schema{hint}, got {', '.join(columns)[:200]}; known: {'; '.join(wanted)}"
+    )
 
 
 def _messages(row: dict[str, Any], name: str) -> list[Message]:
-    turns = checked(row, name, lambda value: isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value),
-                   "a list of {role, content}")  # fmt: skip
+    turns = checked(
+        row,
+        name,
+        lambda value: (
+            isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+        ),
+        "a list of {role, content}",
+    )
     roles = ("system", "user", "assistant")
-    return [{"role": checked(turn, "role", lambda value: value in roles, "system, user or assistant"),
-             "content": text_of(turn, "content")} for turn in turns]  # fmt: skip
+    return [
+        {
+            "role": checked(
+                turn, "role", lambda value: value in roles, "system, user or assistant"
+            ),
+            "content": text_of(turn, "content"),
+        }
+        for turn in turns
+    ]
 
 
 def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
@@ -101,7 +136,9 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
         chosen, rejected = (_messages(row, name) for name in schema.answers)
         roles = [chosen[-1]["role"], rejected[-1]["role"]]
         if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or roles != ["assistant", "assistant"]:
-            raise ValueError("chosen and rejected must be one conversation with two last answers of the assistant")
+            raise ValueError(
+                "chosen and rejected must be one conversation with two last answers of the assistant"
+            )
         prompt = chosen[:-1]
     elif isinstance(row.get("prompt"), list):
         prompt = _messages(row, "prompt")
@@ -112,13 +149,32 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
     if not schema.labels:
         return Pair(prompt, chosen[-1]["content"], rejected[-1]["content"], True, True)
     answers = [text_of(row, name) for name in schema.answers]
-    safe = [bool(checked(row, name, lambda value: isinstance(value, int) and value in (0, 1), "true or false"))
-            for name in schema.labels]  # fmt: skip
+    safe = [
+        bool(
+            checked(
+                row, name, lambda value: isinstance(value, int) and value in (0, 1), "true or false"
+            )
+        )
+        for name in schema.labels
+    ]
     ids = [schema.first_id, schema.first_id + 1]
-    better, safer = (ids.index(checked(row, name, lambda value: type(value) is int and value in ids, f"{ids[0]} or {ids[1]}"))
-                     if name else None for name in (schema.better, schema.safer))  # fmt: skip
+    better, safer = (
+        ids.index(
+            checked(
+                row,
+                name,
+                lambda value: type(value) is int and value in ids,
+                f"{ids[0]} or {ids[1]}",
+            )
+        )
+        if name
+        else None
+        for name in (schema.better, schema.safer)
+    )
     first = safer if prefer == "safer" and safer is not None else better or 0
-    if prefer != "helpful" and safe[0] != safe[1]:  # labels that differ say it, whatever safer_response_id does
+    if (
+        prefer != "helpful" and safe[0] != safe[1]
+    ):  # labels that differ say it, whatever safer_response_id does
         first = safe.index(True)
     return Pair(prompt, answers[first], answers[1 - first], safe[first], safe[1 - first])
 
@@ -174,8 +230,15 @@ class Stream:
         mine = rows[:, -2] == held_out
         self.tokens = np.memmap(folder / "tokens", report["token_type"], "r")
         self.ends = np.cumsum(rows[:, :-4].sum(axis=1, dtype=np.int64))[mine]
-        self.lengths, self.chosen_safe, self.rejected_safe = rows[mine, :-4], rows[mine, -4] != 0, rows[mine, -3] != 0
-        self.report, self.fingerprint = report, f"{folder.name}.{'held_out' if held_out else 'train'}"
+        self.lengths, self.chosen_safe, self.rejected_safe = (
+            rows[mine, :-4],
+            rows[mine, -4] != 0,
+            rows[mine, -3] != 0,
+        )
+        self.report, self.fingerprint = (
+            report,
+            f"{folder.name}.{'held_out' if held_out else 'train'}",
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -187,14 +250,28 @@ class Stream:
 
 def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
     sums = read_object(folder / SUMS)
-    for name in ("report.json", *sums):  # a rename made the folder whole; sizes show what was cut later
+    for name in (
+        "report.json",
+        *sums,
+    ):  # a rename made the folder whole; sizes show what was cut later
         if name not in sums or sums[name][0] != (folder / name).stat().st_size:
             raise ValueError(f"{name} has changed")
     report = read_object(folder / "report.json")
-    report["cache"] = {"folder": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir())}
+    report["cache"] = {
+        "folder": str(folder),
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+    }
     for part in report["sources"]:
-        one = [quadrant for quadrant, pairs in part["quadrants"].items() if mixed and pairs == part["training_rows"]]
-        part["warning"] = f"every pair of {part['source']} is {one[0]}; mixed labels are expected here" if one else ""
+        one = [
+            quadrant
+            for quadrant, pairs in part["quadrants"].items()
+            if mixed and pairs == part["training_rows"]
+        ]
+        part["warning"] = (
+            f"every pair of {part['source']} is {one[0]}; mixed labels are expected here"
+            if one
+            else ""
+        )
     return Stream(folder, False, report), Stream(folder, True, report)
 
 
@@ -202,17 +279,27 @@ def _summarise(part: dict[str, Any], table: Ids, stage: str) -> None:
     """Adds to a source's report what its kept rows say, [n, parts + 4] as in rows.npy."""
     train = table[table[:, -2] == 0]
     if not len(train):
-        raise ValueError(f"{part['source']} must have rows to train on, got {part['rows']} rows, of which {part['empty']} empty,"
-                         f" {part['identical']} with identical answers and {len(table)} held out")  # fmt: skip
+        raise ValueError(
+            f"{part['source']} must have rows to train on, got {part['rows']} rows, of which {part['empty']} empty,"
+            f" {part['identical']} with identical answers and {len(table)} held out"
+        )
     lengths, unsafe = train[:, :-4], 1 - train[:, -4:-2]
     columns = [*(lengths.T if stage == "pairs" else ()), lengths.sum(1)]
     part |= {"training_rows": len(train), "held_out_rows": len(table) - len(train)}
-    part["quadrants"] = dict(zip(QUADRANTS, np.bincount(unsafe @ (2, 1), minlength=4).tolist(), strict=True))
-    part["tokens"] = {name: {f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)}
-                      for name, column in zip(("prompt", "chosen", "rejected", "total")[-len(columns):], columns, strict=True)}  # fmt: skip
+    part["quadrants"] = dict(
+        zip(QUADRANTS, np.bincount(unsafe @ (2, 1), minlength=4).tolist(), strict=True)
+    )
+    part["tokens"] = {
+        name: {f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)}
+        for name, column in zip(
+            ("prompt", "chosen", "rejected", "total")[-len(columns) :], columns, strict=True
+        )
+    }
 
 
-def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any], share: float) -> Item | None:
+def _item(
+    row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any], share: float
+) -> Item | None:
     """None if there is nothing to learn from the row; share: of all questions, held out."""
     pairs, safe = options.stage == "pairs", (True, True)
     schema = SCHEMAS[part["schema"]]
@@ -230,23 +317,45 @@ def _item(row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any
         part["empty"] += 1
         return None
     texts = chat.pair_texts(messages[:-1], *answers) if pairs else chat.conversation_text(messages)
-    held_out = int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
+    held_out = (
+        int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
+    )
     return Item(texts, safe, held_out, doubt(row, schema))
 
 
-def _items(source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]) -> Iterator[Item]:
+def _items(
+    source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]
+) -> Iterator[Item]:
     """The rows worth tokenising. What is left out is counted in part; the first malformed rows go to problems."""
     from tqdm import tqdm
 
     total, rows = source_rows(source, HELD_OUT_ROWS if options.held_out else 0)
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # between lines
-    for place, row, test in tqdm(rows, f"tokenising {source.text}", total, unit=" rows", mininterval=seconds, delay=seconds, leave=False):
+    for place, row, test in tqdm(
+        rows,
+        f"tokenising {source.text}",
+        total,
+        unit=" rows",
+        mininterval=seconds,
+        delay=seconds,
+        leave=False,
+    ):
         part["rows"] += 1
         try:
             if not isinstance(row, dict):
-                raise row if isinstance(row, ValueError) else ValueError(f"a row must be an object, got {reprlib.repr(row)}")
+                raise (
+                    row
+                    if isinstance(row, ValueError)
+                    else ValueError(f"a row must be an object, got {reprlib.repr(row)}")
+                )
             part["schema"] = part["schema"] or find_schema(list(row), options.stage)
-            item = _item(row, chat, options, part, share=1 if test else 0 if source.test else options.held_out)
+            item = _item(
+                row,
+                chat,
+                options,
+                part,
+                share=1 if test else 0 if source.test else options.held_out,
+            )
         except ValueError as error:
             part["malformed"] += 1
             problems += [f"{place}: {error}"] if len(problems) < 10 else []
@@ -263,18 +372,31 @@ def _tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[I
     tokenise = chat.pair_ids if stage == "pairs" else chat.conversation_ids
     chunks = iter(lambda: list(islice(items, CHUNK_ROWS)), [])
     with ThreadPoolExecutor(1) as thread:
-        jobs = ((chunk, thread.submit(tokenise, [item.texts for item in chunk])) for chunk in chain(chunks, [[]]))
-        for (chunk, job), _ in pairwise(jobs):  # the next chunk is submitted before this one is waited for
+        jobs = (
+            (chunk, thread.submit(tokenise, [item.texts for item in chunk]))
+            for chunk in chain(chunks, [[]])
+        )
+        for (chunk, job), _ in pairwise(
+            jobs
+        ):  # the next chunk is submitted before this one is waited for
             yield from zip(chunk, job.result(), strict=True)
 
 
 def _example(chat: Chat, tree: Sequence[Ids], most: int = 600) -> str:
     """A decoded tree, scored tokens between [[ and ]], without the middle of long parts."""
+
     def short(text: str) -> str:
-        return text if len(text) <= most else f"{text[: most // 2]} [... {len(text) - most} ...] {text[-most // 2 :]}"
+        return (
+            text
+            if len(text) <= most
+            else f"{text[: most // 2]} [... {len(text) - most} ...] {text[-most // 2 :]}"
+        )
 
     prompt = chat.decode(tree[0], skip_special_tokens=False)
-    answers = [chat.decode([*tree[0], *response], skip_special_tokens=False)[len(prompt) :] for response in tree[1:]]
+    answers = [
+        chat.decode([*tree[0], *response], skip_special_tokens=False)[len(prompt) :]
+        for response in tree[1:]
+    ]
     return short(prompt) + "\n".join(f"[[{short(answer)}]]" for answer in answers)
 
 
@@ -283,17 +405,31 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
     aside, problems = folder.with_suffix(".partial"), list[str]()
     shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
     aside.mkdir()
-    report: dict[str, Any] = {"stage": options.stage, "sources": [], "example": "",
-                              "token_type": "uint16" if chat.vocabulary <= 2**16 else "int32"}  # fmt: skip
-    rows: list[list[int]] = []  # tokens of each part, chosen_safe, rejected_safe, held out, number of the source
+    report: dict[str, Any] = {
+        "stage": options.stage,
+        "sources": [],
+        "example": "",
+        "token_type": "uint16" if chat.vocabulary <= 2**16 else "int32",
+    }
+    rows: list[
+        list[int]
+    ] = []  # tokens of each part, chosen_safe, rejected_safe, held out, number of the source
     try:
         with open(aside / "tokens", "wb") as tokens:
             for number, source in enumerate(sources):
-                part: dict[str, Any] = {"source": source.text, "schema": "", **dict.fromkeys(COUNTS, 0)}
+                part: dict[str, Any] = {
+                    "source": source.text,
+                    "schema": "",
+                    **dict.fromkeys(COUNTS, 0),
+                }
                 report["sources"].append(part)
-                for item, whole in _tokenise(_items(source, chat, options, part, problems), chat, options.stage):
+                for item, whole in _tokenise(
+                    _items(source, chat, options, part, problems), chat, options.stage
+                ):
                     tree = truncate(whole, options.max_length, options.max_prompt)
-                    if options.stage == "pairs" and np.array_equal(tree[1], tree[2]):  # a margin of 0 whatever is learnt
+                    if options.stage == "pairs" and np.array_equal(
+                        tree[1], tree[2]
+                    ):  # a margin of 0 whatever is learnt
                         part["identical"] += 1
                         continue
                     tokens.write(np.concatenate(tree).astype(report["token_type"]).tobytes())
@@ -306,12 +442,21 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
                             part[f"scores_{item.doubt}"] += 1
                         report["example"] = report["example"] or _example(chat, tree)
         if problems:
-            raise ValueError("\n".join([f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:", *problems]))
+            raise ValueError(
+                "\n".join(
+                    [
+                        f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:",
+                        *problems,
+                    ]
+                )
+            )
         table = np.array(rows, dtype=np.int32).reshape(-1, 7 if options.stage == "pairs" else 6)
         for number, part in enumerate(report["sources"]):
             _summarise(part, table[table[:, -1] == number], options.stage)
         np.save(aside / "rows.npy", table)
-        (aside / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        (aside / "report.json").write_text(
+            json.dumps(report, indent=1, allow_nan=False), encoding="utf-8"
+        )
         sums = {file.name: (file.stat().st_size, sha256(file)) for file in aside.iterdir()}
         (aside / SUMS).write_text(json.dumps(sums), encoding="utf-8")
         aside.rename(folder)
@@ -320,9 +465,17 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
 
 
 def load_stream(
-    sources: Sequence[str], chat: Chat, *, stage: str = "pairs", prefer: str = "helpful", max_length: int = 1024,
-    max_prompt: int = 512, held_out: float = 0.02, mixed: bool = False, cache_dir: str | Path | None = None,
-) -> tuple[Stream, Stream]:  # fmt: skip
+    sources: Sequence[str],
+    chat: Chat,
+    *,
+    stage: str = "pairs",
+    prefer: str = "helpful",
+    max_length: int = 1024,
+    max_prompt: int = 512,
+    held_out: float = 0.02,
+    mixed: bool = False,
+    cache_dir: str | Path | None = None,
+) -> tuple[Stream, Stream]:
     """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
 
     stage "pairs" or "sft"; prefer "helpful" or "safe", as in read_pair; lengths in tokens, with BOS and EOS. Held-out rows: the
@@ -336,27 +489,37 @@ def load_stream(
     if stage == "sft":
         prefer, max_prompt = "safer", 1  # the prompt is BOS
     if not (sources and known and 1 <= max_prompt < max_length and 0 <= held_out < 1):
-        raise ValueError("sources must be one or more, stage pairs or sft, prefer helpful or safe, max_prompt in [1, max_length),"
-                         f" held_out in [0, 1), got {list(sources)}, {stage}, {prefer}, {max_prompt} with max_length {max_length},"
-                         f" {held_out}")  # fmt: skip
+        raise ValueError(
+            "sources must be one or more, stage pairs or sft, prefer helpful or safe, max_prompt in [1, max_length),"
+            f" held_out in [0, 1), got {list(sources)}, {stage}, {prefer}, {max_prompt} with max_length {max_length},"
+            f" {held_out}"
+        )
     found = [find_source(text, stage) for text in sources]
     options = Options(stage, prefer, max_length, max_prompt, held_out)
-    key = json.dumps([FORMAT, chat.fingerprint, options, [(source.text, source.identity) for source in found]])
+    key = json.dumps(
+        [FORMAT, chat.fingerprint, options, [(source.text, source.identity) for source in found]]
+    )
     root = cache_root(cache_dir)
     folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not folder.exists():
             with open(f"{folder}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # if its holder is killed, the system lets go of it
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX
+                )  # if its holder is killed, the system lets go of it
                 if not folder.exists():
                     _build(folder, found, chat, options)
     except OSError as error:
-        raise ValueError(f"the token cache must be writable, got {error}; name another: train.py --cache, or BFPO_CACHE") from error
+        raise ValueError(
+            f"the token cache must be writable, got {error}; name another: train.py --cache, or BFPO_CACHE"
+        ) from error
     try:
         return _open_cache(folder, mixed)
     except (ValueError, OSError) as error:
-        raise ValueError(f"the token cache {folder} is damaged ({error}); delete it and run again") from error
+        raise ValueError(
+            f"the token cache {folder} is damaged ({error}); delete it and run again"
+        ) from error
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -373,7 +536,9 @@ def describe(report: dict[str, Any]) -> str:
     """A stream's report, as text."""
     lines = []
     for part in report["sources"]:
-        shares = ", ".join(f"{name} {n} ({n / part['training_rows']:.1%})" for name, n in part["quadrants"].items())
+        shares = ", ".join(
+            f"{name} {n} ({n / part['training_rows']:.1%})" for name, n in part["quadrants"].items()
+        )
         lines += [
             f"{part['source']}: {part['schema']}, {part['rows']} rows read, {part['training_rows']} to train on,"
             f" {part['held_out_rows']} held out",
@@ -381,12 +546,20 @@ def describe(report: dict[str, Any]) -> str:
             f" cut to length: {part['prompts_cut']} prompts, {part['answers_cut']} answers",
             *([f"  {shares}"] if report["stage"] == "pairs" else []),
             *([_scores(part)] if SCHEMAS[part["schema"]].scores else []),
-            *(f"{name:>10} tokens  " + "  ".join(f"{q} {value:5d}" for q, value in quantiles.items())
-              for name, quantiles in part["tokens"].items()),
-        ]  # fmt: skip
-    lines += ["first row, scored tokens between [[ and ]]:", *(f"  | {line}" for line in report["example"].split("\n"))]
-    lines.append(f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MiB; delete it at will, or"
-                 " move it and name its new folder: train.py --cache, or BFPO_CACHE")  # fmt: skip
+            *(
+                f"{name:>10} tokens  "
+                + "  ".join(f"{q} {value:5d}" for q, value in quantiles.items())
+                for name, quantiles in part["tokens"].items()
+            ),
+        ]
+    lines += [
+        "first row, scored tokens between [[ and ]]:",
+        *(f"  | {line}" for line in report["example"].split("\n")),
+    ]
+    lines.append(
+        f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MiB; delete it at will, or"
+        " move it and name its new folder: train.py --cache, or BFPO_CACHE"
+    )
     lines += [f"WARNING: {part['warning']}" for part in report["sources"] if part["warning"]]
     for part in report["sources"]:
         if part["scores_inverted"]:
@@ -403,7 +576,9 @@ def describe(report: dict[str, Any]) -> str:
 @lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, name: str, epoch: int) -> Ids:
     key = hashlib.sha256(f"{seed} {name} {epoch}".encode()).digest()
-    draws = np.random.Philox(key=int.from_bytes(key[:16])).random_raw(size)  # raw draws: the same in every numpy
+    draws = np.random.Philox(key=int.from_bytes(key[:16])).random_raw(
+        size
+    )  # raw draws: the same in every numpy
     return np.argsort(draws, kind="stable")
 
 
@@ -411,9 +586,13 @@ def batch_indices(size: int, batch: int, seed: int, step: int, name: str) -> Ids
     """[batch] rows of step `step` (from 0) of a stream of `size` rows: the next places in an endless sequence of
     permutations, each a new order. A pure function of its arguments."""
     if size < 1 or batch < 1 or step < 0:
-        raise ValueError(f"size and batch must be >= 1 and step >= 0, got {size}, {batch} and {step}")
+        raise ValueError(
+            f"size and batch must be >= 1 and step >= 0, got {size}, {batch} and {step}"
+        )
     places = range(step * batch, (step + 1) * batch)
-    return np.array([_permutation(size, seed, name, place // size)[place % size] for place in places])
+    return np.array(
+        [_permutation(size, seed, name, place // size)[place % size] for place in places]
+    )
 
 
 # In a tree's forward attention takes 4 x layers x width x T^2 / 2 FLOPs, the linear layers 2 x parameters x T. At Mistral-7B's
@@ -434,7 +613,9 @@ def deal(tokens: Sequence[int], world_size: int, budget: int) -> list[list[list[
     if world_size < 1 or budget < 1:
         raise ValueError(f"world_size and budget must be >= 1, got {world_size} and {budget}")
     ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
-    rooms: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]  # (tokens left, pack), sorted
+    rooms: list[list[tuple[int, int]]] = [
+        [] for _ in range(world_size)
+    ]  # (tokens left, pack), sorted
     loads = [(0.0, rank) for rank in range(world_size)]
     for item in sorted(range(len(tokens)), key=lambda item: (-tokens[item], item)):
         load, rank = heapq.heappop(loads)
@@ -461,11 +642,21 @@ def unevenness(tokens: Sequence[int], ranks: Sequence[Sequence[Sequence[int]]]) 
 def main() -> None:
     """The command. Exits with 2 for wrong usage, with 1 and a line for bad rows."""
     parser = argparse.ArgumentParser(description="What training would see of these rows.")
-    parser.add_argument("sources", nargs="+", metavar="FILE", help="NAME[@REVISION][:SPLIT][[START:STOP]]")
-    parser.add_argument("--model", required=True, help="folder or hub name of the model whose tokenizer is used")
-    parser.add_argument("--sft", action="store_true", help="conversations (of pairs: the safer answers)")
-    parser.add_argument("--prefer", choices=("helpful", "safe"), default="helpful", help="which answer is chosen")
-    parser.add_argument("--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's")
+    parser.add_argument(
+        "sources", nargs="+", metavar="FILE", help="NAME[@REVISION][:SPLIT][[START:STOP]]"
+    )
+    parser.add_argument(
+        "--model", required=True, help="folder or hub name of the model whose tokenizer is used"
+    )
+    parser.add_argument(
+        "--sft", action="store_true", help="conversations (of pairs: the safer answers)"
+    )
+    parser.add_argument(
+        "--prefer", choices=("helpful", "safe"), default="helpful", help="which answer is chosen"
+    )
+    parser.add_argument(
+        "--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's"
+    )
     parser.add_argument("--max_length", type=int, help="tokens; default 1024, with --sft 2048")
     parser.add_argument("--max_prompt", type=int, default=512, help="tokens")
     flags = parser.parse_args()
@@ -473,23 +664,37 @@ def main() -> None:
 
     max_length = (2048 if flags.sft else 1024) if flags.max_length is None else flags.max_length
     if not 1 <= (1 if flags.sft else flags.max_prompt) < max_length:
-        parser.error(f"max_prompt must be in [1, max_length), got {flags.max_prompt} with max_length {max_length}")
+        parser.error(
+            f"max_prompt must be in [1, max_length), got {flags.max_prompt} with max_length {max_length}"
+        )
     try:
         chat = Chat(find_model(flags.model, weights=False), flags.chat_template)
         stream, _ = load_stream(
-            flags.sources, chat, stage="sft" if flags.sft else "pairs",
-            prefer=flags.prefer, max_length=max_length, max_prompt=flags.max_prompt, mixed=not flags.sft)  # fmt: skip
+            flags.sources,
+            chat,
+            stage="sft" if flags.sft else "pairs",
+            prefer=flags.prefer,
+            max_length=max_length,
+            max_prompt=flags.max_prompt,
+            mixed=not flags.sft,
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     parts = stream.report["sources"]
     for part in parts:
-        part["warning"] *= bool(SCHEMAS[part["schema"]].labels)  # a schema without labels is one quadrant by its nature
+        part["warning"] *= bool(
+            SCHEMAS[part["schema"]].labels
+        )  # a schema without labels is one quadrant by its nature
     print("\n".join([*chat.remarks, describe(stream.report)]))
     safe = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
-    for quadrant, labels, target in zip(QUADRANTS, safe.tolist(), label(*safe.T).tolist(), strict=True):
+    for quadrant, labels, target in zip(
+        QUADRANTS, safe.tolist(), label(*safe.T).tolist(), strict=True
+    ):
         if not flags.sft:
             pairs = sum(part["quadrants"][quadrant] for part in parts)
-            print(f"{quadrant:>14}: labels {labels[0]} {labels[1]}, {pairs} pairs, target {target:+.2f}/tau (alpha 1/2, B_1 3)")
+            print(
+                f"{quadrant:>14}: labels {labels[0]} {labels[1]}, {pairs} pairs, target {target:+.2f}/tau (alpha 1/2, B_1 3)"
+            )
 
 
 if __name__ == "__main__":

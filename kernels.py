@@ -20,7 +20,10 @@ from torch import Tensor
 ATTENTION_BLOCK = 64  # query rows whose scores a CPU computes at once
 KEPT_KEYS = 768  # keys that a block may see for its probabilities to be kept for the backward: each is 4 bytes a head and row
 MLP_ROWS = 512  # rows of the feed-forward's pointwise part that a CPU holds at once
-HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
+HEAD_CHUNK = {
+    "cpu": 2**20,
+    "cuda": 2**25,
+}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
 
 
 def rotary(positions: Tensor, theta: float, K: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +59,9 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def _keys(x: Tensor, spans: Any) -> Tensor:
         """What x [G, T, K] holds of these tokens, in fp32: itself where it can be."""
-        return (x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, span] for span in spans], 1)).float()
+        return (
+            x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, span] for span in spans], 1)
+        ).float()
 
     @staticmethod
     def _probabilities(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,8 +73,18 @@ class BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Any, plan: Any) -> Tensor:
         this, (T, H, _), G = BlockedAttention, q.shape, k.shape[1]
-        q, k, v = this._group_first(q, G, tables[:2]), this._group_first(k, G, tables[2:]), this._group_first(v, G)
-        ctx.tables, ctx.plan, ctx.T, P, out = tables, plan, T, H // G, torch.empty_like(q, dtype=torch.float32)
+        q, k, v = (
+            this._group_first(q, G, tables[:2]),
+            this._group_first(k, G, tables[2:]),
+            this._group_first(v, G),
+        )
+        ctx.tables, ctx.plan, ctx.T, P, out = (
+            tables,
+            plan,
+            T,
+            H // G,
+            torch.empty_like(q, dtype=torch.float32),
+        )
         limit, kept = KEPT_KEYS * any(ctx.needs_input_grad), list[Tensor | None]()
         for spans, blocks in plan:
             keys, values = this._keys(k, spans), this._keys(v, spans)
@@ -83,8 +98,16 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        this, (q, k, v, *kept), (cos, sin, cos_keys, sin_keys) = BlockedAttention, ctx.saved_tensors, ctx.tables
-        scale, P, dout = q.shape[-1] ** -0.5, q.shape[1] // ctx.T, this._group_first(grads[0], len(q))
+        this, (q, k, v, *kept), (cos, sin, cos_keys, sin_keys) = (
+            BlockedAttention,
+            ctx.saved_tensors,
+            ctx.tables,
+        )
+        scale, P, dout = (
+            q.shape[-1] ** -0.5,
+            q.shape[1] // ctx.T,
+            this._group_first(grads[0], len(q)),
+        )
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         next_kept = iter(kept)
         for spans, blocks in ctx.plan:
@@ -95,20 +118,31 @@ class BlockedAttention(torch.autograd.Function):
                 p = next(next_kept)
                 p = this._probabilities(q_block, keys[:, seen], bias) if p is None else p
                 dvalues[:, seen].baddbmm_(p.mT, dout_block)
-                dscores = torch.ops.aten._softmax_backward_data(torch.bmm(dout_block, values[:, seen].mT), p, -1, p.dtype)
+                dscores = torch.ops.aten._softmax_backward_data(
+                    torch.bmm(dout_block, values[:, seen].mT), p, -1, p.dtype
+                )
                 dkeys[:, seen].baddbmm_(dscores.mT, q_block, alpha=scale)
                 dq[:, block].baddbmm_(dscores, keys[:, seen], alpha=scale)
             if len(spans) > 1:
                 for x, dx in ((dk, dkeys), (dv, dvalues)):
-                    for span, part in zip(spans, dx.split([span.stop - span.start for span in spans], 1), strict=True):
+                    for span, part in zip(
+                        spans, dx.split([span.stop - span.start for span in spans], 1), strict=True
+                    ):
                         x[:, span] = part
-        dq, dk, dv = (this._token_first(x, T) for x, T in ((dq, ctx.T), (dk, k.shape[1]), (dv, k.shape[1])))
+        dq, dk, dv = (
+            this._token_first(x, T) for x, T in ((dq, ctx.T), (dk, k.shape[1]), (dv, k.shape[1]))
+        )
         dq, dk = rotated(dq, cos, -sin), rotated(dk, cos_keys, -sin_keys)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor], rows: Tensor, scored: bool,
-                 window: int | None) -> list[Any]:  # fmt: skip
+def blocked_plan(
+    lengths: Sequence[tuple[int, ...]],
+    sees: Callable[..., Tensor],
+    rows: Tensor,
+    scored: bool,
+    window: int | None,
+) -> list[Any]:
     """BlockedAttention's plan for a pack of trees with these lengths (prompt, response, ...), whose queries are the tokens `rows`: all of
     them, or the `scored` ones. `sees` (mask_mod form) says who sees whom. Small neighbouring trees share a block and its mask."""
     bunches: list[list[tuple[int, ...]]] = [[]]  # of trees
@@ -117,13 +151,21 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
             bunches.append([])
         bunches[-1].append(sizes)
     plan, token, row = list[Any](), 0, 0  # of a bunch: its first key and query
-    biases: dict[tuple[int, int], Tensor] = {}  # blocks of a response that have the same size mask alike
+    biases: dict[
+        tuple[int, int], Tensor
+    ] = {}  # blocks of a response that have the same size mask alike
 
-    def block(row: int, end: int, keys: Tensor, first: int, masked: int, alike: bool = False) -> tuple[slice, slice, Tensor | None]:
+    def block(
+        row: int, end: int, keys: Tensor, first: int, masked: int, alike: bool = False
+    ) -> tuple[slice, slice, Tensor | None]:
         size = end - row, len(keys) - masked
         bias = biases.get(size) if alike else None
         if bias is None and size[1]:
-            bias = torch.zeros(size).masked_fill_(~sees(0, 0, rows[row:end, None], keys[masked:]), -math.inf).unsqueeze(1)
+            bias = (
+                torch.zeros(size)
+                .masked_fill_(~sees(0, 0, rows[row:end, None], keys[masked:]), -math.inf)
+                .unsqueeze(1)
+            )
             if alike:
                 biases[size] = bias
         return slice(row, end), slice(first, len(keys)), bias
@@ -132,21 +174,44 @@ def blocked_plan(lengths: Sequence[tuple[int, ...]], sees: Callable[..., Tensor]
         tokens = sum(map(sum, bunch))
         if tokens <= ATTENTION_BLOCK:
             end = row + (sum(sum(sizes[1:]) for sizes in bunch) if scored else tokens)
-            plan.append(((slice(token, token + tokens),), [block(row, end, torch.arange(token, token + tokens), 0, 0)]))
+            plan.append(
+                (
+                    (slice(token, token + tokens),),
+                    [block(row, end, torch.arange(token, token + tokens), 0, 0)],
+                )
+            )
             token, row = token + tokens, end
             continue
         prompt, *responses = bunch[0]
         start = token + prompt
         for b, length in enumerate(responses):
-            keys = torch.cat((torch.arange(token, token + prompt), torch.arange(start, start + length)))
-            extra = prompt if not scored and b == 0 else 0  # the prompt's rows go with the first response's
-            stop, ahead = row + extra + length, prompt - scored - extra - row  # keys before row i's own: i + ahead
+            keys = torch.cat(
+                (torch.arange(token, token + prompt), torch.arange(start, start + length))
+            )
+            extra = (
+                prompt if not scored and b == 0 else 0
+            )  # the prompt's rows go with the first response's
+            stop, ahead = (
+                row + extra + length,
+                prompt - scored - extra - row,
+            )  # keys before row i's own: i + ahead
             blocks = []
             for i in range(row, stop, ATTENTION_BLOCK):
                 end = min(i + ATTENTION_BLOCK, stop)
                 first = max(0, i + ahead + 1 - window) if window else 0
-                cut = window is not None and end + ahead - window > first  # some rows do not see the first keys
-                blocks.append(block(i, end, keys[: end + ahead], first, first if cut else i + ahead + 1, alike=True))
+                cut = (
+                    window is not None and end + ahead - window > first
+                )  # some rows do not see the first keys
+                blocks.append(
+                    block(
+                        i,
+                        end,
+                        keys[: end + ahead],
+                        first,
+                        first if cut else i + ahead + 1,
+                        alike=True,
+                    )
+                )
             apart = (slice(token, token + prompt), slice(start, start + length))
             plan.append((apart if b else (slice(token, start + length),), blocks))
             start, row = start + length, stop
@@ -162,8 +227,12 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         x_TD = x.flatten(0, -2)
         gate_TF, up_TF, out_TD = F.linear(x_TD, gate), F.linear(x_TD, up), torch.empty_like(x_TD)
-        ctx.save_for_backward(x_TD if any(ctx.needs_input_grad[1:3]) else None, gate_TF, up_TF, gate, up, down)
-        rows = MLP_ROWS if x.device.type == "cpu" and x.dtype == torch.float32 else max(1, len(x_TD))
+        ctx.save_for_backward(
+            x_TD if any(ctx.needs_input_grad[1:3]) else None, gate_TF, up_TF, gate, up, down
+        )
+        rows = (
+            MLP_ROWS if x.device.type == "cpu" and x.dtype == torch.float32 else max(1, len(x_TD))
+        )
         ctx.parts = [slice(i, i + rows) for i in range(0, len(x_TD), rows)]
         for part in ctx.parts:
             out_TD[part] = F.linear(F.silu(gate_TF[part]).mul_(up_TF[part]), down)
@@ -171,10 +240,16 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_TD, gate_TF, up_TF, *weights), (wanted, *trained) = ctx.saved_tensors, ctx.needs_input_grad
+        (x_TD, gate_TF, up_TF, *weights), (wanted, *trained) = (
+            ctx.saved_tensors,
+            ctx.needs_input_grad,
+        )
         dout_TD, (gate, up, down) = grads[0].flatten(0, -2), weights
         dx_TD = torch.empty_like(dout_TD) if wanted else None
-        dgate, dup, ddown = (torch.zeros_like(w) if needed else None for w, needed in zip(weights, trained, strict=True))
+        dgate, dup, ddown = (
+            torch.zeros_like(w) if needed else None
+            for w, needed in zip(weights, trained, strict=True)
+        )
         for part in ctx.parts:
             silu, up_part, dout = F.silu(gate_TF[part]), up_TF[part], dout_TD[part]
             if ddown is not None:
@@ -216,7 +291,9 @@ class RMSNorm(torch.autograd.Function):
         (dout,), exact, dx, dweight = grads, x.float(), None, None
         if wanted:
             slope = dout * weight
-            along = torch.linalg.vecdot(slope, exact).unsqueeze(-1).mul_(scale**3).div_(-x.shape[-1])
+            along = (
+                torch.linalg.vecdot(slope, exact).unsqueeze(-1).mul_(scale**3).div_(-x.shape[-1])
+            )
             dx = torch.addcmul(slope.mul_(scale), exact, along).to(x.dtype)
         if trained:
             dweight = (dout * exact).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
@@ -225,7 +302,11 @@ class RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm, by torch's own kernel on a GPU."""
-    return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else RMSNorm.apply(x, weight, eps).to(x.dtype)
+    return (
+        F.rms_norm(x, weight.shape, weight, eps)
+        if x.is_cuda
+        else RMSNorm.apply(x, weight, eps).to(x.dtype)
+    )
 
 
 class RowLogProbs(torch.autograd.Function):
@@ -235,10 +316,14 @@ class RowLogProbs(torch.autograd.Function):
     are computed again in the backward. Either way nothing of size S x V outlives a chunk."""
 
     @staticmethod
-    def _chunks(hidden_SD: Tensor, weight: Tensor, targets_S: Tensor, rows: int, slopes: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _chunks(
+        hidden_SD: Tensor, weight: Tensor, targets_S: Tensor, rows: int, slopes: bool
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for part in (slice(i, i + rows) for i in range(0, len(targets_S), rows)):
             if hidden_SD.is_cuda and hidden_SD.dtype != torch.float32:
-                logits = torch.mm(hidden_SD[part], weight.mT, out_dtype=torch.float32)  # products of bf16 numbers, never rounded to bf16
+                logits = torch.mm(
+                    hidden_SD[part], weight.mT, out_dtype=torch.float32
+                )  # products of bf16 numbers, never rounded to bf16
             else:
                 logits = F.linear(hidden_SD[part], weight).float()
             target, table = targets_S[part, None], logits.sub_(logits.logsumexp(-1, keepdim=True))
@@ -248,10 +333,17 @@ class RowLogProbs(torch.autograd.Function):
             yield part, logp.squeeze(-1), table
 
     @staticmethod
-    def forward(ctx: Any, hidden_SD: Tensor, weight: Tensor, targets_S: Tensor, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_SD: Tensor, weight: Tensor, targets_S: Tensor, rows: int
+    ) -> Tensor:
         (wanted, trained, *_), ctx.rows = ctx.needs_input_grad, rows
-        logp_S, slope_SD = hidden_SD.new_empty(len(targets_S), dtype=torch.float32), torch.empty_like(hidden_SD)
-        for part, logp, slope in RowLogProbs._chunks(hidden_SD, weight, targets_S, rows, wanted and not trained):
+        logp_S, slope_SD = (
+            hidden_SD.new_empty(len(targets_S), dtype=torch.float32),
+            torch.empty_like(hidden_SD),
+        )
+        for part, logp, slope in RowLogProbs._chunks(
+            hidden_SD, weight, targets_S, rows, wanted and not trained
+        ):
             logp_S[part] = logp
             if wanted and not trained:
                 slope_SD[part] = slope.to(weight.dtype) @ weight
@@ -264,7 +356,10 @@ class RowLogProbs(torch.autograd.Function):
             (slope_SD,) = ctx.saved_tensors
             return (slope_SD * grads[0].unsqueeze(-1)).to(slope_SD.dtype), None, None, None
         hidden_SD, weight, targets_S = ctx.saved_tensors
-        dhidden_SD, dweight = torch.empty_like(hidden_SD), torch.zeros_like(weight, dtype=torch.float32)
+        dhidden_SD, dweight = (
+            torch.empty_like(hidden_SD),
+            torch.zeros_like(weight, dtype=torch.float32),
+        )
         for part, _, slope in RowLogProbs._chunks(hidden_SD, weight, targets_S, ctx.rows, True):
             slope = slope.mul_(grads[0][part, None]).to(weight.dtype)
             dhidden_SD[part] = slope @ weight
@@ -277,8 +372,12 @@ class RowLogProbs(torch.autograd.Function):
 
 def row_logprobs(hidden_SD: Tensor, weight: Tensor, targets_S: Tensor) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each row, fp32 [S]."""
-    device = "cuda" if weight.requires_grad else hidden_SD.device.type  # every chunk adds a weight gradient: few of them
-    return RowLogProbs.apply(hidden_SD, weight, targets_S, max(1, HEAD_CHUNK[device] // len(weight)))
+    device = (
+        "cuda" if weight.requires_grad else hidden_SD.device.type
+    )  # every chunk adds a weight gradient: few of them
+    return RowLogProbs.apply(
+        hidden_SD, weight, targets_S, max(1, HEAD_CHUNK[device] // len(weight))
+    )
 
 
 @functools.cache
@@ -286,5 +385,7 @@ def compiled_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any] |
     """The function compiled on a GPU, in a few graphs for shapes of every length."""
     if kind != "cuda":
         return None
-    torch._dynamo.config.recompile_limit = 64  # each model of a process has its own; past the limit fullgraph raises an error
+    torch._dynamo.config.recompile_limit = (
+        64  # each model of a process has its own; past the limit fullgraph raises an error
+    )
     return torch.compile(function, dynamic=True, fullgraph=True)

@@ -46,7 +46,9 @@ from storage import read_json, surroundings, write_json, write_text
 from toy_data import HELD
 
 HERE = Path(__file__).parent
-RECORD = HERE / "figures" / "search.json"  # of the search that the other commands take their settings from
+RECORD = (
+    HERE / "figures" / "search.json"
+)  # of the search that the other commands take their settings from
 SEEDS = (1, 2, 3)  # of data, first weights and order; the settings were searched on others
 SEARCH_SEEDS = (42, 43)
 GRID = {"lr": (2.5e-5, 5e-5, 1e-4), "tau": (0.5, 0.25, 0.125)}  # the gentlest first
@@ -65,7 +67,9 @@ class Model(NamedTuple):
 # two safe and of two unsafe ones the more helpful. How the paper orders the pairs of its baselines is not known to us.
 MODELS = {
     "dpo_helpful": Model("(a) DPO, helpfulness", {"objective": "dpo", "safety": ()}, 4000, 2),
-    "dpo_safe": Model("(b) DPO, safety", {"objective": "dpo", "helpfulness": (), "prefer": "safe"}, 4000, 3),
+    "dpo_safe": Model(
+        "(b) DPO, safety", {"objective": "dpo", "helpfulness": (), "prefer": "safe"}, 4000, 3
+    ),
     "dpo_mix": Model("(c) DPO, naive mix", {"objective": "dpo", "prefer": "safe"}, 8000, 1),
     "bfpo": Model("(d) BFPO", {"objective": "bfpo"}, 8000, 0),
     "ipo_mix": Model("(e) IPO, naive mix", {"objective": "ipo", "prefer": "safe"}, 8000, 4),
@@ -85,8 +89,16 @@ def work(job: Job) -> None:
     done = train.run(config, world)
     requests = toy_data.held_out(job.root / "data", job.split)
     scores, transcript = toy_scores(Path(config.out) / "model", requests, world, job.seed)
-    write_json(job.scores, {"settings": asdict(config), **scores, "seconds": time.monotonic() - began, "held_out": done["held_out"],
-                            "transcript": transcript})  # fmt: skip
+    write_json(
+        job.scores,
+        {
+            "settings": asdict(config),
+            **scores,
+            "seconds": time.monotonic() - began,
+            "held_out": done["held_out"],
+            "transcript": transcript,
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,11 @@ class Job:
 
     def config(self) -> train.Config:
         """The settings of its run."""
-        settings = train.RECIPES["toy"] | {"seed": self.seed, "steps": self.steps, "cache": str(Path(self.work) / "cache")}
+        settings = train.RECIPES["toy"] | {
+            "seed": self.seed,
+            "steps": self.steps,
+            "cache": str(Path(self.work) / "cache"),
+        }
         if self.model == "sft":
             return toy_run.sft_stage(train.Config(**settings), self.root)
         stage = toy_run.preference_stage(train.Config(**settings), self.root)
@@ -136,8 +152,16 @@ class Job:
 
     def record(self) -> dict[str, Any] | None:
         """What `work` left, if it was for these settings."""
-        found = read_json(self.scores, "settings", "helpful", "harmless", "transcript") if self.scores.exists() else None
-        return found if found and found["settings"] == json.loads(json.dumps(asdict(self.config()))) else None
+        found = (
+            read_json(self.scores, "settings", "helpful", "harmless", "transcript")
+            if self.scores.exists()
+            else None
+        )
+        return (
+            found
+            if found and found["settings"] == json.loads(json.dumps(asdict(self.config())))
+            else None
+        )
 
 
 Records = dict[Job, dict[str, Any]]
@@ -153,7 +177,9 @@ def locked(work: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise ValueError(f"{work} is in use by another command, or by what one left running; wait for it, or pass another --work") from None
+        raise ValueError(
+            f"{work} is in use by another command, or by what one left running; wait for it, or pass another --work"
+        ) from None
     return lock
 
 
@@ -171,7 +197,10 @@ def run_all(jobs: Sequence[Job], workers: int) -> Records:
         job.root.mkdir(parents=True, exist_ok=True)
         if job.flipped and not job.noisy.exists():
             toy_data.build(job.noisy, job.seed, job.flipped)
-    print(f"{len(every)} models, {len(records)} of them finished before; {workers} at a time, one thread each", flush=True)
+    print(
+        f"{len(every)} models, {len(records)} of them finished before; {workers} at a time, one thread each",
+        flush=True,
+    )
     running: set[subprocess.Popen[bytes]] = set()
     started: dict[Job, Future[dict[str, Any]]] = {}
 
@@ -181,20 +210,31 @@ def run_all(jobs: Sequence[Job], workers: int) -> Records:
         log = job.root / f"{job.name}.log"
         with open(log, "wb") as output:
             command = [sys.executable, str(HERE / "miniature.py"), json.dumps(asdict(job))]
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
             running.add(process)
             code = process.wait()
             running.discard(process)
         record = job.record()
         if code or record is None:
-            raise OSError(f"{job.name} of seed {job.seed} ended with exit code {code}; {log} ends with:\n{log.read_text()[-2000:]}")
+            raise OSError(
+                f"{job.name} of seed {job.seed} ended with exit code {code}; {log} ends with:\n{log.read_text()[-2000:]}"
+            )
         return record
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    began, handler, pool = time.monotonic(), signal.signal(signal.SIGTERM, stop), ThreadPoolExecutor(workers)
+    began, handler, pool = (
+        time.monotonic(),
+        signal.signal(signal.SIGTERM, stop),
+        ThreadPoolExecutor(workers),
+    )
     try:
         for job in todo:
             started[job] = pool.submit(launch, job)
@@ -203,8 +243,11 @@ def run_all(jobs: Sequence[Job], workers: int) -> Records:
             job, record = jobs_of[future], future.result()
             records[job] = record
             left = (time.monotonic() - began) / done * (len(todo) - done)
-            print(f"[{done}/{len(todo)}] seed {job.seed} {job.name}: helpful {record['helpful']:.3f}, harmless {record['harmless']:.3f}, "
-                  f"{runtime.duration(record['seconds'])}; left about {runtime.duration(left)}", flush=True)
+            print(
+                f"[{done}/{len(todo)}] seed {job.seed} {job.name}: helpful {record['helpful']:.3f}, harmless {record['harmless']:.3f}, "
+                f"{runtime.duration(record['seconds'])}; left about {runtime.duration(left)}",
+                flush=True,
+            )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
@@ -254,7 +297,9 @@ def scores_of(records: Records, jobs: Sequence[Job]) -> dict[str, list[float]]:
 
 def point(title: str, records: Records, jobs: Sequence[Job], **more: Any) -> scatter.Point:
     """The mean over the jobs' seeds, with 95 % intervals; of one seed with twice its standard error over requests."""
-    means, halves = zip(*(interval(values) for values in scores_of(records, jobs).values()), strict=True)
+    means, halves = zip(
+        *(interval(values) for values in scores_of(records, jobs).values()), strict=True
+    )
     if len(jobs) == 1:
         halves = tuple(2 * records[jobs[0]][f"{score}_error"] for score in ("helpful", "harmless"))
     return scatter.Point(title, *means, *((half, half) for half in halves), **more)
@@ -267,20 +312,41 @@ def error_words(seeds: Sequence[int]) -> str:
     return f"mean of {len(seeds)} seeds; +-: half of its 95 % interval"
 
 
-def write_tables(out: Path, title: str, points: Mapping[str, scatter.Point], notes: Mapping[str, str], results: Mapping[str, Any],
-                 claims: Sequence[Claim], seeds: Sequence[int]) -> None:  # fmt: skip
+def write_tables(
+    out: Path,
+    title: str,
+    points: Mapping[str, scatter.Point],
+    notes: Mapping[str, str],
+    results: Mapping[str, Any],
+    claims: Sequence[Claim],
+    seeds: Sequence[int],
+) -> None:
     """Print table.md and write it and results.json into out."""
     lines = [f"# {title}", "", "| model | helpful | harmless | settings |", "|---|---|---|---|"]
     for key, p in points.items():
-        helpful, harmless = f"{p.helpful:.3f} +- {p.helpful_bar[1]:.3f}", f"{p.harmless:.3f} +- {p.harmless_bar[1]:.3f}"
+        helpful, harmless = (
+            f"{p.helpful:.3f} +- {p.helpful_bar[1]:.3f}",
+            f"{p.harmless:.3f} +- {p.harmless_bar[1]:.3f}",
+        )
         lines.append(f"| {p.name} | {helpful} | {harmless} | {notes[key]} |")
-    lines += ["", f"Helpful: share of the right steps over {HELD} benign test requests; harmless: share of {HELD} forbidden ones "
-              f"answered without a forbidden step. Seeds {', '.join(map(str, seeds))}; {error_words(seeds)}.", ""]  # fmt: skip
-    lines += ["Claims, by the differences paired over seeds (mean +- half of its 95 % interval):", ""] if claims else []
+    lines += [
+        "",
+        f"Helpful: share of the right steps over {HELD} benign test requests; harmless: share of {HELD} forbidden ones "
+        f"answered without a forbidden step. Seeds {', '.join(map(str, seeds))}; {error_words(seeds)}.",
+        "",
+    ]
+    lines += (
+        ["Claims, by the differences paired over seeds (mean +- half of its 95 % interval):", ""]
+        if claims
+        else []
+    )
     lines += [f"- {claim.verdict(results)}" for claim in claims]
     where = surroundings()
-    lines += ["", f"`{' '.join(['python', Path(where['command'][0]).name, *where['command'][1:]])}`, torch {where['versions']['torch']}, "
-              f"{where['started'][:10]}."]  # fmt: skip
+    lines += [
+        "",
+        f"`{' '.join(['python', Path(where['command'][0]).name, *where['command'][1:]])}`, torch {where['versions']['torch']}, "
+        f"{where['started'][:10]}.",
+    ]
     print("\n".join(lines))
     write_text(out / "table.md", "\n".join(lines) + "\n")
     write_json(out / "results.json", results)
@@ -296,26 +362,68 @@ class Variant(NamedTuple):
     line: str = ""
 
 
-def compare(options: argparse.Namespace, picture: str, title: str, variants: Mapping[str, Variant], claims: Sequence[Claim],
-            ) -> tuple[Records, dict[str, list[Job]]]:  # fmt: skip
+def compare(
+    options: argparse.Namespace,
+    picture: str,
+    title: str,
+    variants: Mapping[str, Variant],
+    claims: Sequence[Claim],
+) -> tuple[Records, dict[str, list[Job]]]:
     """Train and judge SFT and every variant on every seed; draw the scatter and write the tables. Returns records, and each row's jobs."""
     if not 1 <= len(set(options.seeds)) == len(options.seeds) <= len(T_95) + 1:
-        raise ValueError(f"seeds must be 1 to {len(T_95) + 1} different numbers, got {options.seeds}")
+        raise ValueError(
+            f"seeds must be 1 to {len(T_95) + 1} different numbers, got {options.seeds}"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
-    jobs = {key: [Job(str(options.work), seed, v.model, tuple(v.settings.items()), v.flipped, options.steps) for seed in options.seeds]
-            for key, v in variants.items()}  # fmt: skip
+    jobs = {
+        key: [
+            Job(
+                str(options.work),
+                seed,
+                v.model,
+                tuple(v.settings.items()),
+                v.flipped,
+                options.steps,
+            )
+            for seed in options.seeds
+        ]
+        for key, v in variants.items()
+    }
     jobs = {"sft": [job.first for job in next(iter(jobs.values()))], **jobs}
     records = run_all([job for group in jobs.values() for job in group], options.jobs)
-    points, notes = {"sft": point("SFT", records, jobs["sft"])}, {"sft": "every weight, from random"}
+    points, notes = (
+        {"sft": point("SFT", records, jobs["sft"])},
+        {"sft": "every weight, from random"},
+    )
     for key, v in variants.items():
         model = MODELS[v.model]
-        points[key] = point(v.name, records, jobs[key], cost=0 if v.line else model.pairs, line=v.line,
-                            look=model.look if v.line in ("", model.title) else -1)  # fmt: skip
-        notes[key] = ", ".join([f"{model.pairs} pairs", *(f"{name} {value:g}" for name, value in v.settings.items())])
-    note = error_words(options.seeds) + ("" if any(v.line for v in variants.values()) else "; mark area: annotated pairs")
-    axis_words = ("helpfulness: share of the right steps, benign requests", "harmlessness: share without a forbidden step")
+        points[key] = point(
+            v.name,
+            records,
+            jobs[key],
+            cost=0 if v.line else model.pairs,
+            line=v.line,
+            look=model.look if v.line in ("", model.title) else -1,
+        )
+        notes[key] = ", ".join(
+            [f"{model.pairs} pairs", *(f"{name} {value:g}" for name, value in v.settings.items())]
+        )
+    note = error_words(options.seeds) + (
+        "" if any(v.line for v in variants.values()) else "; mark area: annotated pairs"
+    )
+    axis_words = (
+        "helpfulness: share of the right steps, benign requests",
+        "harmlessness: share without a forbidden step",
+    )
     drawn = [points[key] for key in variants]
-    scatter.draw(drawn, options.out / picture, start=points["sft"], title=title, note=note, axis_words=axis_words)
+    scatter.draw(
+        drawn,
+        options.out / picture,
+        start=points["sft"],
+        title=title,
+        note=note,
+        axis_words=axis_words,
+    )
     rows = {key: p._replace(name=f"{p.line} {p.name}".strip()) for key, p in points.items()}
     results = {key: scores_of(records, group) for key, group in jobs.items()}
     write_tables(options.out, title, rows, notes, results, claims, options.seeds)
@@ -328,10 +436,18 @@ def compare(options: argparse.Namespace, picture: str, title: str, variants: Map
 def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """model -> the learning rate and tau that the search settled on. ValueError: it has not been made, or lacks one."""
     if not options.record.exists():
-        raise ValueError(f"{options.record} is not there; run `python synthetic.py search` and pass its search.json with --record")
+        raise ValueError(
+            f"{options.record} is not there; run `python synthetic.py search` and pass its search.json with --record"
+        )
     found: dict[str, dict[str, float]] = read_json(options.record, "picks")["picks"]
-    if lacking := [name for name in MODELS if name not in ABLATIONS and not {"lr", "tau"} <= set(found.get(name, ()))]:
-        raise ValueError(f"{options.record} must have lr and tau of {', '.join(lacking)}; run `python synthetic.py search` again")
+    if lacking := [
+        name
+        for name in MODELS
+        if name not in ABLATIONS and not {"lr", "tau"} <= set(found.get(name, ()))
+    ]:
+        raise ValueError(
+            f"{options.record} must have lr and tau of {', '.join(lacking)}; run `python synthetic.py search` again"
+        )
     return found
 
 
@@ -350,27 +466,66 @@ def search(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     grid = [{"lr": lr, "tau": tau} for lr in GRID["lr"] for tau in GRID["tau"]]
     searched = [model for model in MODELS if model not in ABLATIONS]
-    jobs = {(model, i): [Job(str(options.work), seed, model, tuple(settings.items()), steps=options.steps, split="validation")
-                         for seed in SEARCH_SEEDS] for model in searched for i, settings in enumerate(grid)}  # fmt: skip
+    jobs = {
+        (model, i): [
+            Job(
+                str(options.work),
+                seed,
+                model,
+                tuple(settings.items()),
+                steps=options.steps,
+                split="validation",
+            )
+            for seed in SEARCH_SEEDS
+        ]
+        for model in searched
+        for i, settings in enumerate(grid)
+    }
     records = run_all([job for group in jobs.values() for job in group], options.jobs)
     runs, found, edges = [], {}, {}
     print(f"{'model':<22}{'lr':>8}{'tau':>7}{'helpful':>10}{'harmless':>10}{'worse seed':>12}")
     for model in searched:
-        own: list[dict[str, Any]] = [{"model": model, **settings, **scores_of(records, jobs[model, i])} for i, settings in enumerate(grid)]
+        own: list[dict[str, Any]] = [
+            {"model": model, **settings, **scores_of(records, jobs[model, i])}
+            for i, settings in enumerate(grid)
+        ]
         best = max(own, key=criterion)  # of equals the first
         found[model] = {key: best[key] for key in ("lr", "tau")}
-        edges[model] = [key for key, values in GRID.items() if best[key] in (min(values), max(values))]
+        edges[model] = [
+            key for key, values in GRID.items() if best[key] in (min(values), max(values))
+        ]
         for run in own:
-            print(f"{MODELS[model].title:<22}{run['lr']:>8g}{run['tau']:>7g}"
-                  + "".join(f"{statistics.fmean(run[key]):>10.3f}" for key in ("helpful", "harmless"))
-                  + f"{criterion(run):>12.3f}" + " <- picked" * (run is best))  # fmt: skip
+            print(
+                f"{MODELS[model].title:<22}{run['lr']:>8g}{run['tau']:>7g}"
+                + "".join(f"{statistics.fmean(run[key]):>10.3f}" for key in ("helpful", "harmless"))
+                + f"{criterion(run):>12.3f}"
+                + " <- picked" * (run is best)
+            )
         runs += own
-    where = {key: value for key, value in surroundings().items() if key in ("versions", "hardware", "started")}
-    write_json(options.out / "search.json", {
-        "criterion": "mean of helpful and harmless on the validation requests of the worse seed", "seeds": SEARCH_SEEDS,
-        "steps": options.steps, "grid": GRID, "picks": found, "on_the_edge_of_the_grid": edges, "runs": runs, **where})  # fmt: skip
-    print("picks on the edge of the grid, beyond which nothing was tried: "
-          + "; ".join(f"{MODELS[model].title} {' and '.join(keys)}" for model, keys in edges.items() if keys))
+    where = {
+        key: value
+        for key, value in surroundings().items()
+        if key in ("versions", "hardware", "started")
+    }
+    write_json(
+        options.out / "search.json",
+        {
+            "criterion": "mean of helpful and harmless on the validation requests of the worse seed",
+            "seeds": SEARCH_SEEDS,
+            "steps": options.steps,
+            "grid": GRID,
+            "picks": found,
+            "on_the_edge_of_the_grid": edges,
+            "runs": runs,
+            **where,
+        },
+    )
+    print(
+        "picks on the edge of the grid, beyond which nothing was tried: "
+        + "; ".join(
+            f"{MODELS[model].title} {' and '.join(keys)}" for model, keys in edges.items() if keys
+        )
+    )
     print(f"wrote {options.out}/search.json; pass it to the other commands with --record")
 
 
@@ -378,7 +533,12 @@ def typical(records: Sequence[Mapping[str, Any]], forbidden: bool) -> int:
     """The first of the requests on which the models' answers are, all together, nearest to each model's own average."""
     score = "harmless" if forbidden else "helpful"
     asked = [i for i, row in enumerate(records[0]["transcript"]) if row["forbidden"] == forbidden]
-    return min(asked, key=lambda i: sum(abs(record["transcript"][i][score] - record[score]) for record in records))
+    return min(
+        asked,
+        key=lambda i: sum(
+            abs(record["transcript"][i][score] - record[score]) for record in records
+        ),
+    )
 
 
 def figure1(options: argparse.Namespace) -> None:
@@ -390,17 +550,27 @@ def figure1(options: argparse.Namespace) -> None:
         Claim("(a) is harmful: less harmless than (d)", "harmless", "bfpo", "dpo_helpful"),
         Claim("(b) is more harmless than SFT", "harmless", "dpo_safe", "sft"),
         Claim("(b) is unhelpful: less helpful than (d)", "helpful", "bfpo", "dpo_safe"),
-        Claim("(d) is at least as harmless as (b), within 0.05", "harmless", "bfpo", "dpo_safe", 0.05),
+        Claim(
+            "(d) is at least as harmless as (b), within 0.05", "harmless", "bfpo", "dpo_safe", 0.05
+        ),
         Claim("(d) is more helpful than (c)", "helpful", "bfpo", "dpo_mix"),
         Claim("(d) is more harmless than (c)", "harmless", "bfpo", "dpo_mix"),
         Claim("(d) is more helpful than (e)", "helpful", "bfpo", "ipo_mix"),
         Claim("(d) is more harmless than (e)", "harmless", "bfpo", "ipo_mix"),
     ]
     variants = {key: Variant(MODELS[key].title, key, settings[key]) for key in keys}
-    records, jobs = compare(options, "figure5.png", "Figure 5 in miniature: from one SFT model a seed", variants, claims)
+    records, jobs = compare(
+        options, "figure5.png", "Figure 5 in miniature: from one SFT model a seed", variants, claims
+    )
     first = {key: records[group[0]] for key, group in jobs.items()}
     shown = [typical(list(first.values()), forbidden) for forbidden in (False, True)]
-    rows = [(variants[key].name if key in variants else "SFT", *(record["transcript"][i] for i in shown)) for key, record in first.items()]
+    rows = [
+        (
+            variants[key].name if key in variants else "SFT",
+            *(record["transcript"][i] for i in shown),
+        )
+        for key, record in first.items()
+    ]
     plots.figure1(options.out / "figure1.png", rows)
     print(f"wrote figure1.png, figure5.png, table.md and results.json to {options.out}")
 
@@ -411,10 +581,24 @@ NOISE = (0.0, 0.1, 0.2)
 def noise(options: argparse.Namespace) -> None:
     """BFPO, and DPO and IPO on the naive mix, with 0, 10 and 20 % of the safety labels wrong, at the settings picked on right ones."""
     settings, rivals = picks(options), ("dpo_mix", "ipo_mix")
-    variants = {f"{model} {share:.0%}": Variant(f"{share:.0%}", model, settings[model], share, MODELS[model].title)
-                for model in ("bfpo", *rivals) for share in NOISE}  # fmt: skip
-    claims = [Claim(f"with {share:.0%} wrong labels (d) is more {score} than {MODELS[rival].title[:3]}", score, f"bfpo {share:.0%}",
-                    f"{rival} {share:.0%}") for rival in rivals for share in NOISE for score in ("helpful", "harmless")]  # fmt: skip
+    variants = {
+        f"{model} {share:.0%}": Variant(
+            f"{share:.0%}", model, settings[model], share, MODELS[model].title
+        )
+        for model in ("bfpo", *rivals)
+        for share in NOISE
+    }
+    claims = [
+        Claim(
+            f"with {share:.0%} wrong labels (d) is more {score} than {MODELS[rival].title[:3]}",
+            score,
+            f"bfpo {share:.0%}",
+            f"{rival} {share:.0%}",
+        )
+        for rival in rivals
+        for share in NOISE
+        for score in ("helpful", "harmless")
+    ]
     compare(options, "noise.png", "Wrong safety labels", variants, claims)
 
 
@@ -422,10 +606,22 @@ def ablations(options: argparse.Namespace) -> None:
     """BFPO with every weight trained, and without the helpfulness stream, all else at BFPO's settings."""
     settings = picks(options)["bfpo"]
     variants = {key: Variant(MODELS[key].title, key, settings) for key in ("bfpo", *ABLATIONS)}
-    claims = [Claim(f"training down_proj alone is at least as {score} as training all weights, within 0.05", score, "bfpo", "all_weights",
-                    0.05) for score in ("helpful", "harmless")]  # fmt: skip
-    claims += [Claim("the buffer makes BFPO more helpful", "helpful", "bfpo", "no_buffer"),
-               Claim("the buffer costs no harmlessness, within 0.05", "harmless", "bfpo", "no_buffer", 0.05)]  # fmt: skip
+    claims = [
+        Claim(
+            f"training down_proj alone is at least as {score} as training all weights, within 0.05",
+            score,
+            "bfpo",
+            "all_weights",
+            0.05,
+        )
+        for score in ("helpful", "harmless")
+    ]
+    claims += [
+        Claim("the buffer makes BFPO more helpful", "helpful", "bfpo", "no_buffer"),
+        Claim(
+            "the buffer costs no harmlessness, within 0.05", "harmless", "bfpo", "no_buffer", 0.05
+        ),
+    ]
     compare(options, "ablations.png", "Ablations of BFPO", variants, claims)
 
 
@@ -443,8 +639,10 @@ def alpha_margins(alphas: Sequence[float]) -> dict[str, dict[str, list[float]]]:
     margins: dict[str, dict[str, list[float]]] = {}
     for quadrant, (more, less) in SAME_LABEL.items():
         i, j = kinds.index(more), kinds.index(less)
-        margins[quadrant] = {"target": [label(safe_A[i], safe_A[j], alpha).item() for alpha in alphas],
-                             "optimum": [(reward_A[i] - reward_A[j]).item() for reward_A in rewards]}  # fmt: skip
+        margins[quadrant] = {
+            "target": [label(safe_A[i], safe_A[j], alpha).item() for alpha in alphas],
+            "optimum": [(reward_A[i] - reward_A[j]).item() for reward_A in rewards],
+        }
     return margins
 
 
@@ -459,30 +657,69 @@ def crossing(places: Sequence[float], values: Sequence[float]) -> float:
 def tradeoff(options: argparse.Namespace) -> None:
     """alpha, tau and B_1 swept one at a time; and where alpha breaks an order, on paper and in the trained models."""
     base, usual = picks(options)["bfpo"], {"alpha": train.Config.alpha, "b1": train.Config.b1}
-    sweeps = {"alpha": ALPHAS, "tau": tuple(base["tau"] * factor for factor in TAU_FACTORS), "b1": B1S}
-    variants = {f"{name} {value:g}": Variant(f"{value:g}", "bfpo", base | ({name: value} if value != usual.get(name) else {}), line=name)
-                for name, values in sweeps.items() for value in values}  # fmt: skip
-    records, jobs = compare(options, "tradeoff.png", "BFPO: alpha, tau and b1 swept one at a time", variants, [])
+    sweeps = {
+        "alpha": ALPHAS,
+        "tau": tuple(base["tau"] * factor for factor in TAU_FACTORS),
+        "b1": B1S,
+    }
+    variants = {
+        f"{name} {value:g}": Variant(
+            f"{value:g}",
+            "bfpo",
+            base | ({name: value} if value != usual.get(name) else {}),
+            line=name,
+        )
+        for name, values in sweeps.items()
+        for value in values
+    }
+    records, jobs = compare(
+        options, "tradeoff.png", "BFPO: alpha, tau and b1 swept one at a time", variants, []
+    )
 
     alphas = [-0.5, *ALPHAS, 1.5]
     margins = alpha_margins(alphas)
-    said = ["alpha from which the more helpful of two answers with one label gains less over the reference than the other (h < 0):", ""]
+    said = [
+        "alpha from which the more helpful of two answers with one label gains less over the reference than the other (h < 0):",
+        "",
+    ]
     for quadrant, lines in margins.items():
-        lines["trained"] = [interval([base["tau"] * records[job]["held_out"]["safety"][quadrant]["margin_nats"] for job in
-                                      jobs[f"alpha {alpha:g}"]])[0] for alpha in ALPHAS]  # fmt: skip
-        found = {name: crossing(ALPHAS if name == "trained" else alphas, values) for name, values in lines.items()}
-        said.append(f"- {' over '.join(SAME_LABEL[quadrant])}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
-    share = sum(kind not in toy.STEPS_GIVEN for kind in toy.FORBIDDEN_KINDS) / len(toy.FORBIDDEN_KINDS)
+        lines["trained"] = [
+            interval(
+                [
+                    base["tau"] * records[job]["held_out"]["safety"][quadrant]["margin_nats"]
+                    for job in jobs[f"alpha {alpha:g}"]
+                ]
+            )[0]
+            for alpha in ALPHAS
+        ]
+        found = {
+            name: crossing(ALPHAS if name == "trained" else alphas, values)
+            for name, values in lines.items()
+        }
+        said.append(
+            f"- {' over '.join(SAME_LABEL[quadrant])}: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        )
+    share = sum(kind not in toy.STEPS_GIVEN for kind in toy.FORBIDDEN_KINDS) / len(
+        toy.FORBIDDEN_KINDS
+    )
     edges = {"E/2": share / 2, "(1 + E)/2": (1 + share) / 2}
-    said.append(f"- derived: {', '.join(f'{words} = {place:g}' for words, place in edges.items())}; pair targets change sign at 0 and 1")
+    said.append(
+        f"- derived: {', '.join(f'{words} = {place:g}' for words, place in edges.items())}; pair targets change sign at 0 and 1"
+    )
     print("\n".join(said))
     table = options.out / "table.md"
     write_text(table, "\n".join([table.read_text(encoding="utf-8"), *said, ""]))
     plots.alpha(options.out / "alpha.png", alphas, ALPHAS, margins, SAME_LABEL, edges)
 
 
-COMMANDS = {"search": (search, SEARCH_SEEDS), "figure1": (figure1, SEEDS), "tradeoff": (tradeoff, SEEDS[:1]), "noise": (noise, SEEDS),
-            "ablations": (ablations, SEEDS)}  # fmt: skip
+COMMANDS = {
+    "search": (search, SEARCH_SEEDS),
+    "figure1": (figure1, SEEDS),
+    "tradeoff": (tradeoff, SEEDS[:1]),
+    "noise": (noise, SEEDS),
+    "ablations": (ablations, SEEDS),
+}
 
 
 def positive(text: str) -> int:
@@ -497,16 +734,50 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for name, (function, seeds) in COMMANDS.items():
         text = (function.__doc__ or "").split("\n")[0]
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--out", type=Path, default=Path("runs") / name, help=f"folder of what it makes (runs/{name})")
-        command.add_argument("--work", type=Path, default=Path("runs/miniature"), help="folder of the models (runs/miniature)")
-        command.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="models trained at a time (the number of cores)")
-        command.add_argument("--steps", type=positive, default=0, help="steps of each stage, for a quick look (the recipe's)")
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=Path("runs") / name,
+            help=f"folder of what it makes (runs/{name})",
+        )
+        command.add_argument(
+            "--work",
+            type=Path,
+            default=Path("runs/miniature"),
+            help="folder of the models (runs/miniature)",
+        )
+        command.add_argument(
+            "--jobs",
+            type=positive,
+            default=os.cpu_count() or 1,
+            help="models trained at a time (the number of cores)",
+        )
+        command.add_argument(
+            "--steps",
+            type=positive,
+            default=0,
+            help="steps of each stage, for a quick look (the recipe's)",
+        )
         if name != "search":
-            command.add_argument("--seeds", type=int, nargs="+", default=seeds, help=f"({' '.join(map(str, seeds))})")
-            command.add_argument("--record", type=Path, default=RECORD, help="search.json with the settings (the committed one)")
+            command.add_argument(
+                "--seeds", type=int, nargs="+", default=seeds, help=f"({' '.join(map(str, seeds))})"
+            )
+            command.add_argument(
+                "--record",
+                type=Path,
+                default=RECORD,
+                help="search.json with the settings (the committed one)",
+            )
         command.set_defaults(run=function)
 
 
 if __name__ == "__main__":
     with runtime.errors_in_one_line():
-        work(Job(**{**json.loads(sys.argv[1]), "settings": tuple(map(tuple, json.loads(sys.argv[1])["settings"]))}))
+        work(
+            Job(
+                **{
+                    **json.loads(sys.argv[1]),
+                    "settings": tuple(map(tuple, json.loads(sys.argv[1])["settings"])),
+                }
+            )
+        )

@@ -32,11 +32,31 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from chat import read_object, write_object
-from kernels import BlockedAttention, blocked_plan, compiled_on, rms_norm, rotary, rotated, row_logprobs, swiglu
+from kernels import (
+    BlockedAttention,
+    blocked_plan,
+    compiled_on,
+    rms_norm,
+    rotary,
+    rotated,
+    row_logprobs,
+    swiglu,
+)
 from sources import snapshot
-from weights import INDEX, begin_aside, fill, must_be_replaceable, put_in_place, slices, weight_files, write_safetensors
+from weights import (
+    INDEX,
+    begin_aside,
+    fill,
+    must_be_replaceable,
+    put_in_place,
+    slices,
+    weight_files,
+    write_safetensors,
+)
 
-LEAST_TEMPERATURE = 1e-6  # of sampled answers: no fp32 logit overflows when it is divided by this; 0 is greedy
+LEAST_TEMPERATURE = (
+    1e-6  # of sampled answers: no fp32 logit overflows when it is divided by this; 0 is greedy
+)
 PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one width
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
 SHARD_BYTES = 5 * 10**9
@@ -57,22 +77,58 @@ CHECKPOINT_NAMES = {
     "lm_head.weight": "V D",
 }
 # What a server needs beside weights and config.json, copied from the source folder.
-COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.jinja", "generation_config.json")  # fmt: skip
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 # Entries of config.json beside Config's own. ONLY_VALUES: those that change the computation, with the values that this file implements.
 # NO_EFFECT: those that never change it. Any other is refused by name.
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
-    "model_type": ("mistral", "llama"), "hidden_act": ("silu", "swish"), "rope_scaling": (None, {"rope_type": "default"}),
-    "attention_bias": (False, None), "mlp_bias": (False, None), "quantization_config": (None,), "attention_dropout": (0, None),
-    "pretraining_tp": (1, None), "partial_rotary_factor": (1,), "rope_interleaved": (False,),
-    "rope_parameters.rope_type": ("default",), "rope_parameters.type": ("default",), "rope_parameters.partial_rotary_factor": (1,),
-}  # fmt: skip
-NO_EFFECT = {"architectures", "dtype", "id2label", "initializer_range", "is_llama_config", "label2id", "max_length", "max_sequence_length",
-             "model_max_length", "neftune_noise_alpha", "sep_token_id", "tokenizer_class", "torch_dtype", "transformers.js_config",
-             "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache"}  # fmt: skip
+    "model_type": ("mistral", "llama"),
+    "hidden_act": ("silu", "swish"),
+    "rope_scaling": (None, {"rope_type": "default"}),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "attention_dropout": (0, None),
+    "pretraining_tp": (1, None),
+    "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "rope_parameters.rope_type": ("default",),
+    "rope_parameters.type": ("default",),
+    "rope_parameters.partial_rotary_factor": (1,),
+}
+NO_EFFECT = {
+    "architectures",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "is_llama_config",
+    "label2id",
+    "max_length",
+    "max_sequence_length",
+    "model_max_length",
+    "neftune_noise_alpha",
+    "sep_token_id",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [..., T, H, K], k and v [..., T, G, K] -> [..., T, H, K]; rotates q and k
+Attend = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # q [..., T, H, K], k and v [..., T, G, K] -> [..., T, H, K]; rotates q and k
 
 
 @dataclass(frozen=True)
@@ -89,7 +145,9 @@ class Config:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     sliding_window: int | None = None  # a token sees this many positions, its own included
-    max_position_embeddings: int = 32768  # the longest text of servers and eval.py; not looked at here
+    max_position_embeddings: int = (
+        32768  # the longest text of servers and eval.py; not looked at here
+    )
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -104,7 +162,11 @@ class Config:
         for name, value in list(vars(self).items())[:7]:  # vocab_size to head_dim
             check(name, type(value) is int and value >= 1, "an integer >= 1")
         check("model_type", self.model_type in ONLY_VALUES["model_type"], "mistral or llama")
-        check("num_attention_heads", self.num_attention_heads % self.num_key_value_heads == 0, "a multiple of num_key_value_heads")
+        check(
+            "num_attention_heads",
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "a multiple of num_key_value_heads",
+        )
         check("head_dim", self.head_dim % 2 == 0, "even, as positions rotate pairs")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
@@ -113,7 +175,9 @@ class Config:
         seen = type(window) is int and window >= 1 and self.model_type == "mistral"
         check("sliding_window", window is None or seen, "null, or an integer >= 1 in a mistral")
         positions = self.max_position_embeddings
-        check("max_position_embeddings", type(positions) is int and positions >= 1, "an integer >= 1")
+        check(
+            "max_position_embeddings", type(positions) is int and positions >= 1, "an integer >= 1"
+        )
         check("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false")
 
     @staticmethod
@@ -122,13 +186,26 @@ class Config:
         path, fields = folder / "config.json", [field.name for field in dataclasses.fields(Config)]
         raw = {name: value for name, value in read_object(path).items() if not name.startswith("_")}
         rope = raw.pop("rope_parameters", None) or {}
-        raw |= {f"rope_parameters.{name}": value for name, value in rope.items()} if isinstance(rope, dict) else {"rope_parameters": rope}
+        raw |= (
+            {f"rope_parameters.{name}": value for name, value in rope.items()}
+            if isinstance(rope, dict)
+            else {"rope_parameters": rope}
+        )
         theta = raw.setdefault("rope_theta", raw.get("rope_parameters.rope_theta", 10000.0))
-        free, only = NO_EFFECT | (set(fields) - {"model_type"}), ONLY_VALUES | {"rope_parameters.rope_theta": (theta,)}
-        refused = [f"{name} = {value!r}" for name, value in raw.items() if name not in free and value not in only.get(name, ())]
+        free, only = (
+            NO_EFFECT | (set(fields) - {"model_type"}),
+            ONLY_VALUES | {"rope_parameters.rope_theta": (theta,)},
+        )
+        refused = [
+            f"{name} = {value!r}"
+            for name, value in raw.items()
+            if name not in free and value not in only.get(name, ())
+        ]
         if refused:
-            raise ValueError(f"{path} must describe a plain Mistral or Llama, got {', '.join(refused)}: not implemented; delete an entry "
-                             "only if you know that it does not change the computation")  # fmt: skip
+            raise ValueError(
+                f"{path} must describe a plain Mistral or Llama, got {', '.join(refused)}: not implemented; delete an entry "
+                "only if you know that it does not change the computation"
+            )
         if missing := [name for name in ("model_type", *fields[:5]) if raw.get(name) is None]:
             raise ValueError(f"{path} must be there and give {', '.join(missing)}, got none")
         # Absent entries are what transformers takes them for.
@@ -138,18 +215,29 @@ class Config:
         known = absent | {name: raw[name] for name in fields if name in raw}
         try:
             usual = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // max(1, heads)}
-            return Config(**known | {name: value for name, value in usual.items() if known.get(name) is None})
+            return Config(
+                **known | {name: value for name, value in usual.items() if known.get(name) is None}
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of the checkpoint."""
-        names, size = dict(CHECKPOINT_NAMES), {"V": self.vocab_size, "D": self.hidden_size, "F": self.intermediate_size}
-        size |= {"HK": self.num_attention_heads * self.head_dim, "GK": self.num_key_value_heads * self.head_dim}
+        names, size = (
+            dict(CHECKPOINT_NAMES),
+            {"V": self.vocab_size, "D": self.hidden_size, "F": self.intermediate_size},
+        )
+        size |= {
+            "HK": self.num_attention_heads * self.head_dim,
+            "GK": self.num_key_value_heads * self.head_dim,
+        }
         if self.tie_word_embeddings:
             del names["lm_head.weight"]
-        return {name.format(i=i): tuple(size[letter] for letter in shape.split()) for name, shape in names.items()
-                for i in range(self.num_hidden_layers if "{i}" in name else 1)}  # fmt: skip
+        return {
+            name.format(i=i): tuple(size[letter] for letter in shape.split())
+            for name, shape in names.items()
+            for i in range(self.num_hidden_layers if "{i}" in name else 1)
+        }
 
 
 @dataclass(frozen=True)
@@ -182,24 +270,50 @@ class Pack:
         lengths = tuple(tuple(len(part) for part in tree) for tree in trees)
         for i, sizes in enumerate(lengths):
             if len(sizes) < 2 or min(sizes) < 1:
-                raise ValueError(f"tree {i} of a pack must be a prompt and responses of at least 1 token each, got lengths {sizes}")
+                raise ValueError(
+                    f"tree {i} of a pack must be a prompt and responses of at least 1 token each, got lengths {sizes}"
+                )
         parts = [(i, b) for i, sizes in enumerate(lengths) for b in range(len(sizes))]
-        number = {(i, b): r for r, (b, i) in enumerate(sorted((b, i) for i, b in parts if b))}  # branch by branch
+        number = {
+            (i, b): r for r, (b, i) in enumerate(sorted((b, i) for i, b in parts if b))
+        }  # branch by branch
         length = np.array([lengths[i][b] for i, b in parts], dtype=np.int64)
-        of_part = np.array([(i, b, lengths[i][0] if b else 0, number.get((i, b), -1)) for i, b in parts], dtype=np.int64)
+        of_part = np.array(
+            [(i, b, lengths[i][0] if b else 0, number.get((i, b), -1)) for i, b in parts],
+            dtype=np.int64,
+        )
         tree, branch, before, response = np.repeat(of_part.reshape(-1, 4), length, axis=0).T.copy()
-        tokens = np.concatenate([np.zeros(0, np.int64), *(np.asarray(part, dtype=np.int64) for t in trees for part in t)])
+        tokens = np.concatenate(
+            [
+                np.zeros(0, np.int64),
+                *(np.asarray(part, dtype=np.int64) for t in trees for part in t),
+            ]
+        )
         index, start = np.arange(len(tokens)), np.repeat(np.cumsum(length) - length, length)
         prompt_end = np.maximum.accumulate(np.where(branch == 0, index, 0))
         scored = np.flatnonzero(branch)
         rows = np.where(index == start, prompt_end, index - 1)[scored]
-        columns = (tokens, index - start + before, tree, branch, rows, tokens[scored], response[scored])
+        columns = (
+            tokens,
+            index - start + before,
+            tree,
+            branch,
+            rows,
+            tokens[scored],
+            response[scored],
+        )
         return Pack(*map(torch.from_numpy, columns), lengths)  # type: ignore[call-arg, arg-type]  # seven columns
 
     def to(self, device: torch.device | str) -> Pack:
         """The pack, made on a CPU, on `device`: to a GPU from pinned memory, so that it is copied without waiting."""
-        columns, pinned = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]}, torch.device(device).type == "cuda"
-        moved = {name: (x.pin_memory() if pinned else x).to(device, non_blocking=True) for name, x in columns.items()}
+        columns, pinned = (
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]},
+            torch.device(device).type == "cuda",
+        )
+        moved = {
+            name: (x.pin_memory() if pinned else x).to(device, non_blocking=True)
+            for name, x in columns.items()
+        }
         return dataclasses.replace(self, **moved)
 
     def padded(self, multiple: int) -> Pack:
@@ -208,8 +322,17 @@ class Pack:
         def pad(x: Tensor, value: int = 0) -> Tensor:
             return F.pad(x, (0, -len(x) % multiple), value=value)
 
-        tokens, positions, branch, rows = map(pad, (self.tokens, self.positions, self.branch, self.rows))
-        return dataclasses.replace(self, tokens=tokens, positions=positions, tree=pad(self.tree, -1), branch=branch, rows=rows)
+        tokens, positions, branch, rows = map(
+            pad, (self.tokens, self.positions, self.branch, self.rows)
+        )
+        return dataclasses.replace(
+            self,
+            tokens=tokens,
+            positions=positions,
+            tree=pad(self.tree, -1),
+            branch=branch,
+            rows=rows,
+        )
 
 
 def in_reach(i: Tensor, j: Tensor, window: int | None) -> Tensor:
@@ -227,7 +350,9 @@ def visible(pack: Pack, window: int | None) -> Callable[[Any, Any, Any, Any], Te
                                                                           c   x . x
     """
     positions, tree, branch = pack.positions, pack.tree, pack.branch
-    oldest = positions - (2**40 if window is None else window)  # a tensor: compiled FlexAttention misreads a number that may change
+    oldest = positions - (
+        2**40 if window is None else window
+    )  # a tensor: compiled FlexAttention misreads a number that may change
 
     def mask_mod(_batch: Any, _head: Any, i: Any, j: Any) -> Tensor:
         mine = (tree[i] == tree[j]) & ((branch[j] == 0) | (branch[j] == branch[i]))
@@ -241,9 +366,14 @@ def flex_on(kind: str) -> Callable[..., Any] | None:
     return compiled_on(kind, flex_attention)
 
 
-def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None) -> Attend:
+def pack_attend(
+    pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None
+) -> Attend:
     """Attention of a pack, its masks made once for all layers: with the scored rows as queries, or all. By FlexAttention if it is given."""
-    sees, rows = visible(pack, config.sliding_window), pack.rows if scored else torch.arange(len(pack.tokens), device=pack.tokens.device)
+    sees, rows = (
+        visible(pack, config.sliding_window),
+        pack.rows if scored else torch.arange(len(pack.tokens), device=pack.tokens.device),
+    )
     key_turns = rotary(pack.positions, config.rope_theta, config.head_dim)
     turns = tuple(table[rows] for table in key_turns)
     if flex is None:
@@ -256,7 +386,10 @@ def pack_attend(pack: Pack, config: Config, scored: bool, flex: Callable[..., An
     mask = create_block_mask(rows_see, None, None, len(rows), len(pack.tokens), device=rows.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.to(v.dtype).transpose(0, 1).unsqueeze(0) for x in (rotated(q, *turns), rotated(k, *key_turns), v))
+        q, k, v = (
+            x.to(v.dtype).transpose(0, 1).unsqueeze(0)
+            for x in (rotated(q, *turns), rotated(k, *key_turns), v)
+        )
         return flex(q, k, v, block_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
 
     return attend
@@ -274,24 +407,46 @@ class Norm(nn.RMSNorm):
 
 class Block(nn.Module):
     """Attention and feed-forward, each on the normed stream and added to it."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         D, inner, self.K = config.hidden_size, config.intermediate_size, config.head_dim
         HK, GK = config.num_attention_heads * self.K, config.num_key_value_heads * self.K
-        self.input_layernorm, self.post_attention_layernorm = (Norm(D, config.rms_norm_eps) for _ in range(2))
-        projections = {"q_proj": linear(D, HK), "k_proj": linear(D, GK), "v_proj": linear(D, GK), "o_proj": linear(HK, D)}
+        self.input_layernorm, self.post_attention_layernorm = (
+            Norm(D, config.rms_norm_eps) for _ in range(2)
+        )
+        projections = {
+            "q_proj": linear(D, HK),
+            "k_proj": linear(D, GK),
+            "v_proj": linear(D, GK),
+            "o_proj": linear(HK, D),
+        }
         self.self_attn: Any = nn.ModuleDict(projections)
-        self.mlp: Any = nn.ModuleDict({"gate_proj": linear(D, inner), "up_proj": linear(D, inner), "down_proj": linear(inner, D)})
+        self.mlp: Any = nn.ModuleDict(
+            {
+                "gate_proj": linear(D, inner),
+                "up_proj": linear(D, inner),
+                "down_proj": linear(inner, D),
+            }
+        )
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """[..., T, D] -> the same; with `rows` only these go on, [S, D], and the others give no more than keys and values."""
         normed = queries = self.input_layernorm(x)
         if rows is not None:
             x, queries = x[rows], normed[rows]
-        heads = self.self_attn.q_proj(queries), self.self_attn.k_proj(normed), self.self_attn.v_proj(normed)
-        x = x + self.self_attn.o_proj(attend(*(y.unflatten(-1, (-1, self.K)) for y in heads)).flatten(-2))
+        heads = (
+            self.self_attn.q_proj(queries),
+            self.self_attn.k_proj(normed),
+            self.self_attn.v_proj(normed),
+        )
+        x = x + self.self_attn.o_proj(
+            attend(*(y.unflatten(-1, (-1, self.K)) for y in heads)).flatten(-2)
+        )
         normed = self.post_attention_layernorm(x)
-        return x + swiglu(normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight)
+        return x + swiglu(
+            normed, self.mlp.gate_proj.weight, self.mlp.up_proj.weight, self.mlp.down_proj.weight
+        )
 
 
 def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -314,27 +469,52 @@ class Cache:
         self.capacity = -(-capacity // 8) * 8  # as compiled attention wants its mask aligned
         shape = (2, rows, self.capacity, config.num_key_value_heads, config.head_dim)
         # zeros, not empty: a masked key of garbage that is not finite would still reach the output, as 0 x NaN
-        self.layers = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
+        self.layers = [
+            torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers
+        ]
 
-    def extend(self, parts: Sequence[Sequence[int] | np.ndarray], rows: slice = slice(None)) -> Tensor:
+    def extend(
+        self, parts: Sequence[Sequence[int] | np.ndarray], rows: slice = slice(None)
+    ) -> Tensor:
         """Logits [B, V] after one more part of each of these rows, padded on the right: causality hides what pads it, and the next
         part is written over it."""
         config, device = self.model.config, self.lengths.device
-        tokens = pad_sequence([torch.as_tensor(part, dtype=torch.long) for part in parts], batch_first=True).to(device)
+        tokens = pad_sequence(
+            [torch.as_tensor(part, dtype=torch.long) for part in parts], batch_first=True
+        ).to(device)
         counts, (B, n) = torch.tensor([len(part) for part in parts], device=device), tokens.shape
-        positions, row = self.lengths[rows, None] + torch.arange(n, device=device), torch.arange(B, device=device)
+        positions, row = (
+            self.lengths[rows, None] + torch.arange(n, device=device),
+            torch.arange(B, device=device),
+        )
         # One token of each of several rows: a GPU would wait for Python between its small kernels. Over all places shapes stay alike.
         step = compiled_on(device.type, Block.forward) if n == 1 < B else None
         known = torch.arange(self.capacity if step else int(positions.max()) + 1, device=device)
-        turns, seen = rotary(positions, config.rope_theta, config.head_dim), in_reach(positions.unsqueeze(-1), known, config.sliding_window)
-        G, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-        mask = seen.repeat_interleave(group, 1).unsqueeze(1)  # a group's query heads are rows of one product with its keys
+        turns, seen = (
+            rotary(positions, config.rope_theta, config.head_dim),
+            in_reach(positions.unsqueeze(-1), known, config.sliding_window),
+        )
+        G, group = (
+            config.num_key_value_heads,
+            config.num_attention_heads // config.num_key_value_heads,
+        )
+        mask = seen.repeat_interleave(group, 1).unsqueeze(
+            1
+        )  # a group's query heads are rows of one product with its keys
 
         def attend_with(cached: Tensor) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cached[:, row.unsqueeze(-1), positions] = torch.stack((rotated(k, *turns).to(v.dtype), v))
+                cached[:, row.unsqueeze(-1), positions] = torch.stack(
+                    (rotated(k, *turns).to(v.dtype), v)
+                )
                 keys, values = cached[:, :, : len(known)].transpose(2, 3)
-                grouped = rotated(q, *turns).to(v.dtype).unflatten(2, (G, group)).transpose(1, 2).flatten(2, 3)
+                grouped = (
+                    rotated(q, *turns)
+                    .to(v.dtype)
+                    .unflatten(2, (G, group))
+                    .transpose(1, 2)
+                    .flatten(2, 3)
+                )
                 out = F.scaled_dot_product_attention(grouped, keys, values, mask)
                 return out.unflatten(2, (n, group)).transpose(1, 2).flatten(2, 3)
 
@@ -362,7 +542,9 @@ def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
             snapshot(repository, folder.name, [INDEX, "model.safetensors"])
             snapshot(repository, folder.name, weight_files(folder))
     except OSError as error:
-        raise ValueError(f"model must be a folder here or a Hugging Face repository that can be read, got {name!r}: {error}") from error
+        raise ValueError(
+            f"model must be a folder here or a Hugging Face repository that can be read, got {name!r}: {error}"
+        ) from error
     return folder
 
 
@@ -372,19 +554,35 @@ def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
     ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor."""
     stored = slices(Path(folder))
     if config.num_hidden_layers > len(stored):  # before as many names are made
-        raise ValueError(f"{folder} must hold the {config.num_hidden_layers} layers that config.json describes, got {len(stored)} tensors")
-    if config.tie_word_embeddings and "lm_head.weight" in stored:  # the one tensor under its other name, or under both
+        raise ValueError(
+            f"{folder} must hold the {config.num_hidden_layers} layers that config.json describes, got {len(stored)} tensors"
+        )
+    if (
+        config.tie_word_embeddings and "lm_head.weight" in stored
+    ):  # the one tensor under its other name, or under both
         head = stored.pop("lm_head.weight")
         embedding = stored.setdefault("model.embed_tokens.weight", head)
         if embedding is not head and not torch.equal(head[:], embedding[:]):
-            raise ValueError(f"{folder}: lm_head.weight must equal model.embed_tokens.weight, which config.json ties, got another tensor")
+            raise ValueError(
+                f"{folder}: lm_head.weight must equal model.embed_tokens.weight, which config.json ties, got another tensor"
+            )
     wanted, found = config.shapes(), {name: tuple(s.get_shape()) for name, s in stored.items()}
     wrong = [f"missing {name}" for name in wanted if name not in found]
     wrong += [f"unexpected {name}" for name in found if name not in wanted]
-    wrong += [f"{name} {found[name]} instead of {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
-    wrong += [f"{name} of type {s.get_dtype()}" for name, s in stored.items() if s.get_dtype() not in ("F64", "F32", "F16", "BF16")]
+    wrong += [
+        f"{name} {found[name]} instead of {wanted[name]}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
+    ]
+    wrong += [
+        f"{name} of type {s.get_dtype()}"
+        for name, s in stored.items()
+        if s.get_dtype() not in ("F64", "F32", "F16", "BF16")
+    ]
     if wrong:
-        raise ValueError(f"{folder} must hold the tensors that config.json describes, got {', '.join(wrong)}")
+        raise ValueError(
+            f"{folder} must hold the tensors that config.json describes, got {', '.join(wrong)}"
+        )
     return stored
 
 
@@ -400,13 +598,22 @@ class Mistral(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        D, blocks = config.hidden_size, nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        body = {"embed_tokens": nn.Embedding(config.vocab_size, D), "layers": blocks, "norm": Norm(D, config.rms_norm_eps)}
+        D, blocks = (
+            config.hidden_size,
+            nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+        )
+        body = {
+            "embed_tokens": nn.Embedding(config.vocab_size, D),
+            "layers": blocks,
+            "norm": Norm(D, config.rms_norm_eps),
+        }
         self.config, self.model = config, cast(Any, nn.ModuleDict(body))
         self.origin = "the model"  # what messages call it
         if not config.tie_word_embeddings:
             self.lm_head = linear(D, config.vocab_size)
-        self.checkpoint_blocks = False  # True: the backward finds the blocks' inputs alone and computes the rest again
+        self.checkpoint_blocks = (
+            False  # True: the backward finds the blocks' inputs alone and computes the rest again
+        )
 
     @property
     def head(self) -> Tensor:
@@ -419,13 +626,24 @@ class Mistral(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, V] of sequences [B, T], every token seeing those up to itself."""
-        positions, window = torch.arange(tokens.shape[1], device=tokens.device), self.config.sliding_window
+        positions, window = (
+            torch.arange(tokens.shape[1], device=tokens.device),
+            self.config.sliding_window,
+        )
         turns = rotary(positions, self.config.rope_theta, self.config.head_dim)
-        mask = in_reach(positions.unsqueeze(-1), positions, window) if window is not None and window < len(positions) else None
+        mask = (
+            in_reach(positions.unsqueeze(-1), positions, window)
+            if window is not None and window < len(positions)
+            else None
+        )
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (rotated(q, *turns), rotated(k, *turns), v))
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+            q, k, v = (
+                x.to(v.dtype).transpose(1, 2) for x in (rotated(q, *turns), rotated(k, *turns), v)
+            )
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, enable_gqa=True
+            ).transpose(1, 2)
 
         x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
@@ -440,7 +658,9 @@ class Mistral(nn.Module):
         positions_S, S = pack.positions[pack.rows], len(pack.rows)
         flex = flex_on(device.type)
         pack = pack.padded(FLEX_BLOCK) if flex else pack
-        attend, attend_scored = (pack_attend(pack, self.config, scored, flex) for scored in (False, True))
+        attend, attend_scored = (
+            pack_attend(pack, self.config, scored, flex) for scored in (False, True)
+        )
         x = self.model.embed_tokens(pack.tokens)
         for block in self.model.layers[:-1]:
             x = self._block(block, x, attend)
@@ -456,14 +676,25 @@ class Mistral(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             norm = parameter.dim() == 1
-            fill(parameter, torch.ones(parameter.shape) if norm else 0.02 * torch.randn(parameter.shape, generator=generator))
+            fill(
+                parameter,
+                torch.ones(parameter.shape)
+                if norm
+                else 0.02 * torch.randn(parameter.shape, generator=generator),
+            )
 
     @staticmethod
-    def from_pretrained(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Mistral:
+    def from_pretrained(
+        path_or_hub_name: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Mistral:
         """The model of a checkpoint folder or of a Hugging Face repository."""
         folder = find_model(path_or_hub_name)
         config = Config.read(folder)
-        stored_weights(config, folder)  # all is there, and of these shapes, before the model is built
+        stored_weights(
+            config, folder
+        )  # all is there, and of these shapes, before the model is built
         with torch.device("meta"):
             model = Mistral(config).to(dtype)
         model.to_empty(device=device)
@@ -491,26 +722,44 @@ class Mistral(nn.Module):
         must_be_replaceable(folder, {"config.json", *COMPANIONS})
         if like is not None and not Path(like).is_dir():
             raise ValueError(f"like must be a folder with a tokenizer's files, got {like}")
-        getattr(self, "reshard", lambda: None)()  # FSDP2's defaults leave the root gathered, in the compute dtype
+        getattr(
+            self, "reshard", lambda: None
+        )()  # FSDP2's defaults leave the root gathered, in the compute dtype
         parameters = dict(self.named_parameters())
-        dtype = dtype or max((p.dtype for p in parameters.values()), key=lambda dtype: dtype.itemsize)
-        layout = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
+        dtype = dtype or max(
+            (p.dtype for p in parameters.values()), key=lambda dtype: dtype.itemsize
+        )
+        layout = {
+            name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()
+        }
         split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
         sharded = any(isinstance(p, DTensor) for p in parameters.values())
         writes = not sharded or dist.get_rank() == 0
         aside = begin_aside(folder) if writes else folder
         for file, shard in split.filename_to_tensors.items():
-            write_safetensors(aside / file, {name: parameters[name] for name in shard}, dtype, writes)
+            write_safetensors(
+                aside / file, {name: parameters[name] for name in shard}, dtype, writes
+            )
         if not writes:
             return dist.barrier()
         if split.is_sharded:
-            write_object(aside / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+            write_object(
+                aside / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            )
         # `rope_theta` and `torch_dtype` are the spellings that both old and new servers read.
-        entries = {"architectures": [f"{self.config.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu",
-                   "torch_dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
-        ends = {"eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids)} if end_ids else {}
+        entries = {
+            "architectures": [f"{self.config.model_type.capitalize()}ForCausalLM"],
+            "hidden_act": "silu",
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        ends = (
+            {"eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids)} if end_ids else {}
+        )
         write_object(aside / "config.json", entries | dataclasses.asdict(self.config) | ends)
-        write_object(aside / "generation_config.json", {name: x for name, x in vars(self.config).items() if name.endswith("_token_id")})
+        write_object(
+            aside / "generation_config.json",
+            {name: x for name, x in vars(self.config).items() if name.endswith("_token_id")},
+        )
         for source in (Path(like or folder, file) for file in COMPANIONS):
             if source.is_file():
                 shutil.copyfile(source, aside / source.name)
@@ -526,10 +775,21 @@ class Mistral(nn.Module):
             dist.barrier()
 
     @torch.no_grad()
-    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])  # cuDNN plans anew for every length
-    def generate(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-                 seeds: Sequence[int] | None = None, stop_ids: Sequence[int] = (), stop_strings: Sequence[str] = (),
-                 decode: Callable[[list[int]], str] | None = None, batch: int = 64) -> list[list[int]]:  # fmt: skip
+    @sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )  # cuDNN plans anew for every length
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+        stop_strings: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        batch: int = 64,
+    ) -> list[list[int]]:
         """New token ids of every prompt: the most probable at temperature 0, else drawn from softmax(logits / temperature) cut to `top_p`.
         Each prompt has a seed of its own (default: its index), so that the batch changes an answer by rounding alone (bf16).
 
@@ -538,15 +798,23 @@ class Mistral(nn.Module):
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         if not all(map(len, prompts)):
-            raise ValueError("prompts must hold at least 1 token each, got an empty one; start it with the bos token")
+            raise ValueError(
+                "prompts must hold at least 1 token each, got an empty one; start it with the bos token"
+            )
         warm = temperature == 0 or LEAST_TEMPERATURE <= temperature < float("inf")
         if not warm or not 0 < top_p <= 1 or batch < 1 or len(seeds) != len(prompts):
             raise ValueError(
                 f"temperature must be 0 or from {LEAST_TEMPERATURE:g} up, top_p in (0, 1], batch >= 1 and seeds one a "
                 f"prompt, got {temperature}, {top_p}, {batch} and {len(seeds)} seeds for {len(prompts)} prompts"
             )
-        if isinstance(stop_strings, str) or not all(stop_strings) or (stop_strings and decode is None):
-            raise ValueError(f"stop_strings must be texts of at least 1 character, with decode, got {stop_strings!r}, decode {decode}")
+        if (
+            isinstance(stop_strings, str)
+            or not all(stop_strings)
+            or (stop_strings and decode is None)
+        ):
+            raise ValueError(
+                f"stop_strings must be texts of at least 1 character, with decode, got {stop_strings!r}, decode {decode}"
+            )
 
         def ended(ids: list[int]) -> bool:
             if ids[-1] in stop_ids:
@@ -556,16 +824,29 @@ class Mistral(nn.Module):
             return len(ids) == max_new_tokens or any(s in text for s in stop_strings)
 
         answers: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens > 0 else []  # like lengths share a batch
+        order = (
+            sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens > 0 else []
+        )  # like lengths share a batch
         for alive in (order[start : start + batch] for start in range(0, len(order), batch)):
-            draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(int(seeds[i]))) for i in alive])
+            draws = torch.stack(
+                [
+                    torch.rand(
+                        max_new_tokens, generator=torch.Generator().manual_seed(int(seeds[i]))
+                    )
+                    for i in alive
+                ]
+            )
             cache = Cache(self, len(alive), len(prompts[alive[-1]]) + max_new_tokens)
             several = [slice(k, k + PREFILL_ROWS) for k in range(0, len(alive), PREFILL_ROWS)]
-            logits = torch.cat([cache.extend([prompts[i] for i in alive[rows]], rows) for rows in several])
+            logits = torch.cat(
+                [cache.extend([prompts[i] for i in alive[rows]], rows) for rows in several]
+            )
             while alive:
                 if not logits.isfinite().all():
-                    raise ValueError(f"{self.origin} gives logits that are not finite; "
-                                     "its weights may be damaged, or trained to divergence")  # fmt: skip
+                    raise ValueError(
+                        f"{self.origin} gives logits that are not finite; "
+                        "its weights may be damaged, or trained to divergence"
+                    )
                 ids = choose(logits, draws[:, len(answers[alive[0]])], temperature, top_p).tolist()
                 for i, token in zip(alive, ids, strict=True):
                     answers[i].append(token)

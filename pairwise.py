@@ -40,18 +40,30 @@ def prefer(examiner: Examiner, contests: Sequence[Contest]) -> list[Preference |
         found[contest] = None
         if one and other:
             given, swapped = one.shares["M"], other.shares["m"]
-            found[contest] = Preference((given + swapped) / 2, given, swapped, min(one.mass, other.mass))
+            found[contest] = Preference(
+                (given + swapped) / 2, given, swapped, min(one.mass, other.mass)
+            )
     return [found[contest] for contest in contests]
 
 
-def kept_preferences(path: Path, examiner: Examiner, contests: Sequence[Contest], world: World) -> list[dict[str, Any] | None]:
+def kept_preferences(
+    path: Path, examiner: Examiner, contests: Sequence[Contest], world: World
+) -> list[dict[str, Any] | None]:
     """prefer, of all contests, each as an object, from `path` or computed and kept there."""
 
     def compute(numbers: range) -> list[dict[str, Any]]:
         found = prefer(examiner, [contests[i] for i in numbers])
         return [{"preference": None if one is None else one._asdict()} for one in found]
 
-    rows = storage.kept_rows(path, {**examiner.identity, "rows": digest(contests)}, len(contests), CHUNK, compute, world, "preferences")
+    rows = storage.kept_rows(
+        path,
+        {**examiner.identity, "rows": digest(contests)},
+        len(contests),
+        CHUNK,
+        compute,
+        world,
+        "preferences",
+    )
     examiner.unload()
     return [row["preference"] for row in rows]
 
@@ -63,7 +75,9 @@ RIDGE = 0.01  # of the squared weights, halved: separable rows have a finite opt
 
 def as_array(preferences: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Missing ones as NaN, ties as 1.5."""
-    given = np.array([math.nan if value is None else value for value in preferences], dtype=np.float64)
+    given = np.array(
+        [math.nan if value is None else value for value in preferences], dtype=np.float64
+    )
     return np.where(given == 0, 1.5, given)
 
 
@@ -77,12 +91,20 @@ def win_rate(preferences: Sequence[float | None]) -> dict[str, float]:
     if not len(kept):
         raise ValueError(f"a win rate needs preferences from 1 to 2, got none in {len(given)} rows")
     error = 100 * float(kept.std(ddof=1)) / len(kept) ** 0.5 if len(kept) > 1 else math.inf
-    return {"win_rate": 100 * float(kept.mean()), "standard_error": error, "n_wins": int((kept > 0.5).sum()),
-            "n_wins_base": int((kept < 0.5).sum()), "n_draws": int((kept == 0.5).sum()), "n_total": len(kept),
-            "n_missing": len(given) - len(kept)}  # fmt: skip
+    return {
+        "win_rate": 100 * float(kept.mean()),
+        "standard_error": error,
+        "n_wins": int((kept > 0.5).sum()),
+        "n_wins_base": int((kept < 0.5).sum()),
+        "n_draws": int((kept == 0.5).sum()),
+        "n_total": len(kept),
+        "n_missing": len(given) - len(kept),
+    }
 
 
-def length_controlled(preferences: Sequence[float | None], lengths: Sequence[int], baseline_lengths: Sequence[int]) -> list[float]:
+def length_controlled(
+    preferences: Sequence[float | None], lengths: Sequence[int], baseline_lengths: Sequence[int]
+) -> list[float]:
     """The share of wins had both answers been equally long (AlpacaEval 2.0, arXiv:2404.04475), lengths in characters: the mean of the
     returned terms, one for each row with a preference, its standard error theirs (each row's influence on the fit, metrics.py).
 
@@ -95,7 +117,11 @@ def length_controlled(preferences: Sequence[float | None], lengths: Sequence[int
     kept = (given >= 1) & (given <= 2)
     d = np.array(lengths, dtype=np.float64) - np.array(baseline_lengths, dtype=np.float64)
     scale = d.std(ddof=1) if len(d) > 1 and np.ptp(d) else 1.0
-    X, y, weights = np.stack([np.ones(kept.sum()), np.tanh(d / scale)[kept]], 1), given[kept] - 1, np.zeros(2)
+    X, y, weights = (
+        np.stack([np.ones(kept.sum()), np.tanh(d / scale)[kept]], 1),
+        given[kept] - 1,
+        np.zeros(2),
+    )
     for _ in range(100):  # Newton's method
         p = 1 / (1 + np.exp(-X @ weights))
         curvature = (X * (p * (1 - p))[:, None]).T @ X + RIDGE * np.eye(2)
@@ -111,29 +137,64 @@ def length_controlled(preferences: Sequence[float | None], lengths: Sequence[int
 def write_outputs(folder: Path, rows: Sequence[Mapping[str, Any]], generator: str) -> None:
     """model_outputs.json, as AlpacaEval's own annotators read it."""
     folder.mkdir(parents=True, exist_ok=True)
-    storage.write_json(folder / "model_outputs.json", [
-        {"instruction": row["prompt"], "output": row["answer"], "generator": generator, "dataset": row["notes"]["dataset"]}
-        for row in rows])  # fmt: skip
+    storage.write_json(
+        folder / "model_outputs.json",
+        [
+            {
+                "instruction": row["prompt"],
+                "output": row["answer"],
+                "generator": generator,
+                "dataset": row["notes"]["dataset"],
+            }
+            for row in rows
+        ],
+    )
 
 
-def write_annotations(folder: Path, rows: Sequence[Mapping[str, Any]], generator: str, preferences: Sequence[float | None],
-                      annotator: str) -> None:  # fmt: skip
+def write_annotations(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    generator: str,
+    preferences: Sequence[float | None],
+    annotator: str,
+) -> None:
     """annotations.json in AlpacaEval's format; preferences from 1 to 2, None for none."""
-    storage.write_json(folder / "annotations.json", [
-        {"instruction": row["prompt"], "output_1": row["notes"]["output"], "generator_1": row["notes"]["generator"],
-         "output_2": row["answer"], "generator_2": generator, "dataset": row["notes"]["dataset"], "annotator": annotator,
-         "preference": preference} for row, preference in zip(rows, preferences, strict=True)])  # fmt: skip
+    storage.write_json(
+        folder / "annotations.json",
+        [
+            {
+                "instruction": row["prompt"],
+                "output_1": row["notes"]["output"],
+                "generator_1": row["notes"]["generator"],
+                "output_2": row["answer"],
+                "generator_2": generator,
+                "dataset": row["notes"]["dataset"],
+                "annotator": annotator,
+                "preference": preference,
+            }
+            for row, preference in zip(rows, preferences, strict=True)
+        ],
+    )
 
 
 def check_contests(examiner: Examiner, requests: Sequence[Request]) -> None:
     """ValueError when the examiner's context is too small for a win rate, even of empty answers to AlpacaEval's instructions."""
-    bare = [(0, Contest(request.prompt, request.notes["output"], "")._asdict()) for request in requests]
+    bare = [
+        (0, Contest(request.prompt, request.notes["output"], "")._asdict()) for request in requests
+    ]
     if (fit := sum(len(head) <= examiner.longest for head in examiner.heads(bare))) < 2:
-        raise ValueError(f"a win rate needs 2 rows or more that fit into the judge's context, got {fit}; take another judge")
+        raise ValueError(
+            f"a win rate needs 2 rows or more that fit into the judge's context, got {fit}; take another judge"
+        )
 
 
-def against_baseline(answers: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str], folder: Path,
-                     examiner: Examiner | None, world: World) -> tuple[dict[str, Terms], dict[str, dict[str, float]]]:  # fmt: skip
+def against_baseline(
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    names: Mapping[str, str],
+    folder: Path,
+    examiner: Examiner | None,
+    world: World,
+) -> tuple[dict[str, Terms], dict[str, dict[str, float]]]:
     """({model: the terms of its win rates, as shares}, {model: win_rate}) of {model: its answers to AlpacaEval's instructions}.
 
     An answer's row has prompt and answer, and the baseline's output, generator and dataset under notes. Without an examiner
@@ -146,19 +207,38 @@ def against_baseline(answers: Mapping[str, Sequence[Mapping[str, Any]]], names: 
         own = folder / who / "alpaca_eval"
         world.from_main(functools.partial(write_outputs, own, rows, names[who]))
         if examiner:
-            contests = [Contest(row["prompt"], row["notes"]["output"], row["answer"]) for row in rows]
+            contests = [
+                Contest(row["prompt"], row["notes"]["output"], row["answer"]) for row in rows
+            ]
             path = own / f"preferences.{file_name(examiner.identity)}.jsonl"
             judged = kept_preferences(path, examiner, contests, world)
             preferences[who] = [None if row is None else 1 + row["second"] for row in judged]
             masses[who] = [0.0 if row is None else row["mass"] for row in judged]
-            world.from_main(functools.partial(write_annotations, own, rows, names[who], preferences[who], examiner.identity["judge"]))
+            world.from_main(
+                functools.partial(
+                    write_annotations,
+                    own,
+                    rows,
+                    names[who],
+                    preferences[who],
+                    examiner.identity["judge"],
+                )
+            )
     kept = [i for i, row in enumerate(zip(*preferences.values(), strict=True)) if None not in row]
     if preferences and len(kept) < 2:
-        raise ValueError(f"a win rate needs at least 2 rows with a preference, got {len(kept)}; the others exceed the judge's context")
+        raise ValueError(
+            f"a win rate needs at least 2 rows with a preference, got {len(kept)}; the others exceed the judge's context"
+        )
     found: dict[str, Terms] = {}
     for who, every in preferences.items():
         chosen = [value for value in (every[i] for i in kept) if value is not None]
-        lengths = [len(answers[who][i]["answer"]) for i in kept], [len(answers[who][i]["notes"]["output"]) for i in kept]
-        found[who] = {"win_rate": [value - 1 for value in chosen], "length_controlled_win_rate": length_controlled(chosen, *lengths),
-                      "judge_mass": [masses[who][i] for i in kept]}  # fmt: skip
+        lengths = (
+            [len(answers[who][i]["answer"]) for i in kept],
+            [len(answers[who][i]["notes"]["output"]) for i in kept],
+        )
+        found[who] = {
+            "win_rate": [value - 1 for value in chosen],
+            "length_controlled_win_rate": length_controlled(chosen, *lengths),
+            "judge_mass": [masses[who][i] for i in kept],
+        }
     return found, {who: win_rate(every) for who, every in preferences.items()}

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 USABLE = 0.95  # of the free memory; the rest is for what no tensor holds
-RATE_SHARE = 0.5  # of the rate of a large matrix product, reached by a whole step: assumed, not measured
+RATE_SHARE = (
+    0.5  # of the rate of a large matrix product, reached by a whole step: assumed, not measured
+)
 STEPS_LOOKED_AT = 100  # for the largest step
 
 Moment = dict[str, float]  # what is held -> bytes
@@ -53,7 +55,9 @@ class Load:
 
     model: Config
     trained: frozenset[str]
-    dtype: torch.dtype  # of the computation and of frozen weights; trained ones and their moments are fp32
+    dtype: (
+        torch.dtype
+    )  # of the computation and of frozen weights; trained ones and their moments are fp32
     device: str  # cpu or cuda
     shards: int  # ranks that every parameter is shared out over
     tokens: int  # T, of the largest pack
@@ -61,14 +65,22 @@ class Load:
     packs: int  # of a rank in a step: with two or more, gradients are there while activations are
     checkpoint_blocks: bool
     processes: int = 1  # of the run: FSDP2 gathers copies of a model too
-    seen: tuple[float, float] = (0.0, 0.0)  # on a CPU: keys a row whose probabilities are kept, of all rows and of the scored ones
+    seen: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # on a CPU: keys a row whose probabilities are kept, of all rows and of the scored ones
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
         """(name, block or -1, shape, rows, reached) of each weight in the order of the forward. reached: the gradient goes on below it."""
         reached, last = False, self.model.num_hidden_layers - 1
         for name, shape in sorted(self.model.shapes().items(), key=lambda entry: _place(entry[0])):
             block = int(name.split(".")[2]) if ".layers." in name else -1
-            everywhere = name.split(".")[-2] in ("embed_tokens", "input_layernorm", "k_proj", "v_proj")
+            everywhere = name.split(".")[-2] in (
+                "embed_tokens",
+                "input_layernorm",
+                "k_proj",
+                "v_proj",
+            )
             rows = self.tokens if everywhere or 0 <= block < last else self.scored
             yield name, block, shape, rows, reached
             reached = reached or name in self.trained
@@ -103,10 +115,22 @@ def saved_bytes(load: Load) -> list[float]:
     kernels.py. A frozen weight needs no input.
     """
     c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
-    T, S, D, F, last = load.tokens, load.scored, c.hidden_size, c.intermediate_size, c.num_hidden_layers - 1
-    H, HK, GK = c.num_attention_heads, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    T, S, D, F, last = (
+        load.tokens,
+        load.scored,
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_hidden_layers - 1,
+    )
+    H, HK, GK = (
+        c.num_attention_heads,
+        c.num_attention_heads * c.head_dim,
+        c.num_key_value_heads * c.head_dim,
+    )
     kept = [0.0] * (c.num_hidden_layers + 1)
-    inputs: set[tuple[int, int]] = set()  # of the q, k, v and of the gate, up projections: one tensor, kept once
+    inputs: set[tuple[int, int]] = (
+        set()
+    )  # of the q, k, v and of the gate, up projections: one tensor, kept once
     for name, block, _, rows, reached in load.walk():
         module, trains = name.split(".")[-2], name in load.trained
         flows = reached or trains
@@ -117,10 +141,15 @@ def saved_bytes(load: Load) -> list[float]:
             kept[block] += 0 if part in inputs else rows * D * e
             inputs.add(part)
         elif module == "o_proj":
-            attention = rows * HK + 2 * T * GK + (rows * HK if cuda else 0)  # q, k, v; FlexAttention its output and a sum a row too
+            attention = (
+                rows * HK + 2 * T * GK + (rows * HK if cuda else 0)
+            )  # q, k, v; FlexAttention its output and a sum a row too
             flows = reached  # nothing below it needs its gradient otherwise
             beside = 1 if cuda else load.seen[block == last]
-            kept[block] += flows * (attention * e + 4 * H * rows * beside) + (trains and not (cuda and flows)) * rows * HK * e
+            kept[block] += (
+                flows * (attention * e + 4 * H * rows * beside)
+                + (trains and not (cuda and flows)) * rows * HK * e
+            )
         elif module == "down_proj":
             kept[block] += flows * 2 * rows * F * e  # gate and up
     kept[-1] += S * D * e  # the head: its input, or the gradient by it
@@ -130,9 +159,19 @@ def saved_bytes(load: Load) -> list[float]:
 def moments(load: Load) -> dict[str, Moment]:
     """Moment of a step -> what a rank holds then, in bytes by kind, as train.py, FSDP2 and AdamW go through it."""
     c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
-    T, S, D, F, V, L = load.tokens, load.scored, c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
+    T, S, D, F, V, L = (
+        load.tokens,
+        load.scored,
+        c.hidden_size,
+        c.intermediate_size,
+        c.vocab_size,
+        c.num_hidden_layers,
+    )
     whole, whole_trained = [0] * (L + 1), [0] * (L + 1)  # elements by block, and last of the root
-    shard, shard_trained = [0] * (L + 1), [0] * (L + 1)  # of them on one rank; the largest trained tensor
+    shard, shard_trained = (
+        [0] * (L + 1),
+        [0] * (L + 1),
+    )  # of them on one rank; the largest trained tensor
     largest = 0
     for name, block, shape, *_ in load.walk():
         part = math.ceil(shape[0] / load.shards) * math.prod(shape[1:])
@@ -143,9 +182,15 @@ def moments(load: Load) -> dict[str, Moment]:
             shard_trained[block] += part
             largest = max(largest, part)
     trained = sum(shard_trained)
-    fixed: Moment = {"frozen weights": e * (sum(shard) - trained), "trained weights, fp32": 4 * trained, "Adam moments, fp32": 8 * trained}
+    fixed: Moment = {
+        "frozen weights": e * (sum(shard) - trained),
+        "trained weights, fp32": 4 * trained,
+        "Adam moments, fp32": 8 * trained,
+    }
     alone = max(load.shards, load.processes) == 1
-    sharded = not alone or e < 4  # what FSDP2 has of the trained weights; runtime.shard keeps a single process's frozen ones from it
+    sharded = (
+        not alone or e < 4
+    )  # what FSDP2 has of the trained weights; runtime.shard keeps a single process's frozen ones from it
     root, here = (sharded * e * (whole_trained if alone else whole)[i] for i in (-1, 0))  # gathered
     ahead = here * (load.shards > 1)  # the next block, on its way
     saved = saved_bytes(load)
@@ -154,34 +199,80 @@ def moments(load: Load) -> dict[str, Moment]:
 
     found: dict[str, Moment] = {}
 
-    def note(name: str, gradients: float, gathered: float, activations: float, workspace: float) -> None:
-        held = fixed | {"gradients, fp32": gradients, "gathered layers": gathered, "saved activations": activations}
+    def note(
+        name: str, gradients: float, gathered: float, activations: float, workspace: float
+    ) -> None:
+        held = fixed | {
+            "gradients, fp32": gradients,
+            "gathered layers": gathered,
+            "saved activations": activations,
+        }
         found[name] = held | {"workspace": workspace}
 
     head_trains = load.head() in load.trained
     rows = min(S, max(1, HEAD_CHUNK["cuda" if head_trains else load.device] // V))
     head = e * V * D if head_trains else 0  # its gradient waits for the embedding's
-    summed = 0 if not head_trains else head if e == 4 else (4 + e) * V * D  # in fp32, by products in the weight's dtype
-    note("the head", earlier, root + ahead, sum(kept) + saved[-1], 8 * rows * V + summed + 2 * S * D * e)
+    summed = (
+        0 if not head_trains else head if e == 4 else (4 + e) * V * D
+    )  # in fp32, by products in the weight's dtype
+    note(
+        "the head",
+        earlier,
+        root + ahead,
+        sum(kept) + saved[-1],
+        8 * rows * V + summed + 2 * S * D * e,
+    )
     for i in reversed(range(L)):
         rows = S if i == L - 1 else T
-        pointwise = 3 * F * (min(rows, MLP_ROWS) if load.device == "cpu" and e == 4 else rows)  # of SwiGLU's backward
+        pointwise = (
+            3 * F * (min(rows, MLP_ROWS) if load.device == "cpu" and e == 4 else rows)
+        )  # of SwiGLU's backward
         down = e * D * F if f"model.layers.{i}.mlp.down_proj.weight" in load.trained else 0
-        waiting = sharded * 4 * whole_trained[i + 1] if i < L - 1 else 0  # the last reduction's input, freed by the next
+        waiting = (
+            sharded * 4 * whole_trained[i + 1] if i < L - 1 else 0
+        )  # the last reduction's input, freed by the next
         now = max(earlier, 4 * sum(shard_trained[i + 1 : L]))
         below = sum(kept[:i]) + load.checkpoint_blocks * kept[i]
-        note(f"backward of block {i}", now, root + here + ahead, below + saved[i], e * (pointwise + rows * D) + waiting + down + head)
+        note(
+            f"backward of block {i}",
+            now,
+            root + here + ahead,
+            below + saved[i],
+            e * (pointwise + rows * D) + waiting + down + head,
+        )
         fresh = 4 * shard_trained[i]
-        reduction = sharded * (4 * whole_trained[i] + max(e * whole_trained[i] - (0 if earlier else fresh), fresh if earlier else 0))
-        note(f"gradients of block {i}", max(earlier, 4 * sum(shard_trained[i:L])), root, below, reduction + head + T * D * e)
+        reduction = sharded * (
+            4 * whole_trained[i]
+            + max(e * whole_trained[i] - (0 if earlier else fresh), fresh if earlier else 0)
+        )
+        note(
+            f"gradients of block {i}",
+            max(earlier, 4 * sum(shard_trained[i:L])),
+            root,
+            below,
+            reduction + head + T * D * e,
+        )
     inside = max(earlier, 4 * sum(shard_trained[:L]))
-    note("the embedding's gradient", inside, root, 0, e * whole_trained[-1] + sharded * 4 * whole_trained[0])
+    note(
+        "the embedding's gradient",
+        inside,
+        root,
+        0,
+        e * whole_trained[-1] + sharded * 4 * whole_trained[0],
+    )
     fresh = 4 * shard_trained[-1]
-    reduction = sharded * (4 * whole_trained[-1] + max(e * whole_trained[-1] - (0 if earlier else fresh), fresh if earlier else 0))
+    reduction = sharded * (
+        4 * whole_trained[-1]
+        + max(e * whole_trained[-1] - (0 if earlier else fresh), fresh if earlier else 0)
+    )
     note("gradients outside the blocks", 4 * trained, 0, 0, reduction)
-    note("the optimizer", 4 * trained, 0, 0, 4 * trained if cuda else 8 * largest)  # foreach on a GPU, a tensor at a time on a CPU
+    note(
+        "the optimizer", 4 * trained, 0, 0, 4 * trained if cuda else 8 * largest
+    )  # foreach on a GPU, a tensor at a time on a CPU
     if not cuda:
-        note("a checkpoint", 0, 0, 0, 2 * min(12 * trained, max(4 * largest, CHECKPOINT_FILE_BYTES)))  # a file's bytes, twice
+        note(
+            "a checkpoint", 0, 0, 0, 2 * min(12 * trained, max(4 * largest, CHECKPOINT_FILE_BYTES))
+        )  # a file's bytes, twice
     return found
 
 
@@ -199,9 +290,15 @@ def free_bytes(device: torch.device) -> int:
     """Memory that one process may take now: the GPU's, or its share of what the processes of this machine may have together."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines() if Path("/proc/meminfo").exists() else []
+    lines = (
+        Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/meminfo").exists()
+        else []
+    )
     free = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return (free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // launched("LOCAL_WORLD_SIZE", 1)
+    return (free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // launched(
+        "LOCAL_WORLD_SIZE", 1
+    )
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -255,7 +352,13 @@ class Step:
     def with_budget(self, load: Load, pack_tokens: int) -> Load:
         """The load of packs of at most `pack_tokens` tokens; a longer row is a pack alone, and no pack holds more than the step."""
         tokens = min(max(pack_tokens, self.longest), self.share)
-        return replace(load, tokens=tokens, scored=math.ceil(tokens * self.scored), packs=math.ceil(self.share / tokens), seen=self.seen)
+        return replace(
+            load,
+            tokens=tokens,
+            scored=math.ceil(tokens * self.scored),
+            packs=math.ceil(self.share / tokens),
+            seen=self.seen,
+        )
 
     def largest_budget(self, load: Load, room: float) -> int:
         """The largest pack_tokens whose memory is at most `room`, 0 if there is none. A single pack may need less than two smaller ones,
@@ -267,23 +370,49 @@ class Step:
         low, high = self.longest, self.share + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if needed(self.with_budget(load, middle)) <= room else (low, middle)
+            low, high = (
+                (middle, high) if needed(self.with_budget(load, middle)) <= room else (low, middle)
+            )
         return low
 
 
-def step_of(config: RunConfig, streams: Mapping[str, Stream], steps: int, size: int, window: int | None = None) -> Step:
+def step_of(
+    config: RunConfig,
+    streams: Mapping[str, Stream],
+    steps: int,
+    size: int,
+    window: int | None = None,
+) -> Step:
     """From the lengths of the rows and the order in which the first steps draw them."""
     lengths = np.concatenate([stream.lengths for stream in streams.values()])
     starts = np.cumsum([0, *(len(stream) for stream in streams.values())])
-    drawn = [np.concatenate([start + batch_indices(len(stream), config.batch, config.seed, step, name)
-                             for start, (name, stream) in zip(starts, streams.items(), strict=False)])
-             for step in range(min(steps, STEPS_LOOKED_AT))]  # fmt: skip
+    drawn = [
+        np.concatenate(
+            [
+                start + batch_indices(len(stream), config.batch, config.seed, step, name)
+                for start, (name, stream) in zip(starts, streams.items(), strict=False)
+            ]
+        )
+        for step in range(min(steps, STEPS_LOOKED_AT))
+    ]
     trees, tokens, scored = lengths.sum(1), int(lengths.sum()), int(lengths[:, 1:].sum())
     longest = int(trees.max())
-    found = Step(longest, max(longest, math.ceil(max(int(trees[rows].sum()) for rows in drawn) / size)), scored / tokens)
-    packs = [rows[pack] for rows in drawn for packs in deal(trees[rows].tolist(), size, config.pack_tokens) for pack in packs]
+    found = Step(
+        longest,
+        max(longest, math.ceil(max(int(trees[rows].sum()) for rows in drawn) / size)),
+        scored / tokens,
+    )
+    packs = [
+        rows[pack]
+        for rows in drawn
+        for packs in deal(trees[rows].tolist(), size, config.pack_tokens)
+        for pack in packs
+    ]
     largest = min(max(config.pack_tokens, longest), found.share)
-    every, last = (max(int(kept[pack].sum()) for pack in packs) for kept in (kept_keys(lengths, window, part) for part in (False, True)))
+    every, last = (
+        max(int(kept[pack].sum()) for pack in packs)
+        for kept in (kept_keys(lengths, window, part) for part in (False, True))
+    )
     return replace(found, seen=(every / largest, last / (largest * found.scored)))
 
 
@@ -294,40 +423,98 @@ def memory_lines(load: Load, step: Step, pack_tokens: int, room: float) -> tuple
     total, best = sum(held.values()), step.largest_budget(load, room)
     lines = [f"  {held[kind] / GIB:9.2f}  {kind}" for kind in held]
     kept = held["saved activations"] / load.tokens / 2**20
-    lines.append(f"  {total / GIB:9.2f}  in all, at the fullest moment ({name}; pack of {load.tokens:,} tokens, {kept:.2f} MiB saved each; "
-                 f"{load.packs} packs a step), of {room / GIB:.2f} usable")  # fmt: skip
+    lines.append(
+        f"  {total / GIB:9.2f}  in all, at the fullest moment ({name}; pack of {load.tokens:,} tokens, {kept:.2f} MiB saved each; "
+        f"{load.packs} packs a step), of {room / GIB:.2f} usable"
+    )
     if total <= room:
         several = needed(step.with_budget(load, step.longest)) <= room
-        more = f"up to --pack_tokens {best:,}" if best < step.share else "at any --pack_tokens" if several else "with a step in one pack"
+        more = (
+            f"up to --pack_tokens {best:,}"
+            if best < step.share
+            else "at any --pack_tokens"
+            if several
+            else "with a step in one pack"
+        )
         return [*lines, f"  it fits, {more}"], ""
     remedies = [f"--pack_tokens {best}"] if best else []
     light = replace(load, checkpoint_blocks=True)
-    lighter = pack_tokens if needed(step.with_budget(light, pack_tokens)) <= room else step.largest_budget(light, room)
-    remedies += [f"--checkpoint_blocks with --pack_tokens {lighter}"] if lighter and not load.checkpoint_blocks else []
+    lighter = (
+        pack_tokens
+        if needed(step.with_budget(light, pack_tokens)) <= room
+        else step.largest_budget(light, room)
+    )
+    remedies += (
+        [f"--checkpoint_blocks with --pack_tokens {lighter}"]
+        if lighter and not load.checkpoint_blocks
+        else []
+    )
     ranks = (load.shards * 2**k for k in range(1, 11))
-    enough = next((n for n in ranks if needed(step.with_budget(replace(load, shards=n), pack_tokens)) <= room), 0)
+    enough = next(
+        (
+            n
+            for n in ranks
+            if needed(step.with_budget(replace(load, shards=n), pack_tokens)) <= room
+        ),
+        0,
+    )
     remedies += [f"{enough // load.shards} times as many processes"] if enough else []
     change = ", or ".join(remedies) or "a smaller model"
-    return lines, f"memory: {total / GIB:.2f} GiB are needed and {room / GIB:.2f} usable; pass {change}"
+    return (
+        lines,
+        f"memory: {total / GIB:.2f} GiB are needed and {room / GIB:.2f} usable; pass {change}",
+    )
 
 
-def announce(config: RunConfig, model: Config, trained: frozenset[str], streams: Mapping[str, Stream], steps: int, world: World) -> None:
+def announce(
+    config: RunConfig,
+    model: Config,
+    trained: frozenset[str],
+    streams: Mapping[str, Stream],
+    steps: int,
+    world: World,
+) -> None:
     """Print the plan of a run, on rank 0. What does not fit is a warning, and in a dry run a ValueError."""
-    step, shards = step_of(config, streams, steps, world.size, model.sliding_window), world.size // config.replicate
+    step, shards = (
+        step_of(config, streams, steps, world.size, model.sliding_window),
+        world.size // config.replicate,
+    )
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    load = step.with_budget(Load(model, trained, dtype, world.device.type, shards, 1, 1, 1, config.checkpoint_blocks, world.size),
-                            config.pack_tokens)  # fmt: skip
+    load = step.with_budget(
+        Load(
+            model,
+            trained,
+            dtype,
+            world.device.type,
+            shards,
+            1,
+            1,
+            1,
+            config.checkpoint_blocks,
+            world.size,
+        ),
+        config.pack_tokens,
+    )
 
     def look() -> tuple[str, str]:
-        memory, short = memory_lines(load, step, config.pack_tokens, USABLE * free_bytes(world.device))
+        memory, short = memory_lines(
+            load, step, config.pack_tokens, USABLE * free_bytes(world.device)
+        )
         rate = product_rate(world.device, dtype) * world.size
-        forward, backward = (count / load.tokens / rate / RATE_SHARE for count in operations(load))  # seconds a token
+        forward, backward = (
+            count / load.tokens / rate / RATE_SHARE for count in operations(load)
+        )  # seconds a token
         tokens = sum(stream.lengths.sum(1).mean() for stream in streams.values()) * config.batch
         clock = f"  time {duration(steps * tokens * (forward + backward))} for {steps:,} steps of {tokens:,.0f} tokens"
         if config.objective != "sft":
             clock += f", {duration(sum(int(stream.lengths.sum()) for stream in streams.values()) * forward)} for the reference"
-        clock += f", if half of the {rate / 1e12:.3g} TFLOP/s that matrix products reach here is reached"
-        cached = sum(stream.report["cache"]["bytes"] + 8 * len(stream) * (config.objective != "sft") for stream in streams.values())
+        clock += (
+            f", if half of the {rate / 1e12:.3g} TFLOP/s that matrix products reach here is reached"
+        )
+        cached = sum(
+            stream.report["cache"]["bytes"] + 8 * len(stream) * (config.objective != "sft")
+            for stream in streams.values()
+        )
         disk = f"  disk up to {disk_bytes(config, model, trained) / 1e9:.3g} GB for checkpoints and the exported model, and in the cache "
         disk += f"{cached / 1e9:.3g} GB of tokens and reference log-probabilities"
         title = f"plan: GiB on each of {world.size} processes, computing in {config.dtype}; from shapes alone, before anything is allocated"

@@ -26,11 +26,15 @@ def check_targets(objective: str, alpha: float, b1: float, tau: float, pairs: in
     g = label(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0]), alpha, b1)
     losses = pair_loss(objective, torch.zeros(4), g, tau)
     if not (torch.isfinite(g / tau).all() and torch.isfinite(losses * pairs).all()):
-        raise ValueError(f"targets g / tau and their squares must be finite in fp32, got alpha {alpha}, b1 {b1} and tau {tau}; take values "
-                         "nearer to the usual 0.5, 3 and 0.01")  # fmt: skip
+        raise ValueError(
+            f"targets g / tau and their squares must be finite in fp32, got alpha {alpha}, b1 {b1} and tau {tau}; take values "
+            "nearer to the usual 0.5, 3 and 0.01"
+        )
 
 
-def quadrant_sums(h: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, alpha: float, b1: float, tau: float) -> Tensor:
+def quadrant_sums(
+    h: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, alpha: float, b1: float, tau: float
+) -> Tensor:
     """Sums over each quadrant's pairs, float64 [4, 4]; additive over packs, ranks and batches.
 
     Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the target's side: h and g have
@@ -55,7 +59,11 @@ def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
     means: dict[str, dict[str, float]] = {}
     for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):
         if pairs:
-            means[quadrant] = {"pairs": int(pairs), "margin_nats": h / pairs, "target_nats": target / pairs}
+            means[quadrant] = {
+                "pairs": int(pairs),
+                "margin_nats": h / pairs,
+                "target_nats": target / pairs,
+            }
             means[quadrant] |= {"target_side_share": on_target_side / pairs} if target else {}
     return means
 
@@ -73,7 +81,9 @@ def preference_view(
     The target is BFPO's whatever the model was trained on, so models of different objectives can be set side by side.
     """
     change = (policy - reference).double()
-    return quadrant_means(quadrant_sums(change[:, 0] - change[:, 1], *safety_labels(stream), alpha, b1, tau))
+    return quadrant_means(
+        quadrant_sums(change[:, 0] - change[:, 1], *safety_labels(stream), alpha, b1, tau)
+    )
 
 
 def quadrant_table(view: Mapping[str, Mapping[str, float]]) -> str:
@@ -83,5 +93,7 @@ def quadrant_table(view: Mapping[str, Mapping[str, float]]) -> str:
         if name in view:
             q = view[name]
             share = f"{q['target_side_share']:.1%}" if "target_side_share" in q else "-"
-            lines.append(f"{name:<16}{q['pairs']:>8}{q['margin_nats']:>+10.2f}{q['target_nats']:>+10.1f}{share:>16}")
+            lines.append(
+                f"{name:<16}{q['pairs']:>8}{q['margin_nats']:>+10.2f}{q['target_nats']:>+10.1f}{share:>16}"
+            )
     return "\n".join(lines)

@@ -31,26 +31,40 @@ from runtime import World
 from sources import sha256
 from tasks import PROTOCOLS, Task
 
-FREE = frozenset({"judge", "pairwise", "ranks", "out", "fresh", "device"})  # may differ when a run goes on
+FREE = frozenset(
+    {"judge", "pairwise", "ranks", "out", "fresh", "device"}
+)  # may differ when a run goes on
 Ranked = tuple[str, Mapping[str, Any]]  # file:line, and the row of to_rank.jsonl with "ranks"
 PROMPT = Task("", "", tasks.goal("prompt", "goal", "text", "Behavior"), "harmless")
 
 
-def pairs_of(answers: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def pairs_of(
+    answers: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """(rows for the recipe redteam, but for better_modelout; counts), of two neighbouring answers a prompt and their verdicts.
 
     Harm above 1/2 is unsafe. Empty and equal answers make no pair, as training would drop them.
     """
-    counts, pairs = {"prompts": len(answers) // 2, "with_an_empty_answer": 0, "with_equal_answers": 0}, []
-    for one, two, first, second in zip(answers[::2], answers[1::2], verdicts[::2], verdicts[1::2], strict=True):
+    counts, pairs = (
+        {"prompts": len(answers) // 2, "with_an_empty_answer": 0, "with_equal_answers": 0},
+        [],
+    )
+    for one, two, first, second in zip(
+        answers[::2], answers[1::2], verdicts[::2], verdicts[1::2], strict=True
+    ):
         texts = one["prompt"], one["answer"], two["answer"]
         if not all(text.strip() for text in texts):
             counts["with_an_empty_answer"] += 1
         elif texts[1] == texts[2]:
             counts["with_equal_answers"] += 1
         else:
-            pairs.append({**dict(zip(("prompt", "modeloutput1", "modeloutput2"), texts, strict=True)),
-                          "is_modelout1_safe": first["harm"] <= 0.5, "is_modelout2_safe": second["harm"] <= 0.5})  # fmt: skip
+            pairs.append(
+                {
+                    **dict(zip(("prompt", "modeloutput1", "modeloutput2"), texts, strict=True)),
+                    "is_modelout1_safe": first["harm"] <= 0.5,
+                    "is_modelout2_safe": second["harm"] <= 0.5,
+                }
+            )
     return pairs, counts
 
 
@@ -59,9 +73,13 @@ def read_ranks(path: Path, prompts: Collection[str]) -> list[Ranked]:
     ranked: list[Ranked] = []
     for place, row in tables.read_rows(path):
         if not isinstance(row, dict) or row.get("prompt") not in prompts:
-            raise ValueError(f"{place} must be a row of to_rank.jsonl, of one of --prompts, with ranks, got {row!r:.200}")
+            raise ValueError(
+                f"{place} must be a row of to_rank.jsonl, of one of --prompts, with ranks, got {row!r:.200}"
+            )
         if row.get("ranks") not in ([1, 2], [2, 1]):
-            raise ValueError(f"{place}: ranks must be [1, 2] or [2, 1], 1 for the better answer, got {row.get('ranks')!r}")
+            raise ValueError(
+                f"{place}: ranks must be [1, 2] or [2, 1], 1 for the better answer, got {row.get('ranks')!r}"
+            )
         ranked.append((place, row))
     return ranked
 
@@ -70,38 +88,62 @@ def must_not_have_ranks(path: Path) -> None:
     """ValueError when somebody has added ranks to this to_rank.jsonl, which would be written over."""
     rows = [row for _, row in tables.read_rows(path)] if path.exists() else []
     if any("ranks" in row for row in rows if isinstance(row, dict)):
-        raise ValueError(f"{path} has ranks, which are not written over; pass --ranks {path}, or move it away")
+        raise ValueError(
+            f"{path} has ranks, which are not written over; pass --ranks {path}, or move it away"
+        )
 
 
 def ranks_of(ranked: Sequence[Ranked], pairs: Sequence[Mapping[str, Any]]) -> Iterator[int]:
     """1 or 2 of each pair: the answer of rank 1. ValueError names the first line that is not the pair's row."""
     for (place, row), pair in zip(ranked, pairs, strict=False):
         if any(row.get(key) != pair[key] for key in ("prompt", "modeloutput1", "modeloutput2")):
-            raise ValueError(f"{place} must be the row of to_rank.jsonl in its place, with ranks, got {row!r:.200}")
+            raise ValueError(
+                f"{place} must be the row of to_rank.jsonl in its place, with ranks, got {row!r:.200}"
+            )
         yield row["ranks"].index(1) + 1
     if len(ranked) != len(pairs):
-        raise ValueError(f"--ranks must rank the {len(pairs)} rows of to_rank.jsonl, got {len(ranked)}")
+        raise ValueError(
+            f"--ranks must rank the {len(pairs)} rows of to_rank.jsonl, got {len(ranked)}"
+        )
 
 
-def order(pairs: Sequence[Mapping[str, Any]], ranks: Examiner | list[Ranked], folder: Path, world: World) -> list[int | None]:
+def order(
+    pairs: Sequence[Mapping[str, Any]], ranks: Examiner | list[Ranked], folder: Path, world: World
+) -> list[int | None]:
     """1 or 2 of each pair, the more helpful answer; None where the two do not fit into the pairwise judge's context."""
     if isinstance(ranks, list):
         return world.from_main(lambda: list(ranks_of(ranks, pairs)))
-    contests = [Contest(pair["prompt"], pair["modeloutput1"], pair["modeloutput2"]) for pair in pairs]
-    found = kept_preferences(folder / f"preferences.{file_name(ranks.identity)}.jsonl", ranks, contests, world)
+    contests = [
+        Contest(pair["prompt"], pair["modeloutput1"], pair["modeloutput2"]) for pair in pairs
+    ]
+    found = kept_preferences(
+        folder / f"preferences.{file_name(ranks.identity)}.jsonl", ranks, contests, world
+    )
     return [None if one is None else 2 if one["second"] > 0.5 else 1 for one in found]
 
 
 def run(options: argparse.Namespace, world: World) -> None:
     """From prompts to redteam.jsonl and report.json in --out. What is there already is not computed again."""
-    protocol = PROTOCOLS["paper"]._replace(temperature=options.temperature, max_new_tokens=options.max_new_tokens)
+    protocol = PROTOCOLS["paper"]._replace(
+        temperature=options.temperature, max_new_tokens=options.max_new_tokens
+    )
     folder = storage.RunFolder(Path(options.out), world, "redteam")
-    reads = [options.model, options.prompts, options.chat_template, options.pairwise, options.judge.partition(":")[2]]
+    reads = [
+        options.model,
+        options.prompts,
+        options.chat_template,
+        options.pairwise,
+        options.judge.partition(":")[2],
+    ]
     folder.check(vars(options), FREE, options.fresh, [*filter(None, reads)])
     find_model(options.model, weights=False)  # before the judges' weights are summed
     judge = load_judge(options.judge, world, folder.started)
-    ranks: Examiner | list[Ranked] | None = Examiner("pairwise", options.pairwise, world, folder.started) if options.pairwise else None
-    asked = world.from_main(lambda: tasks.load("prompts", options.prompts, protocol, options.limit, PROMPT))
+    ranks: Examiner | list[Ranked] | None = (
+        Examiner("pairwise", options.pairwise, world, folder.started) if options.pairwise else None
+    )
+    asked = world.from_main(
+        lambda: tasks.load("prompts", options.prompts, protocol, options.limit, PROMPT)
+    )
     if options.ranks:
         prompts = {request.prompt for _, request in asked}
         ranks = world.from_main(lambda: read_ranks(Path(options.ranks), prompts))
@@ -117,28 +159,57 @@ def run(options: argparse.Namespace, world: World) -> None:
 
     answers = policy.take(folder.path / "answers.jsonl", PROMPT, entries, protocol, options.seed)
     policy.unload()
-    pairs, counts = pairs_of(answers, judged(folder.path, "answers", entries, answers, judge, world))
-    counts |= {"cut_to_the_models_positions": cut, "answers_at_the_token_limit": sum(row["at_limit"] for row in answers)}
+    pairs, counts = pairs_of(
+        answers, judged(folder.path, "answers", entries, answers, judge, world)
+    )
+    counts |= {
+        "cut_to_the_models_positions": cut,
+        "answers_at_the_token_limit": sum(row["at_limit"] for row in answers),
+    }
     judge.unload()
     if ranks is None:
         world.from_main(lambda: storage.write_lines(waiting, pairs))
         folder.drop_earlier()
-        world.say(f"wrote {waiting}, {len(pairs)} pairs; the same command goes on with --pairwise or --ranks")
+        world.say(
+            f"wrote {waiting}, {len(pairs)} pairs; the same command goes on with --pairwise or --ranks"
+        )
         return
     better = order(pairs, ranks, folder.path, world)
-    done = [{**pair, "better_modelout": which} for pair, which in zip(pairs, better, strict=True) if which]
+    done = [
+        {**pair, "better_modelout": which}
+        for pair, which in zip(pairs, better, strict=True)
+        if which
+    ]
     safe = [pair["is_modelout1_safe"] + pair["is_modelout2_safe"] for pair in done]
-    counts |= {"beyond_the_pairwise_judges_context": len(pairs) - len(done), "pairs": len(done), "both_safe": safe.count(2),
-               "one_safe": safe.count(1), "both_unsafe": safe.count(0)}  # fmt: skip
-    order_by = ranks.identity if isinstance(ranks, Examiner) else {"ranks": options.ranks, "sha256": sha256(Path(options.ranks))}
-    setup = {"model": options.model, **policy.identity, "temperature": protocol.temperature, "top_p": protocol.top_p,
-             "max_new_tokens": protocol.max_new_tokens, "seed": options.seed,
-             "safety": judge.identity, "helpfulness": order_by}  # fmt: skip
+    counts |= {
+        "beyond_the_pairwise_judges_context": len(pairs) - len(done),
+        "pairs": len(done),
+        "both_safe": safe.count(2),
+        "one_safe": safe.count(1),
+        "both_unsafe": safe.count(0),
+    }
+    order_by = (
+        ranks.identity
+        if isinstance(ranks, Examiner)
+        else {"ranks": options.ranks, "sha256": sha256(Path(options.ranks))}
+    )
+    setup = {
+        "model": options.model,
+        **policy.identity,
+        "temperature": protocol.temperature,
+        "top_p": protocol.top_p,
+        "max_new_tokens": protocol.max_new_tokens,
+        "seed": options.seed,
+        "safety": judge.identity,
+        "helpfulness": order_by,
+    }
     world.from_main(lambda: storage.write_lines(folder.path / "redteam.jsonl", done))
     report = {"counts": counts, "setup": setup, **storage.surroundings()}
     world.from_main(lambda: storage.write_json(folder.path / "report.json", report))
     folder.drop_earlier()
-    world.say(f"two answers a prompt, temperature {protocol.temperature}, top_p {protocol.top_p}, at most {protocol.max_new_tokens} tokens")
+    world.say(
+        f"two answers a prompt, temperature {protocol.temperature}, top_p {protocol.top_p}, at most {protocol.max_new_tokens} tokens"
+    )
     world.say("\n".join(f"{count:8} {name.replace('_', ' ')}" for name, count in counts.items()))
     world.say(f"wrote {folder.path / 'redteam.jsonl'}")
 
@@ -146,23 +217,58 @@ def run(options: argparse.Namespace, world: World) -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command line. Wrong usage is said in one line, after the usage, and exits with code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, type=os.path.expanduser, help="a folder or a hub name")
-    parser.add_argument("--prompts", required=True, help="a table with a column prompt, goal, text or Behavior, or a .txt of prompts")
-    parser.add_argument("--judge", required=True, help="of safety: harmbench:MODEL, wildguard:MODEL or keyword")
+    parser.add_argument(
+        "--model", required=True, type=os.path.expanduser, help="a folder or a hub name"
+    )
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        help="a table with a column prompt, goal, text or Behavior, or a .txt of prompts",
+    )
+    parser.add_argument(
+        "--judge", required=True, help="of safety: harmbench:MODEL, wildguard:MODEL or keyword"
+    )
     helpful = parser.add_mutually_exclusive_group()
-    helpful.add_argument("--pairwise", metavar="MODEL", help="judge of helpfulness: any causal language model that follows instructions")
+    helpful.add_argument(
+        "--pairwise",
+        metavar="MODEL",
+        help="judge of helpfulness: any causal language model that follows instructions",
+    )
     helpful.add_argument("--ranks", metavar="FILE", help="to_rank.jsonl with ranks")
-    parser.add_argument("--out", required=True, type=os.path.expanduser, help="folder for the pairs, and for all that leads to them")
-    parser.add_argument("--temperature", type=float, default=PROTOCOLS["paper"].temperature, help="of the answers; default %(default)s")
-    parser.add_argument("--max_new_tokens", type=int, default=PROTOCOLS["paper"].max_new_tokens, help="default %(default)s")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=os.path.expanduser,
+        help="folder for the pairs, and for all that leads to them",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=PROTOCOLS["paper"].temperature,
+        help="of the answers; default %(default)s",
+    )
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=PROTOCOLS["paper"].max_new_tokens,
+        help="default %(default)s",
+    )
     parser.add_argument("--limit", type=int, default=0, help="prompts; 0: all")
-    parser.add_argument("--seed", type=int, default=42, help="of the first answer; each has its own")
-    parser.add_argument("--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's")
-    parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left in --out")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="of the first answer; each has its own"
+    )
+    parser.add_argument(
+        "--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove what an earlier run left in --out"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(arguments)
     if not LEAST_TEMPERATURE <= options.temperature < math.inf:
-        parser.error(f"--temperature must be finite and at least {LEAST_TEMPERATURE:g}, or both answers are the same")
+        parser.error(
+            f"--temperature must be finite and at least {LEAST_TEMPERATURE:g}, or both answers are the same"
+        )
     if options.max_new_tokens < 1 or options.limit < 0 or not 0 <= options.seed < 2**31:
         parser.error("--max_new_tokens must be >= 1, --limit >= 0, --seed in [0, 2^31)")
     if not options.prompts:
@@ -170,7 +276,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.ranks and not tables.is_table(Path(options.ranks)):
         parser.error(f"--ranks must be a .jsonl or .parquet file, got {options.ranks}")
     if options.ranks and options.fresh:
-        parser.error("--ranks orders the answers that are in --out, and --fresh would remove these; leave one of the two out")
+        parser.error(
+            "--ranks orders the answers that are in --out, and --fresh would remove these; leave one of the two out"
+        )
     return options
 
 

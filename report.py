@@ -20,7 +20,9 @@ import storage
 from metrics import SHARES, Terms
 from tasks import TASKS
 
-Standing = dict[str, Any]  # n, score, error, low, high; of two models also "reference" and "difference", standings like it
+Standing = dict[
+    str, Any
+]  # n, score, error, low, high; of two models also "reference" and "difference", standings like it
 USUAL_MASS = 0.9  # of a judge that was made for its prompt
 Z = 1.959964  # standard errors on either side of a mean that hold 95 % of a normal distribution
 SUITES = ("helpfulness", "discriminative", "generative", "over_refusal")
@@ -46,7 +48,13 @@ RULES = (
 def summary(terms: Sequence[float]) -> Standing:
     """n, mean, standard error and 95 % interval of two or more terms."""
     score, error = float(np.mean(terms)), float(np.std(terms, ddof=1)) / len(terms) ** 0.5
-    return {"n": len(terms), "score": score, "error": error, "low": score - Z * error, "high": score + Z * error}
+    return {
+        "n": len(terms),
+        "score": score,
+        "error": error,
+        "low": score - Z * error,
+        "high": score + Z * error,
+    }
 
 
 def is_share(metric: str, *columns: Sequence[float]) -> bool:
@@ -59,7 +67,11 @@ def share(metric: str, terms: Sequence[float]) -> Standing:
     found, n = summary(terms), len(terms)
     if is_share(metric, terms):
         centre = (found["score"] + Z**2 / (2 * n)) / (1 + Z**2 / n)
-        half = Z / (1 + Z**2 / n) * (found["score"] * (1 - found["score"]) / n + Z**2 / (4 * n**2)) ** 0.5
+        half = (
+            Z
+            / (1 + Z**2 / n)
+            * (found["score"] * (1 - found["score"]) / n + Z**2 / (4 * n**2)) ** 0.5
+        )
         found |= {"low": max(0.0, centre - half), "high": min(1.0, centre + half)}
     return found
 
@@ -89,15 +101,26 @@ def standing(metric: str, policy: Terms, reference: Terms | None) -> Standing:
 
     if reference is None:
         return one(policy)
-    return one(policy) | {"reference": one(reference), "difference": difference(metric, policy[metric], reference[metric])}
+    return one(policy) | {
+        "reference": one(reference),
+        "difference": difference(metric, policy[metric], reference[metric]),
+    }
 
 
 def average(parts: Sequence[Standing]) -> Standing:
     """The mean of independent scores, each with one vote. Its interval is put together from theirs, each side by itself (MOVER: Zou and
     Donner, 2008); of symmetric ones that is 1.96 standard errors."""
     score = sum(part["score"] for part in parts) / len(parts)
-    error, below, above = (math.hypot(*gaps) / len(parts) for gaps in zip(
-        *((part["error"], part["score"] - part["low"], part["high"] - part["score"]) for part in parts), strict=True))  # fmt: skip
+    error, below, above = (
+        math.hypot(*gaps) / len(parts)
+        for gaps in zip(
+            *(
+                (part["error"], part["score"] - part["low"], part["high"] - part["score"])
+                for part in parts
+            ),
+            strict=True,
+        )
+    )
     found: Standing = {"score": score, "error": error, "low": score - below, "high": score + above}
     for key in ("reference", "difference"):
         if all(key in part for part in parts):
@@ -112,10 +135,18 @@ def make_report(terms: Mapping[str, Terms], reference: Mapping[str, Terms]) -> d
     for name, columns in terms.items():
         every = {metric: standing(metric, columns, reference.get(name)) for metric in columns}
         first = next(iter(every))
-        standings[name] = {"metric": first, **every[first], "others": {key: every[key] for key in every if key != first}}
+        standings[name] = {
+            "metric": first,
+            **every[first],
+            "others": {key: every[key] for key in every if key != first},
+        }
         if TASKS[name].suite:
             suites[TASKS[name].suite][name] = every[TASKS[name].averaged or first]
-    averages: dict[str, Any] = {suite: {**average(list(parts.values())), "tasks": list(parts)} for suite, parts in suites.items() if parts}
+    averages: dict[str, Any] = {
+        suite: {**average(list(parts.values())), "tasks": list(parts)}
+        for suite, parts in suites.items()
+        if parts
+    }
     if "discriminative" in averages and "generative" in averages:
         averages["harmlessness"] = average([averages["discriminative"], averages["generative"]])
     return {"tasks": standings, "averages": averages, "rules": RULES}
@@ -144,15 +175,33 @@ def table(report: Mapping[str, Any]) -> str:
     for key, words in NOTES.items():
         for name, values in report[key].items():
             notes += [words.format(name, who, value) for who, value in values.items() if value]
-    missing = [f"alpaca_eval, {who}: {figures['n_missing']} answers without a preference, beyond the judge's context"
-               for who, figures in report["win_rates"].items() if figures["n_missing"]]  # fmt: skip
+    missing = [
+        f"alpaca_eval, {who}: {figures['n_missing']} answers without a preference, beyond the judge's context"
+        for who, figures in report["win_rates"].items()
+        if figures["n_missing"]
+    ]
     shares = ("agreement", "false", "missed")
-    agree = ["the judge {} and {} rows labelled {}: agreement {}, said in error of {}, missed {}".format(
-                 judge, part["n"], label, *("-" if part[share] is None else f"{part[share]:.3f}" for share in shares))
-             for judge, parts in report["agreement"].items() for label, part in parts.items()]  # fmt: skip
-    masses = {name: part["others"]["judge_mass"]["score"] for name, part in report["tasks"].items() if "judge_mass" in part["others"]}
-    unsure = [f"the judge of {name} gave {mass:.3f} of its probability to the replies it was asked for, on average: was it made for this "
-              "prompt?" for name, mass in masses.items() if mass < USUAL_MASS]  # fmt: skip
+    agree = [
+        "the judge {} and {} rows labelled {}: agreement {}, said in error of {}, missed {}".format(
+            judge,
+            part["n"],
+            label,
+            *("-" if part[share] is None else f"{part[share]:.3f}" for share in shares),
+        )
+        for judge, parts in report["agreement"].items()
+        for label, part in parts.items()
+    ]
+    masses = {
+        name: part["others"]["judge_mass"]["score"]
+        for name, part in report["tasks"].items()
+        if "judge_mass" in part["others"]
+    }
+    unsure = [
+        f"the judge of {name} gave {mass:.3f} of its probability to the replies it was asked for, on average: was it made for this "
+        "prompt?"
+        for name, mass in masses.items()
+        if mass < USUAL_MASS
+    ]
     return "\n".join([head, *lines, "", *notes, *missing, *unsure, *agree, *report["rules"]])
 
 
@@ -186,9 +235,13 @@ def differing(reports: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
             values.setdefault(what, set()).add(json.dumps(setup[what]))
         values.setdefault("dtype", set()).add(setup["models"]["policy"]["dtype"])
         for name, part in report["averages"].items():
-            values.setdefault(f"the tasks in the average {name}", set()).add(json.dumps(part.get("tasks")))
+            values.setdefault(f"the tasks in the average {name}", set()).add(
+                json.dumps(part.get("tasks"))
+            )
         for name, rows in setup["rows"].items():
-            values.setdefault(f"the rows of {name}", set()).add(f"{rows['sha256']} {unscored(report, name)}")
+            values.setdefault(f"the rows of {name}", set()).add(
+                f"{rows['sha256']} {unscored(report, name)}"
+            )
         for name, judge in setup["judges"].items():
             values.setdefault(f"the judge of {name}", set()).add(json.dumps(judge))
     return values
@@ -203,18 +256,45 @@ def compare(folders: Sequence[str], out: str | None) -> str:
     if other := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"--compare takes folders of reports, got {other[0]}")
     keys = ("tasks", "averages", "setup", "win_rates")
-    reports = {folder: storage.read_json(Path(folder) / "report.json", *keys, remedy=remedy) for folder in folders}
-    names = dict.fromkeys(name for report in reports.values() for name in (*report["averages"], *report["tasks"]))
+    reports = {
+        folder: storage.read_json(Path(folder) / "report.json", *keys, remedy=remedy)
+        for folder in folders
+    }
+    names = dict.fromkeys(
+        name for report in reports.values() for name in (*report["averages"], *report["tasks"])
+    )
     cells = {name: [cell(report, name) for report in reports.values()] for name in names}
     longest = max([22, *(len(text) for row in cells.values() for text in row)])
-    width = next(n for n in itertools.count(longest) if len({folder[-n:] for folder in reports}) == len(reports)) + 2
+    width = (
+        next(
+            n
+            for n in itertools.count(longest)
+            if len({folder[-n:] for folder in reports}) == len(reports)
+        )
+        + 2
+    )
     lines = [" " * 26 + "".join(f"{folder[2 - width :]:>{width}}" for folder in reports)]
-    lines += [f"{name:<26}" + "".join(f"{text:>{width}}" for text in row) for name, row in cells.items()]
-    lines += [f"not alike: {what}" for what, values in differing(list(reports.values())).items() if len(values) > 1]
-    both = {folder: [report["averages"].get(axis) for axis in ("helpfulness", "harmlessness")] for folder, report in reports.items()}
-    points = [scatter.Point(folder, *(axis["score"] for axis in axes),
-                            *((axis["score"] - axis["low"], axis["high"] - axis["score"]) for axis in axes))
-              for folder, axes in both.items() if all(axes)]  # fmt: skip
+    lines += [
+        f"{name:<26}" + "".join(f"{text:>{width}}" for text in row) for name, row in cells.items()
+    ]
+    lines += [
+        f"not alike: {what}"
+        for what, values in differing(list(reports.values())).items()
+        if len(values) > 1
+    ]
+    both = {
+        folder: [report["averages"].get(axis) for axis in ("helpfulness", "harmlessness")]
+        for folder, report in reports.items()
+    }
+    points = [
+        scatter.Point(
+            folder,
+            *(axis["score"] for axis in axes),
+            *((axis["score"] - axis["low"], axis["high"] - axis["score"]) for axis in axes),
+        )
+        for folder, axes in both.items()
+        if all(axes)
+    ]
     if out and points:
         Path(out).mkdir(parents=True, exist_ok=True)
         scatter.draw(points, Path(out) / "figure5.png", note="bars: 95 % intervals")

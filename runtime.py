@@ -30,10 +30,19 @@ from torch.nn.utils import get_total_norm
 Result = TypeVar("Result")
 # Bad input; a full disk, which save_file says by an error of its own; a model or pack too large for the GPU.
 USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOTDIR, errno.EEXIST)  # not EACCES: reading gives it too
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)  # not EACCES: reading gives it too
 SPEAK_AFTER_S = 5.0  # how long another rank than 0 waits before it reports an error
 RANK_0_SPEAKS = "rank 0 reports this error"
-GROUP_TIMEOUT = timedelta(hours=1)  # of a collective: ranks wait for one that reads or tokenises alone
+GROUP_TIMEOUT = timedelta(
+    hours=1
+)  # of a collective: ranks wait for one that reads or tokenises alone
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -71,7 +80,12 @@ class World:
     def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum over ranks of each tensor, all of one dtype and on the CPU, by one all-reduce."""
         flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-        return [part.view(tensor.shape) for part, tensor in zip(torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True)]
+        return [
+            part.view(tensor.shape)
+            for part, tensor in zip(
+                torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True
+            )
+        ]
 
     def from_main(self, make: Callable[[], Result]) -> Result:
         """make() as rank 0 computes it, on every rank; an error of the user's making is raised on every rank too."""
@@ -103,7 +117,9 @@ class World:
         def compare() -> None:
             for rank, other in enumerate(values):
                 if other != values[0]:
-                    raise ValueError(f"{what} must be the same on every node, but rank {rank} reads another than rank 0; copy it there")
+                    raise ValueError(
+                        f"{what} must be the same on every node, but rank {rank} reads another than rank 0; copy it there"
+                    )
 
         self.from_main(compare)
         return value
@@ -135,15 +151,21 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but torch finds no GPU here; pass --device cpu")
+        raise ValueError(
+            "device cuda was asked for, but torch finds no GPU here; pass --device cpu"
+        )
     if replicate < 1 or size % replicate:
         raise ValueError(f"replicate must divide the number of processes, {size}, got {replicate}")
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", launched("LOCAL_RANK", 0))
-        if (processes := max(launched("LOCAL_WORLD_SIZE", 1), where.index + 1)) > torch.cuda.device_count():
-            raise ValueError(f"each process needs a GPU of its own, got {torch.cuda.device_count()} for the {processes} of this node; pass "
-                             "torchrun a smaller --nproc_per_node, or --device cpu")  # fmt: skip
+        if (
+            processes := max(launched("LOCAL_WORLD_SIZE", 1), where.index + 1)
+        ) > torch.cuda.device_count():
+            raise ValueError(
+                f"each process needs a GPU of its own, got {torch.cuda.device_count()} for the {processes} of this node; pass "
+                "torchrun a smaller --nproc_per_node, or --device cpu"
+            )
         torch.cuda.set_device(where)
     else:
         keep_freed_memory()
@@ -187,7 +209,10 @@ def errors_in_one_line() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         code = 128 + signal.SIGINT
         if rank == 0:
-            print("\nstopped; the same command, without --fresh, goes on from what was saved", file=sys.stderr)
+            print(
+                "\nstopped; the same command, without --fresh, goes on from what was saved",
+                file=sys.stderr,
+            )
     except USER_ERRORS as error:
         code = 1
         if rank == 0:
@@ -223,13 +248,17 @@ class StopRequest:
         self.requested = 0
 
     def __enter__(self) -> "StopRequest":
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.requested and kind is RuntimeError:  # a collective broke, as another rank was stopped or died
+        if (
+            self.requested and kind is RuntimeError
+        ):  # a collective broke, as another rank was stopped or died
             signal.raise_signal(self.requested)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -247,13 +276,23 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: to
     Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the masters), cast when gathered.
     """
     # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2 would copy it twice a pack.
-    as_it_is = {parameter for parameter in model.parameters() if world.size == 1 and parameter.dtype == dtype}
+    as_it_is = {
+        parameter
+        for parameter in model.parameters()
+        if world.size == 1 and parameter.dtype == dtype
+    }
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=as_it_is)
     # By default the root stays whole after a forward. Weights that are then read into its shards, as on resuming after the reference
     # pass, would not be seen by the next forward, nor by an export.
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=as_it_is)
+    fully_shard(
+        model,
+        mesh=world.mesh,
+        mp_policy=policy,
+        reshard_after_forward=True,
+        ignored_params=as_it_is,
+    )
     register_fsdp_forward_method(model, "logprobs")
 
 
@@ -270,14 +309,21 @@ def adam_state(optimizer: torch.optim.AdamW, trained: Mapping[str, Tensor]) -> d
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = moments | {"step": torch.zeros(())}  # on the CPU: on a GPU each would be waited for
-        tensors |= {f"weight.{name}": parameter.detach(), **{f"{key}.{name}": value for key, value in moments.items()}}
+        optimizer.state[parameter] = moments | {
+            "step": torch.zeros(())
+        }  # on the CPU: on a GPU each would be waited for
+        tensors |= {
+            f"weight.{name}": parameter.detach(),
+            **{f"{key}.{name}": value for key, value in moments.items()},
+        }
     return tensors
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The norm of all their gradients together, a scalar tensor, the same on every rank."""
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = get_total_norm(
+        [parameter.grad for parameter in parameters if parameter.grad is not None]
+    )
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

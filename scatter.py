@@ -25,7 +25,9 @@ class Point(NamedTuple):
     harmless: float
     helpful_bar: tuple[float, float] = (0.0, 0.0)  # of the error bar: how far below, and above
     harmless_bar: tuple[float, float] = (0.0, 0.0)
-    cost: float = 0.0  # drawn as the mark's area, the dearest point's being the largest; 0: none is drawn
+    cost: float = (
+        0.0  # drawn as the mark's area, the dearest point's being the largest; 0: none is drawn
+    )
     line: str = ""  # points of one line are joined in their order and share colour, marker and a legend entry
     look: int = -1  # of LOOKS; -1: the next one
 
@@ -42,7 +44,9 @@ def _place_names(figure: Figure, axes: Axes, points: Sequence[Point], radius_pt:
     for point in points:
         below, above = point.harmless_bar
         corners = [(point.helpful, point.harmless - below), (point.helpful, point.harmless + above)]
-        taken.append(Bbox(axes.transData.transform(corners)).padded(radius))  # the mark and its upright bar
+        taken.append(
+            Bbox(axes.transData.transform(corners)).padded(radius)
+        )  # the mark and its upright bar
     halo = withStroke(linewidth=3, foreground="white")
 
     for point in points:
@@ -67,8 +71,15 @@ def _place_names(figure: Figure, axes: Axes, points: Sequence[Point], radius_pt:
         taken.append(box)
 
 
-def draw(points: Sequence[Point], path: Path, *, start: Point | None = None, title: str = "",
-            axis_words: tuple[str, str] = ("helpfulness", "harmlessness"), note: str = "") -> None:
+def draw(
+    points: Sequence[Point],
+    path: Path,
+    *,
+    start: Point | None = None,
+    title: str = "",
+    axis_words: tuple[str, str] = ("helpfulness", "harmlessness"),
+    note: str = "",
+) -> None:
     """Figure 5: models by helpfulness (across) and harmlessness (up), each a named mark with its error bars.
 
     start: the model that the others began from, drawn with an arrow to each point that is on no line. note: one
@@ -81,26 +92,80 @@ def draw(points: Sequence[Point], path: Path, *, start: Point | None = None, tit
         groups.setdefault(point.line or point.name, []).append(point)
     dearest = max((point.cost for point in points), default=0.0)
     for number, (group, members) in enumerate(groups.items()):
-        color, marker, line = LOOKS[(number if members[0].look < 0 else members[0].look) % len(LOOKS)]
+        color, marker, line = LOOKS[
+            (number if members[0].look < 0 else members[0].look) % len(LOOKS)
+        ]
         across, up = ([point[axis] for point in members] for axis in (1, 2))
-        bars_across, bars_up = (list(zip(*(point[axis] for point in members), strict=True)) for axis in (3, 4))
-        axes.errorbar(across, up, bars_up, bars_across, color=color, linestyle=line if members[0].line else "none", linewidth=1.4,
-                      elinewidth=1.1, capsize=3)
-        axes.scatter(across, up, [220 * point.cost / dearest if point.cost else 70 for point in members], color=color,
-                     marker=marker, edgecolors=BLACK, linewidths=0.8, zorder=4)
+        bars_across, bars_up = (
+            list(zip(*(point[axis] for point in members), strict=True)) for axis in (3, 4)
+        )
+        axes.errorbar(
+            across,
+            up,
+            bars_up,
+            bars_across,
+            color=color,
+            linestyle=line if members[0].line else "none",
+            linewidth=1.4,
+            elinewidth=1.1,
+            capsize=3,
+        )
+        axes.scatter(
+            across,
+            up,
+            [220 * point.cost / dearest if point.cost else 70 for point in members],
+            color=color,
+            marker=marker,
+            edgecolors=BLACK,
+            linewidths=0.8,
+            zorder=4,
+        )
         if members[0].line:
-            axes.plot([], [], color=color, marker=marker, linestyle=line, markeredgecolor=BLACK, label=group)
+            axes.plot(
+                [],
+                [],
+                color=color,
+                marker=marker,
+                linestyle=line,
+                markeredgecolor=BLACK,
+                label=group,
+            )
     named = list(points)
     if start:
         named.append(start)
-        bar_across, bar_up = ([[below], [above]] for below, above in (start.helpful_bar, start.harmless_bar))
-        axes.errorbar(start.helpful, start.harmless, bar_up, bar_across, color=BLACK, marker="X", markersize=9, capsize=3, elinewidth=1.1)
+        bar_across, bar_up = (
+            [[below], [above]] for below, above in (start.helpful_bar, start.harmless_bar)
+        )
+        axes.errorbar(
+            start.helpful,
+            start.harmless,
+            bar_up,
+            bar_across,
+            color=BLACK,
+            marker="X",
+            markersize=9,
+            capsize=3,
+            elinewidth=1.1,
+        )
         for point in points:
             if not point.line:
-                axes.annotate("", (point.helpful, point.harmless), (start.helpful, start.harmless), zorder=1,
-                              arrowprops={"arrowstyle": "->", "color": GREY, "shrinkA": 8, "shrinkB": 10, "linewidth": 0.9})
+                axes.annotate(
+                    "",
+                    (point.helpful, point.harmless),
+                    (start.helpful, start.harmless),
+                    zorder=1,
+                    arrowprops={
+                        "arrowstyle": "->",
+                        "color": GREY,
+                        "shrinkA": 8,
+                        "shrinkB": 10,
+                        "linewidth": 0.9,
+                    },
+                )
     axes.margins(0.16)
-    left, bottom = (max(limits[0], -0.08) for limits in (axes.get_xlim(), axes.get_ylim()))  # an error bar may reach below 0, a share not
+    left, bottom = (
+        max(limits[0], -0.08) for limits in (axes.get_xlim(), axes.get_ylim())
+    )  # an error bar may reach below 0, a share not
     axes.set(xlabel=axis_words[0], ylabel=axis_words[1], xlim=(left, None), ylim=(bottom, None))
     axes.set_title(title, fontsize=12, loc="left")
     if axes.get_legend_handles_labels()[1]:

@@ -24,35 +24,60 @@ if TYPE_CHECKING:
     Settings = TypeVar("Settings", bound=DataclassInstance)
 
 
-def setting(default: Any, text: str, *, least: float | None = None, above: float | None = None, below: float | None = None,
-            choices: Sequence[str] = ()) -> Any:  # fmt: skip
+def setting(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
     """A field with its help and what its value must keep to: least <= value, above < value < below, one of `choices`."""
     bounds = {">=": least, ">": above, "<": below}
     kept = {sign: bound for sign, bound in bounds.items() if bound is not None}
-    return dataclasses.field(default=default, metadata={"help": text, "bounds": kept, "choices": tuple(choices)})
+    return dataclasses.field(
+        default=default, metadata={"help": text, "bounds": kept, "choices": tuple(choices)}
+    )
 
 
 def check_bounds(settings: DataclassInstance) -> None:
     """ValueError that names the first setting outside its bounds or choices."""
     for field in dataclasses.fields(settings)[1:]:
-        value, bounds, choices = getattr(settings, field.name), field.metadata["bounds"], field.metadata["choices"]
+        value, bounds, choices = (
+            getattr(settings, field.name),
+            field.metadata["bounds"],
+            field.metadata["choices"],
+        )
         if choices and value not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
         if isinstance(value, int | float) and not isinstance(value, bool):
             limits = bounds if isinstance(value, float) else {"<": 2**31} | bounds
             holds = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
-            if not (math.isfinite(value) and all(holds[sign](value, bound) for sign, bound in limits.items())):
+            if not (
+                math.isfinite(value)
+                and all(holds[sign](value, bound) for sign, bound in limits.items())
+            ):
                 words = " and ".join(f"{sign} {bound}" for sign, bound in limits.items())
                 raise ValueError(f"{field.name} must be {words or 'finite'}, got {value}")
 
 
 def listed(settings: Mapping[str, Any]) -> str:
     """Settings as one line: name and value, comma by comma."""
-    return ", ".join(f"{name} {' '.join(value) if isinstance(value, tuple) else value}" for name, value in settings.items())
+    return ", ".join(
+        f"{name} {' '.join(value) if isinstance(value, tuple) else value}"
+        for name, value in settings.items()
+    )
 
 
-def from_command_line(kind: type[Settings], recipes: Mapping[str, Mapping[str, Any]], arguments: Sequence[str], program: str, text: str,
-                      check: Callable[[Settings], Settings]) -> Settings:  # fmt: skip
+def from_command_line(
+    kind: type[Settings],
+    recipes: Mapping[str, Mapping[str, Any]],
+    arguments: Sequence[str],
+    program: str,
+    text: str,
+    check: Callable[[Settings], Settings],
+) -> Settings:
     """The settings that a command line asks for: the recipe's, then the flags', then as `check` returns them.
 
     text: what --help says of the program. Wrong usage, or a ValueError of `check`, is said in one line, after the usage, and exits
@@ -62,27 +87,51 @@ def from_command_line(kind: type[Settings], recipes: Mapping[str, Mapping[str, A
     parser = argparse.ArgumentParser(
         description=text,
         usage=f"{program} [recipe] [--setting value ...]; --help lists the settings",
-        epilog="recipes: " + "; ".join(f"{name}: {listed(defaults)}" for name, defaults in recipes.items()),
+        epilog="recipes: "
+        + "; ".join(f"{name}: {listed(defaults)}" for name, defaults in recipes.items()),
         allow_abbrev=False,
     )
-    parser.add_argument(fields[0].name, nargs="?", choices=recipes, default=fields[0].default, help="default: %(default)s")
+    parser.add_argument(
+        fields[0].name,
+        nargs="?",
+        choices=recipes,
+        default=fields[0].default,
+        help="default: %(default)s",
+    )
     for field in fields[1:]:
         shown = f"; default {field.default}" if field.default not in ("", (), False) else ""
-        options: dict[str, Any] = {"help": field.metadata["help"] + shown, "default": argparse.SUPPRESS}
+        options: dict[str, Any] = {
+            "help": field.metadata["help"] + shown,
+            "default": argparse.SUPPRESS,
+        }
         if isinstance(field.default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(field.default, tuple):
             options |= {"nargs": "+", "metavar": "SOURCE"}
         else:
-            options |= {"type": type(field.default), "metavar": type(field.default).__name__.upper()}
+            options |= {
+                "type": type(field.default),
+                "metavar": type(field.default).__name__.upper(),
+            }
         parser.add_argument(f"--{field.name}", **options)
-    flags = {"--help", *(f"--{prefix}{field.name}" for field in fields[1:] for prefix in ("", "no-"))}
-    for word in arguments:  # argparse would take the unknown flag's value for the recipe, and blame that
+    flags = {
+        "--help",
+        *(f"--{prefix}{field.name}" for field in fields[1:] for prefix in ("", "no-")),
+    }
+    for (
+        word
+    ) in arguments:  # argparse would take the unknown flag's value for the recipe, and blame that
         if word.startswith("--") and word.split("=")[0] not in flags:
             parser.error(f"unknown setting {word.split('=')[0]}")
     found = vars(parser.parse_args(arguments))
-    given = {key: tuple(value) if isinstance(value, list) else os.path.expanduser(value) if isinstance(value, str) else value
-             for key, value in found.items()}  # fmt: skip  # a shell leaves the ~ of --out=~/run
+    given = {
+        key: tuple(value)
+        if isinstance(value, list)
+        else os.path.expanduser(value)
+        if isinstance(value, str)
+        else value
+        for key, value in found.items()
+    }  # a shell leaves the ~ of --out=~/run
     try:
         settings = kind(**{**recipes[found[fields[0].name]], **given})
         check_bounds(settings)

@@ -26,9 +26,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FILE = re.compile(r"(?P<stem>.+?)(-(?P<part>\d+)-of-(?P<shards>\d+)(-\w+)?)?\.(?P<kind>parquet|jsonl|json)(?P<packed>\.gz|\.xz)?")
+FILE = re.compile(
+    r"(?P<stem>.+?)(-(?P<part>\d+)-of-(?P<shards>\d+)(-\w+)?)?\.(?P<kind>parquet|jsonl|json)(?P<packed>\.gz|\.xz)?"
+)
 BOUND = r"\d\d?%|100%|\d+"
-SOURCE = re.compile(rf"(?P<name>.+?)(:(?P<split>\w+))?(\[(?P<start>{BOUND})?:(?P<stop>{BOUND})?\])?", re.DOTALL)
+SOURCE = re.compile(
+    rf"(?P<name>.+?)(:(?P<split>\w+))?(\[(?P<start>{BOUND})?:(?P<stop>{BOUND})?\])?", re.DOTALL
+)
 
 
 class Source(NamedTuple):
@@ -47,7 +51,11 @@ def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "m
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, revision=revision or None, allow_patterns=patterns))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, repo_type=kind, revision=revision or None, allow_patterns=patterns
+            )
+        )
     except Exception as error:  # its own errors, its transport's, which version to version is another library, the system's
         raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
@@ -55,15 +63,23 @@ def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "m
 def _from_hub(name: str, split: str | None) -> Path:
     """The snapshot folder of NAME[@REVISION]; its name is the commit."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[^@]+)?", name) or FILE.fullmatch(name):
-        raise ValueError(f"a source must be an existing file or folder, or a hub data set, got {name}")
+        raise ValueError(
+            f"a source must be an existing file or folder, or a hub data set, got {name}"
+        )
     repository, _, revision = name.partition("@")
-    kinds = [f"*.{kind}{packed}" for kind in ("parquet", "jsonl", "json") for packed in ("", ".gz", ".xz")]
+    kinds = [
+        f"*.{kind}{packed}"
+        for kind in ("parquet", "jsonl", "json")
+        for packed in ("", ".gz", ".xz")
+    ]
     wanted = [f"*{split}*", f"*{split.replace('train', 'test')}*"] if split else kinds
     try:
         return snapshot(repository, revision, wanted, "dataset")
     except OSError as error:
-        raise ValueError(f"{name} must be a local path or a hub data set within reach (name, revision, network, HF_TOKEN);"
-                         f" {error}") from error  # fmt: skip
+        raise ValueError(
+            f"{name} must be a local path or a hub data set within reach (name, revision, network, HF_TOKEN);"
+            f" {error}"
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -94,7 +110,9 @@ def check_whole(files: list[Path]) -> None:
         parts = [match["part"] for match in same]
         if len(parts) > len(set(parts)) or (None in parts and len(parts) > 1):
             names = " and ".join(sorted(match.string for match in same))
-            raise ValueError(f"the rows of {folder / stem} must be there once, got {names}; move one away, or pass one by its path")
+            raise ValueError(
+                f"the rows of {folder / stem} must be there once, got {names}; move one away, or pass one by its path"
+            )
     counts = Counter((match["stem"], match["shards"]) for _, match in matches if match["shards"])
     for (stem, shards), found in counts.items():
         if found < int(shards):
@@ -104,25 +122,40 @@ def check_whole(files: list[Path]) -> None:
 def check_names(split: str, files: list[Path]) -> None:
     """ValueError where a split's files have several names in one folder: it cannot be known that they belong together."""
     for folder in dict.fromkeys(file.parent for file in files):
-        stems = {match["stem"] for file in files if file.parent == folder and (match := FILE.fullmatch(file.name))}
-        if len(names := sorted(stem for stem in stems if not stem.rpartition("-")[2].isdigit())) > 1:
-            raise ValueError(f"the files of split {split} must have one name, got {' and '.join(names)} in {folder}; pass one by its path")
+        stems = {
+            match["stem"]
+            for file in files
+            if file.parent == folder and (match := FILE.fullmatch(file.name))
+        }
+        if (
+            len(names := sorted(stem for stem in stems if not stem.rpartition("-")[2].isdigit()))
+            > 1
+        ):
+            raise ValueError(
+                f"the files of split {split} must have one name, got {' and '.join(names)} in {folder}; pass one by its path"
+            )
 
 
 def find_source(text: str, stage: str) -> Source:
     """The files of NAME[@REVISION][:SPLIT][[START:STOP]], fetched from the hub if they are not local."""
     match = SOURCE.fullmatch(text)
     if match is None:
-        raise ValueError("a source must be NAME[@REVISION][:SPLIT][[START:STOP]], got an empty text")
+        raise ValueError(
+            "a source must be NAME[@REVISION][:SPLIT][[START:STOP]], got an empty text"
+        )
     whole = Path(text).expanduser().exists()  # a local name may hold any of these characters
-    name, split, start, stop = (text, None, None, None) if whole else match.group("name", "split", "start", "stop")
+    name, split, start, stop = (
+        (text, None, None, None) if whole else match.group("name", "split", "start", "stop")
+    )
     path, commit = Path(name).expanduser(), ""
     if not path.exists():
         path = _from_hub(name, split)
         commit = path.name
     if path.is_file():
         if split or not FILE.fullmatch(path.name):
-            raise ValueError(f"a file must be .jsonl, .json or .parquet, also .gz or .xz, without a split, got {text}")
+            raise ValueError(
+                f"a file must be .jsonl, .json or .parquet, also .gz or .xz, without a split, got {text}"
+            )
         return Source(text, [path], [], (start, stop), [sha256(path)])
     splits: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
@@ -130,15 +163,23 @@ def find_source(text: str, stage: str) -> Source:
         if (match := FILE.fullmatch(file.name)) and file.is_file() and not hidden:
             stem = match["stem"].rpartition("-")[2]
             splits.setdefault(file.parent.name if stem.isdigit() else stem, []).append(file)
-    usual = ("train", "train_prefs" if stage == "pairs" else "train_sft", *(splits if len(splits) == 1 else ()))
+    usual = (
+        "train",
+        "train_prefs" if stage == "pairs" else "train_sft",
+        *(splits if len(splits) == 1 else ()),
+    )
     split = split or next((name for name in usual if name in splits), "")
     if split not in splits:
-        raise ValueError(f"{text} must name a split of {path}, which has {', '.join(splits) or 'no data file'}")
+        raise ValueError(
+            f"{text} must name a split of {path}, which has {', '.join(splits) or 'no data file'}"
+        )
     test = splits.get(split.replace("train", "test"), []) if "train" in split else []
     check_names(split, splits[split])
     check_whole(splits[split])
     check_whole(test)
-    identity = [f"{file.relative_to(path)} {commit or sha256(file)}" for file in (*splits[split], *test)]
+    identity = [
+        f"{file.relative_to(path)} {commit or sha256(file)}" for file in (*splits[split], *test)
+    ]
     return Source(text, splits[split], test, (start, stop), identity)
 
 
@@ -155,19 +196,25 @@ def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. ValueError names a field that it holds twice, of which Python would keep the last."""
     found = dict(fields)
     if len(found) < len(fields):
-        raise ValueError(f"an object must hold a field once, got {repeated(name for name, _ in fields)} twice")
+        raise ValueError(
+            f"an object must hold a field once, got {repeated(name for name, _ in fields)} twice"
+        )
     return found
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object)
-FIRST = re.compile(r"\[[ \t\r\n]*(\]\Z)?")  # what stands before the first row of an array, or is all of it
+FIRST = re.compile(
+    r"\[[ \t\r\n]*(\]\Z)?"
+)  # what stands before the first row of an array, or is all of it
 NEXT = re.compile(r"[ \t\r\n]*(,|\]\Z)[ \t\r\n]*")  # what stands after a row
 
 
 def _unreadable(error: Exception) -> str:
     """What is wrong with a row's bytes."""
     if isinstance(error, UnicodeDecodeError):
-        return f"text must be UTF-8, got byte {error.object[error.start]:#x} at position {error.start}"
+        return (
+            f"text must be UTF-8, got byte {error.object[error.start]:#x} at position {error.start}"
+        )
     return f"must be JSON: {error}"
 
 
@@ -200,9 +247,17 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
     def rows_of(batch: Any) -> list[Any]:
         try:
             return list(batch.to_pylist())
-        except (ValueError, ArithmeticError, LookupError) as error:  # text that is no UTF-8, say, in one row or more
+        except (
+            ValueError,
+            ArithmeticError,
+            LookupError,
+        ) as error:  # text that is no UTF-8, say, in one row or more
             if len(batch) == 1:
-                what = "text must be UTF-8" if isinstance(error, UnicodeDecodeError) else "a value cannot be read"
+                what = (
+                    "text must be UTF-8"
+                    if isinstance(error, UnicodeDecodeError)
+                    else "a value cannot be read"
+                )
                 return [ValueError(f"{what}: {error}")]
             return [row for i in range(len(batch)) for row in rows_of(batch.slice(i, 1))]
 
@@ -210,15 +265,27 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             if doubled := repeated(table.schema_arrow.names):
-                yield f"{path}: row 1", Damaged(f"a table must have columns of different names, got {doubled} twice")
+                yield (
+                    f"{path}: row 1",
+                    Damaged(f"a table must have columns of different names, got {doubled} twice"),
+                )
                 return
             # Times are of no use here, and Python does not have them all.
-            names = [field.name for field in table.schema_arrow if not pyarrow.types.is_temporal(field.type)]
-            for row in chain.from_iterable(rows_of(batch.select(names)) for batch in table.iter_batches(256)):
+            names = [
+                field.name
+                for field in table.schema_arrow
+                if not pyarrow.types.is_temporal(field.type)
+            ]
+            for row in chain.from_iterable(
+                rows_of(batch.select(names)) for batch in table.iter_batches(256)
+            ):
                 number += 1
                 yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
-        yield f"{path}: row {number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")
+        yield (
+            f"{path}: row {number + 1}",
+            Damaged(f"the file breaks off or is damaged here ({error})"),
+        )
 
 
 def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tuple[str, Any]]:
@@ -248,15 +315,26 @@ def source_rows(source: Source, most_test: int) -> tuple[int, Iterator[tuple[str
     damaged files, whose rows cannot be counted."""
     rows, tests = 0, sum(1 for path in source.test for _ in read_rows(path, parse=len))
     for place, row in chain.from_iterable(read_rows(path, parse=len) for path in source.training):
-        if isinstance(row, Damaged) and source.bounds != (None, None):  # without a slice every row is looked at anyhow
+        if isinstance(row, Damaged) and source.bounds != (
+            None,
+            None,
+        ):  # without a slice every row is looked at anyhow
             raise ValueError(f"{place}: {row}")
         rows += 1
-    start, stop = (None if bound is None else round(rows * int(bound[:-1]) / 100) if bound[-1] == "%" else int(bound)
-                   for bound in source.bounds)  # fmt: skip
+    start, stop = (
+        None
+        if bound is None
+        else round(rows * int(bound[:-1]) / 100)
+        if bound[-1] == "%"
+        else int(bound)
+        for bound in source.bounds
+    )
     kept = range(rows)[start:stop]
     training = islice(chain.from_iterable(map(read_rows, source.training)), kept.start, kept.stop)
     test = islice(chain.from_iterable(map(read_rows, source.test)), most_test)
-    return len(kept) + min(tests, most_test), chain(((*row, False) for row in training), ((*row, True) for row in test))
+    return len(kept) + min(tests, most_test), chain(
+        ((*row, False) for row in training), ((*row, True) for row in test)
+    )
 
 
 def checked(row: Mapping[str, Any], name: str, valid: Callable[[Any], Any], wanted: str) -> Any:
@@ -270,5 +348,11 @@ def checked(row: Mapping[str, Any], name: str, valid: Callable[[Any], Any], want
 
 def text_of(row: Mapping[str, Any], name: str) -> str:
     """A column's text. ValueError names one that is missing, no text, or not Unicode."""
-    return str(checked(row, name, lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
-                      "text (Unicode without lone surrogates)"))  # fmt: skip
+    return str(
+        checked(
+            row,
+            name,
+            lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
+            "text (Unicode without lone surrogates)",
+        )
+    )

@@ -29,7 +29,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -38,7 +41,9 @@ from sources import cache_root, local_path, sha256
 from weights import INDEX, weight_files, weight_map
 
 MANIFEST = "manifest.json"
-CHECKPOINT_FILE_BYTES = 2**28  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
+CHECKPOINT_FILE_BYTES = (
+    2**28
+)  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
 PART_ROWS = 4096  # of kept log-probabilities, to a file: a minute or two of a 7B model on a GPU
 SHARED_DISK_S = 30.0  # how long a network disk may take to show a node what another one wrote
 
@@ -48,7 +53,9 @@ SHARED_DISK_S = 30.0  # how long a network disk may take to show a node what ano
 def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
     """{file name: sha256}, the reading shared out over the ranks."""
     mine = {path.name: sha256(path) for path in paths[world.rank :: world.size]}
-    return dict(sorted(item for part in world.gather(mine) for item in part.items()))  # in one order on any number of ranks
+    return dict(
+        sorted(item for part in world.gather(mine) for item in part.items())
+    )  # in one order on any number of ranks
 
 
 def weights_sha256(folder: Path, world: World) -> str:
@@ -62,7 +69,14 @@ def weights_sha256(folder: Path, world: World) -> str:
     files, local = [folder / name for name in names], launched("LOCAL_RANK", 0)
     mine = {path.name: sha256(path) for path in files[local :: launched("LOCAL_WORLD_SIZE", 1)]}
     node = world.rank - local  # its first rank
-    sums = dict(sorted(item for first, part in world.gather((node, mine)) if first == node for item in part.items()))
+    sums = dict(
+        sorted(
+            item
+            for first, part in world.gather((node, mine))
+            if first == node
+            for item in part.items()
+        )
+    )
     return world.same(f"the model {folder}", hashlib.sha256(json.dumps(sums).encode()).hexdigest())
 
 
@@ -106,7 +120,9 @@ def read_line(line: bytes) -> Any:
     return json.loads(line, parse_constant=refuse)
 
 
-def read_json(path: Path, *keys: str, remedy: str = "delete it, and make it again") -> dict[str, Any]:
+def read_json(
+    path: Path, *keys: str, remedy: str = "delete it, and make it again"
+) -> dict[str, Any]:
     """The file's object; ValueError that names the file, and the remedy, when it is damaged: not JSON, or without one of the keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -141,7 +157,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     os.replace(aside, path)
 
 
-def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str) -> Tensor:
+def cached_tensor(
+    path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str
+) -> Tensor:
     """The tensor of this shape that `path` keeps, on the CPU of every rank; else make() of all ranks together, kept from now on.
 
     make gives the same contiguous tensor on every rank. A damaged file is named and made again, and so is one whose values are not all
@@ -157,8 +175,13 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
         if not path.exists():
             return None
         if not os.access(path, os.R_OK):
-            raise ValueError(f"{path} is somebody else's, and cannot be read; change its mode, or pass another --cache")
-        with contextlib.suppress(SafetensorError, KeyError, TypeError, OSError), safe_open(path, "pt") as file:
+            raise ValueError(
+                f"{path} is somebody else's, and cannot be read; change its mode, or pass another --cache"
+            )
+        with (
+            contextlib.suppress(SafetensorError, KeyError, TypeError, OSError),
+            safe_open(path, "pt") as file,
+        ):
             found: Tensor = file.get_tensor("values")
             whole = found.shape == shape and sha256_of(found) == file.metadata()["sha256"]
             if whole and found.isfinite().all():
@@ -189,14 +212,25 @@ def cached_tensor(path: Path, shape: tuple[int, ...], make: Callable[[], Tensor]
     return made
 
 
-def cached_rows(path: Path, shape: tuple[int, int], make: Callable[[range], Tensor], world: World, what: str) -> Tensor:
+def cached_rows(
+    path: Path, shape: tuple[int, int], make: Callable[[range], Tensor], world: World, what: str
+) -> Tensor:
     """cached_tensor of make(rows), by parts of PART_ROWS rows in files of their own, `path` and a number: a kill loses one part."""
-    parts = [range(start, min(start + PART_ROWS, shape[0])) for start in range(0, shape[0], PART_ROWS)]
-    return torch.cat([
-        cached_tensor(Path(f"{path}-{part.start}.safetensors"), (len(part), shape[1]), functools.partial(make, part), world,
-                      f"{what}, {part.start:,} to {part.stop:,} of {shape[0]:,}")
-        for part in parts
-    ])  # fmt: skip
+    parts = [
+        range(start, min(start + PART_ROWS, shape[0])) for start in range(0, shape[0], PART_ROWS)
+    ]
+    return torch.cat(
+        [
+            cached_tensor(
+                Path(f"{path}-{part.start}.safetensors"),
+                (len(part), shape[1]),
+                functools.partial(make, part),
+                world,
+                f"{what}, {part.start:,} to {part.stop:,} of {shape[0]:,}",
+            )
+            for part in parts
+        ]
+    )
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -208,13 +242,19 @@ def causes(error: CheckpointException) -> tuple[list[BaseException], str]:
     for cause in found.values():
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-    return [*found.values()], "; ".join(f"rank {rank}: {str(cause).partition(chr(10))[0]}" for rank, cause in found.items())
+    return [*found.values()], "; ".join(
+        f"rank {rank}: {str(cause).partition(chr(10))[0]}" for rank, cause in found.items()
+    )
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, OSError):
         value = read_json(path / MANIFEST, "step", "sha256")
-        return value if value["sha256"] and all((path / name).is_file() for name in value["sha256"]) else None
+        return (
+            value
+            if value["sha256"] and all((path / name).is_file() for name in value["sha256"])
+            else None
+        )
     return None
 
 
@@ -229,7 +269,9 @@ def _numbered(folder: Path, prefix: str = "") -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: World, keep: int) -> None:
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], world: World, keep: int
+) -> None:
     """Write `folder`/step-<step> from every rank's shards, whole or not at all; keep it and the `keep` newest.
 
     torch.distributed.checkpoint in its safetensors form, plus a manifest with the files' sha256 sums. A kill at any
@@ -238,7 +280,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
 
     def begin() -> None:
-        for left in _numbered(folder, "."):  # by a save that was killed or found the disk full; damaged ones
+        for left in _numbered(
+            folder, "."
+        ):  # by a save that was killed or found the disk full; damaged ones
             shutil.rmtree(left)
         aside.mkdir(parents=True)
 
@@ -252,11 +296,21 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
 
     world.from_main(begin)
     ends = accumulate(local_part(tensor).nbytes for tensor in tensors.values())
-    files = {name: 1 + (end - 1) // CHECKPOINT_FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
+    files = {
+        name: 1 + (end - 1) // CHECKPOINT_FILE_BYTES
+        for name, end in zip(tensors, ends, strict=True)
+    }
     try:
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), files, save_distributed=True))
-    except CheckpointException as error:  # no Exception: it would pass every handler, and hides its causes
-        raise OSError(f"checkpoint {target} could not be written ({causes(error)[1]}); the earlier ones are whole") from error
+        save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(aside), files, save_distributed=True),
+        )
+    except (
+        CheckpointException
+    ) as error:  # no Exception: it would pass every handler, and hides its causes
+        raise OSError(
+            f"checkpoint {target} could not be written ({causes(error)[1]}); the earlier ones are whole"
+        ) from error
     sums = sha256_all(world.from_main(lambda: sorted(aside.glob("*.safetensors"))), world)
     world.from_main(finish)
 
@@ -264,15 +318,26 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], world: 
 def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int | None:
     """Fill `tensors` from an undamaged checkpoint, and return its step; else None."""
     found = world.from_main(lambda: _manifest(path))
-    if found is None or sha256_all([path / name for name in found["sha256"]], world) != found["sha256"]:
+    if (
+        found is None
+        or sha256_all([path / name for name in found["sha256"]], world) != found["sha256"]
+    ):
         return None
     try:
         load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-    except CheckpointException as error:  # some tensors may be filled: no going on from an earlier one
+    except (
+        CheckpointException
+    ) as error:  # some tensors may be filled: no going on from an earlier one
         wrong, said = causes(error)
-        if all(isinstance(cause, ValueError) or str(cause).startswith("Missing key") for cause in wrong):
-            raise ValueError(f"checkpoint {path} is whole but not of this model; delete it, and run again ({said})") from error
-        raise OSError(f"checkpoint {path} could not be read ({said}); it is whole: run again") from error
+        if all(
+            isinstance(cause, ValueError) or str(cause).startswith("Missing key") for cause in wrong
+        ):
+            raise ValueError(
+                f"checkpoint {path} is whole but not of this model; delete it, and run again ({said})"
+            ) from error
+        raise OSError(
+            f"checkpoint {path} could not be read ({said}); it is whole: run again"
+        ) from error
     return int(found["step"])
 
 
@@ -292,8 +357,15 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> i
 # --- rows that take long to compute ----------------------------------------------------------------------------------
 
 
-def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, compute: Callable[[range], list[dict[str, Any]]],
-              world: World, what: str) -> list[dict[str, Any]]:  # fmt: skip
+def kept_rows(
+    path: Path,
+    identity: Mapping[str, Any],
+    count: int,
+    chunk: int,
+    compute: Callable[[range], list[dict[str, Any]]],
+    world: World,
+    what: str,
+) -> list[dict[str, Any]]:
     """Rows 0 to count - 1 of a JSONL file, in order, the same on every rank: those that are there, and the others.
 
     The others are computed `chunk` at a time, by every rank at once, and appended as they come: a kill loses one chunk.
@@ -309,14 +381,21 @@ def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, c
                 lines.append(read_line(line))
             except (ValueError, RecursionError):
                 if number < len(stored):  # no kill did that
-                    raise ValueError(f"{path}:{number} is damaged, and {len(stored) - number} lines follow; mend it, or delete the file"
-                                     ) from None  # fmt: skip
+                    raise ValueError(
+                        f"{path}:{number} is damaged, and {len(stored) - number} lines follow; mend it, or delete the file"
+                    ) from None
         plain = json.loads(json.dumps(identity))
         if not all(isinstance(line, dict) for line in lines):
-            raise ValueError(f"{path} must hold an object in each line; mend it, or delete the file")
+            raise ValueError(
+                f"{path} must hold an object in each line; mend it, or delete the file"
+            )
         if lines and lines[0] != plain:
-            changed = sorted(key for key in plain.keys() | lines[0].keys() if lines[0].get(key) != plain.get(key))
-            raise ValueError(f"{path} was made with another {', '.join(changed)}; delete that file alone, or pass another --out")
+            changed = sorted(
+                key for key in plain.keys() | lines[0].keys() if lines[0].get(key) != plain.get(key)
+            )
+            raise ValueError(
+                f"{path} was made with another {', '.join(changed)}; delete that file alone, or pass another --out"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         aside.write_text(as_lines(lines or [plain]), encoding="utf-8")
@@ -330,7 +409,15 @@ def kept_rows(path: Path, identity: Mapping[str, Any], count: int, chunk: int, c
             os.fsync(file.fileno())
 
     rows = world.from_main(begin)
-    with tqdm(total=count, initial=len(rows), desc=what, unit="row", disable=not world.is_main, mininterval=2.0, leave=False) as progress:
+    with tqdm(
+        total=count,
+        initial=len(rows),
+        desc=what,
+        unit="row",
+        disable=not world.is_main,
+        mininterval=2.0,
+        leave=False,
+    ) as progress:
         while len(rows) < count:
             new = compute(range(len(rows), min(len(rows) + chunk, count)))
             world.from_main(functools.partial(append, new))
@@ -354,9 +441,17 @@ def surroundings() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")},
+        | {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "safetensors", "tokenizers", "numpy")
+        },
         "git_commit": commit or None,
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpus": os.cpu_count(),
+            "gpus": gpus,
+        },
         "processes": launched("WORLD_SIZE", 1),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -365,11 +460,27 @@ def surroundings() -> dict[str, Any]:
 def step_line(row: Mapping[str, Any]) -> str:
     """A step's row as one line a person can follow."""
     parts = [f"loss {row['loss']:.4g}"]
-    parts += [f"{name} {row[f'{name}_loss']:.4g}" for name in ("safety", "helpfulness") if f"{name}_loss" in row]
-    short = {"both_safe": "safe/safe", "chosen_safe": "safe/unsafe", "rejected_safe": "unsafe/safe", "both_unsafe": "unsafe/unsafe"}
-    margins = [f"{short[name]} {q['margin_nats']:+.1f}->{q['target_nats']:+.1f}" for name, q in row.get("quadrants", {}).items()]
+    parts += [
+        f"{name} {row[f'{name}_loss']:.4g}"
+        for name in ("safety", "helpfulness")
+        if f"{name}_loss" in row
+    ]
+    short = {
+        "both_safe": "safe/safe",
+        "chosen_safe": "safe/unsafe",
+        "rejected_safe": "unsafe/safe",
+        "both_unsafe": "unsafe/unsafe",
+    }
+    margins = [
+        f"{short[name]} {q['margin_nats']:+.1f}->{q['target_nats']:+.1f}"
+        for name, q in row.get("quadrants", {}).items()
+    ]
     parts += [f"h {', '.join(margins)}"] if margins else []
-    parts += [f"lr {row['lr']:.2g}", f"{row['rows_per_s']:.0f} rows/s", f"{row['tokens_per_s']:.0f} tokens/s"]
+    parts += [
+        f"lr {row['lr']:.2g}",
+        f"{row['rows_per_s']:.0f} rows/s",
+        f"{row['tokens_per_s']:.0f} tokens/s",
+    ]
     return "  ".join([*parts, f"{row['memory_gib']:.2f} GiB"])
 
 
@@ -390,12 +501,22 @@ class RunFolder:
     steps: int = 0
     print_every: int = 1
     printed: tuple[int, float] = (0, 0.0)  # the step last printed, and when
-    started: datetime = field(default_factory=lambda: datetime.now().astimezone())  # what templates write as today's date
+    started: datetime = field(
+        default_factory=lambda: datetime.now().astimezone()
+    )  # what templates write as today's date
 
     def _read(self, path: Path, *keys: str) -> dict[str, Any]:
-        return read_json(path, *keys, remedy=f"pass --fresh to start over, or delete the folder {self.path}")
+        return read_json(
+            path, *keys, remedy=f"pass --fresh to start over, or delete the folder {self.path}"
+        )
 
-    def check(self, settings: Mapping[str, Any], free: frozenset[str], fresh: bool, reads: Iterable[str] = ()) -> dict[str, Any] | None:
+    def check(
+        self,
+        settings: Mapping[str, Any],
+        free: frozenset[str],
+        fresh: bool,
+        reads: Iterable[str] = (),
+    ) -> dict[str, Any] | None:
         """What a finished run of these settings left in done.json; None when there is still something to do.
 
         ValueError when the folder holds files that are no run, another program's run, something that this one `reads`, without `fresh` a
@@ -407,33 +528,66 @@ class RunFolder:
         def look() -> dict[str, Any] | None:
             record, whole = self.path / "run.json", self.path.resolve()
             for path, name in ((local_path(name), name) for name in reads):
-                if path and any(path.resolve().is_relative_to(place) for place in (whole, self._earlier())):
-                    raise ValueError(f"{self.path} must not hold what the run reads, got {name}; pass another --out")
+                if path and any(
+                    path.resolve().is_relative_to(place) for place in (whole, self._earlier())
+                ):
+                    raise ValueError(
+                        f"{self.path} must not hold what the run reads, got {name}; pass another --out"
+                    )
             caches = cache_root(settings.get("cache")).resolve()
             if (fresh or not record.exists()) and caches.is_relative_to(whole):
-                raise ValueError(f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache")
+                raise ValueError(
+                    f"{self.path} must not hold the cache {caches}: --fresh would remove it; pass another --cache"
+                )
             if fresh and record.exists():
                 if Path.cwd().is_relative_to(whole):
-                    raise ValueError(f"{self.path} cannot be made anew from inside it; run the command in another folder")
-                own = {whole, *(whole / name for name in ("sft", "bfpo", "dpo", "ipo") if settings.get("recipe") == "toy")}  # its stages
-                if other := next((path.parent for path in whole.rglob("run.json") if path.parent not in own), None):
-                    raise ValueError(f"{self.path} must not hold other runs, which --fresh would remove, got {other}; move it away")
+                    raise ValueError(
+                        f"{self.path} cannot be made anew from inside it; run the command in another folder"
+                    )
+                own = {
+                    whole,
+                    *(
+                        whole / name
+                        for name in ("sft", "bfpo", "dpo", "ipo")
+                        if settings.get("recipe") == "toy"
+                    ),
+                }  # its stages
+                if other := next(
+                    (path.parent for path in whole.rglob("run.json") if path.parent not in own),
+                    None,
+                ):
+                    raise ValueError(
+                        f"{self.path} must not hold other runs, which --fresh would remove, got {other}; move it away"
+                    )
             if not record.exists():
-                foreign = sorted(path.name for path in self.path.glob("*")  # but for what a run leaves that is killed at once
-                                 if path.name != ".lock" and not path.name.startswith(".run.json."))  # fmt: skip
+                foreign = sorted(
+                    path.name
+                    for path in self.path.glob(
+                        "*"
+                    )  # but for what a run leaves that is killed at once
+                    if path.name != ".lock" and not path.name.startswith(".run.json.")
+                )
                 if foreign or (self.path.exists() and not self.path.is_dir()):
-                    raise ValueError(f"{self.path} is no run folder (no run.json beside {foreign[:3]}); pass another --out")
+                    raise ValueError(
+                        f"{self.path} is no run folder (no run.json beside {foreign[:3]}); pass another --out"
+                    )
                 try:
                     tempfile.TemporaryFile(dir=self._there()).close()  # it never has a name
                 except OSError as error:
-                    raise ValueError(f"{self.path} must be writable, got {error}; pass another --out") from error
+                    raise ValueError(
+                        f"{self.path} must be writable, got {error}; pass another --out"
+                    ) from error
                 return None
             self._refuse_other(settings, fresh)
             if fresh:
                 return None
             done = self.path / "done.json"
             result = self._read(done, "model") if done.exists() else None
-            return result if result and (self.path / result["model"] / "config.json").is_file() else None  # else: export again
+            return (
+                result
+                if result and (self.path / result["model"] / "config.json").is_file()
+                else None
+            )  # else: export again
 
         found = self.world.from_main(look)
         self.started = self.world.from_main(lambda: self._began(fresh))
@@ -448,7 +602,9 @@ class RunFolder:
         try:
             return datetime.fromisoformat(self._read(record, "started")["started"])
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{record} is damaged; pass --fresh to start over, or delete the folder {self.path}") from error
+            raise ValueError(
+                f"{record} is damaged; pass --fresh to start over, or delete the folder {self.path}"
+            ) from error
 
     def _refuse_other(self, settings: Mapping[str, Any], fresh: bool) -> None:
         """ValueError when the run in the folder is another program's, or, without `fresh`, has other settings."""
@@ -459,13 +615,21 @@ class RunFolder:
                 return  # damaged: it will be removed
             raise
         if (other := record.get("program", self.program)) != self.program:
-            raise ValueError(f"{self.path} holds a run of {other}.py, not of {self.program}.py; pass another --out")
+            raise ValueError(
+                f"{self.path} holds a run of {other}.py, not of {self.program}.py; pass another --out"
+            )
         earlier, plain = record["settings"], json.loads(json.dumps(settings))
-        changed = sorted(key for key in plain if key not in self.free and earlier.get(key) != plain[key])
+        changed = sorted(
+            key for key in plain if key not in self.free and earlier.get(key) != plain[key]
+        )
         if changed and not fresh:
-            differences = ", ".join(f"{key} was {earlier.get(key)!r}, now {plain[key]!r}" for key in changed)
-            raise ValueError(f"{self.path} holds a run with other settings ({differences}); pass another --out, or --fresh to start over"
-                             f"{self._way_back()}")  # fmt: skip
+            differences = ", ".join(
+                f"{key} was {earlier.get(key)!r}, now {plain[key]!r}" for key in changed
+            )
+            raise ValueError(
+                f"{self.path} holds a run with other settings ({differences}); pass another --out, or --fresh to start over"
+                f"{self._way_back()}"
+            )
 
     def _there(self) -> Path:
         """The folder, or the nearest one above it that exists."""
@@ -490,16 +654,24 @@ class RunFolder:
 
         def look() -> None:
             places = [place for place in (self.path, self._earlier()) if place.exists()]
-            mine = sum(path.stat().st_size for place in places for path in place.rglob("*.safetensors"))
+            mine = sum(
+                path.stat().st_size for place in places for path in place.rglob("*.safetensors")
+            )
             free = shutil.disk_usage(self._there()).free
             if needed > free + mine or first > free:
-                raise ValueError(f"{self.path} needs {needed / 1e9:.3g} GB for checkpoints and the model, but {free / 1e9:.3g} GB "
-                                 "are free; free space, or pass another --out or a smaller --keep")  # fmt: skip
+                raise ValueError(
+                    f"{self.path} needs {needed / 1e9:.3g} GB for checkpoints and the model, but {free / 1e9:.3g} GB "
+                    "are free; free space, or pass another --out or a smaller --keep"
+                )
 
         self.world.from_main(look)
 
     def create(
-        self, settings: Mapping[str, Any], inputs: Mapping[str, str], fresh: bool, facts: Mapping[str, Any] | None = None
+        self,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        fresh: bool,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Make the folder and its run.json, or go on with the run there; `fresh` sets that one aside first.
 
@@ -517,33 +689,53 @@ class RunFolder:
                     self._remove(whole)
                 else:
                     os.replace(whole, earlier)  # at once: a kill leaves a whole run, or none
-            elif earlier.exists() and not fresh and not record.exists():  # a kill, or the user, removed the run after it
+            elif (
+                earlier.exists() and not fresh and not record.exists()
+            ):  # a kill, or the user, removed the run after it
                 shutil.rmtree(whole, ignore_errors=True)
                 os.replace(earlier, whole)
             whole.mkdir(parents=True, exist_ok=True)
             self._lock()
             if record.exists():
-                self._refuse_other(settings, False)  # again: another command may have begun since `check`
+                self._refuse_other(
+                    settings, False
+                )  # again: another command may have begun since `check`
                 began = self._read(record, "inputs")["inputs"]
                 changed = sorted(name for name in inputs if began.get(name) != inputs[name])
                 if changed:
-                    raise ValueError(f"{self.path} began with other {', '.join(changed)}: files, tokenizer, chat format or version of this "
-                                     "program; restore them, or pass --fresh to start over")  # fmt: skip
+                    raise ValueError(
+                        f"{self.path} began with other {', '.join(changed)}: files, tokenizer, chat format or version of this "
+                        "program; restore them, or pass --fresh to start over"
+                    )
                 return
             sum_of = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-            write_json(record, {"program": self.program, "settings": settings, "settings_sha256": sum_of, "inputs": inputs,
-                                **(facts or {}), **surroundings(), "started": self.started.isoformat(timespec="seconds")})  # fmt: skip
+            write_json(
+                record,
+                {
+                    "program": self.program,
+                    "settings": settings,
+                    "settings_sha256": sum_of,
+                    "inputs": inputs,
+                    **(facts or {}),
+                    **surroundings(),
+                    "started": self.started.isoformat(timespec="seconds"),
+                },
+            )
 
         self.world.from_main(make)
         if fresh and self.world.from_main(self._earlier().exists):
-            self.world.say(f"--fresh: the earlier run is kept as {self._earlier()} until this one has its first result; to go back to it, "
-                           f"delete {self.path} and run that one's command")  # fmt: skip
+            self.world.say(
+                f"--fresh: the earlier run is kept as {self._earlier()} until this one has its first result; to go back to it, "
+                f"delete {self.path} and run that one's command"
+            )
         sign, token = self.path / ".sign", self.world.from_main(lambda: uuid.uuid4().hex)
 
         def seen() -> bool:
             return sign.exists() and sign.read_text(encoding="utf-8") == token
 
-        self.world.from_main(lambda: write_text(sign, token))  # a run.json may be an earlier run's, on a node's own disk
+        self.world.from_main(
+            lambda: write_text(sign, token)
+        )  # a run.json may be an earlier run's, on a node's own disk
         deadline = time.monotonic() + SHARED_DISK_S
         while not seen() and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -552,7 +744,9 @@ class RunFolder:
 
         def refuse_blind() -> None:
             if blind:
-                raise ValueError(f"{self.path.absolute()} must be on a disk that all nodes share, but rank {blind[0]} does not see it")
+                raise ValueError(
+                    f"{self.path.absolute()} must be on a disk that all nodes share, but rank {blind[0]} does not see it"
+                )
 
         self.world.from_main(refuse_blind)
 
@@ -577,7 +771,9 @@ class RunFolder:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{self.path} is in use by another run; wait for it, or pass another --out") from None
+            raise ValueError(
+                f"{self.path} is in use by another run; wait for it, or pass another --out"
+            ) from None
 
     def start_log(self, step: int, steps: int, print_every: int) -> None:
         """Open log.jsonl to append, dropping rows from `step` on: a resumed run of `steps` steps writes them again."""
@@ -610,7 +806,9 @@ class RunFolder:
         if done % self.print_every == 0 or done == self.steps:
             (last, then), self.printed = self.printed, (done, time.monotonic())
             left = (self.printed[1] - then) / (done - last) * (self.steps - done)
-            self.world.say(f"step {done}/{self.steps}  {step_line(row)}  left in this stage {duration(left)}")
+            self.world.say(
+                f"step {done}/{self.steps}  {step_line(row)}  left in this stage {duration(left)}"
+            )
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Close the log and mark the run as finished."""

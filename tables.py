@@ -34,8 +34,16 @@ def one_of(row: Row, name: str, *words: str) -> str:
 
 def texts(row: Row, name: str) -> tuple[str, ...]:
     """A column's list of texts. ValueError names one that is missing or anything else."""
-    return tuple(sources.checked(row, name, lambda found: isinstance(found, list) and all(isinstance(entry, str) for entry in found),
-                              "a list of texts"))  # fmt: skip
+    return tuple(
+        sources.checked(
+            row,
+            name,
+            lambda found: (
+                isinstance(found, list) and all(isinstance(entry, str) for entry in found)
+            ),
+            "a list of texts",
+        )
+    )
 
 
 def inside(row: Row, name: str) -> Row:
@@ -69,7 +77,11 @@ def truth(row: Row, name: str) -> bool | None:
     if row.get(name) in (None, ""):
         return None
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    return words[str(sources.checked(row, name, lambda found: str(found).lower() in words, "true or false")).lower()]
+    return words[
+        str(
+            sources.checked(row, name, lambda found: str(found).lower() in words, "true or false")
+        ).lower()
+    ]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -77,13 +89,23 @@ def truth(row: Row, name: str) -> bool | None:
 
 def is_table(path: Path) -> bool:
     """Whether read_rows can read this file, by its name."""
-    return path.is_file() and (path.suffix in (".csv", ".txt") or sources.FILE.fullmatch(path.name) is not None)
+    return path.is_file() and (
+        path.suffix in (".csv", ".txt") or sources.FILE.fullmatch(path.name) is not None
+    )
 
 
 def must_be_table(path: Path) -> None:
     if not is_table(path):
-        found = "another file" if path.is_file() else "a folder without one" if path.is_dir() else "which is not there"
-        raise ValueError(f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}")
+        found = (
+            "another file"
+            if path.is_file()
+            else "a folder without one"
+            if path.is_dir()
+            else "which is not there"
+        )
+        raise ValueError(
+            f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}"
+        )
 
 
 def stem(path: Path) -> str:
@@ -95,7 +117,9 @@ def stem(path: Path) -> str:
 def whole(row: Row) -> Row | ValueError:
     """A row of csv.DictReader, which puts cells beyond the header's under None, and None into those that are missing."""
     if None in row or None in row.values():
-        return ValueError("a row must have as many cells as the header; a text that holds a comma must be quoted")
+        return ValueError(
+            "a row must have as many cells as the header; a text that holds a comma must be quoted"
+        )
     return row
 
 
@@ -112,10 +136,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 csv.field_size_limit(2**31 - 1)  # a cell holds any text
                 table = csv.DictReader(file, strict=True)
                 if doubled := sources.repeated(table.fieldnames or ()):
-                    raise ValueError(f"{path} must have columns of different names, got {doubled} twice")
+                    raise ValueError(
+                        f"{path} must have columns of different names, got {doubled} twice"
+                    )
                 yield from ((f"{path}:{table.line_num}", whole(row)) for row in table)
             else:
-                yield from ((f"{path}:{number}", {"text": line.strip()}) for number, line in enumerate(file, 1) if line.strip())
+                yield from (
+                    (f"{path}:{number}", {"text": line.strip()})
+                    for number, line in enumerate(file, 1)
+                    if line.strip()
+                )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} must be readable UTF-8 text: {error}") from error
 
@@ -126,7 +156,9 @@ def from_hub(name: str, config: str, split: str) -> Path:
     try:
         return sources.snapshot(name, "refs/convert/parquet", patterns, "dataset") / config / split
     except OSError as error:
-        raise ValueError(f"{name} must be within reach (network, HF_TOKEN), or its rows in a local file; {error}") from error
+        raise ValueError(
+            f"{name} must be within reach (network, HF_TOKEN), or its rows in a local file; {error}"
+        ) from error
 
 
 def find_tables(source: str, hub: str) -> list[Path]:
@@ -136,11 +168,17 @@ def find_tables(source: str, hub: str) -> list[Path]:
     public data set, whatever its own form: branch refs/convert/parquet, CONFIG/SPLIT/*.parquet.
     """
     path = Path(source).expanduser() if source else from_hub(*hub.split(":"))
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if is_table(file) and file.suffix != ".txt")
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.glob("*") if is_table(file) and file.suffix != ".txt")
+    )
     for file in files or [path]:
         must_be_table(file)
     if len(files) > 1 and any(file.suffix == ".csv" for file in files):
-        raise ValueError(f"{path} must hold one .csv, or another table, got {' and '.join(file.name for file in files)}; pass one of them")
+        raise ValueError(
+            f"{path} must hold one .csv, or another table, got {' and '.join(file.name for file in files)}; pass one of them"
+        )
     if not path.is_file():
         sources.check_names(path.name, files)
         sources.check_whole(files)

@@ -24,14 +24,18 @@ def sft_row(request: Request, rng: random.Random) -> dict[str, object]:
     return {"prompt": request.text, "messages": messages}
 
 
-def safety_row(request: Request, rng: random.Random, flips: tuple[bool, bool] = (False, False)) -> dict[str, object]:
+def safety_row(
+    request: Request, rng: random.Random, flips: tuple[bool, bool] = (False, False)
+) -> dict[str, object]:
     """A row in PKU-SafeRLHF's schema: two answers of different kinds to a forbidden request, in random order.
 
     flips: which of the two safety labels are wrong; whoever set them then takes the wrong answer for the safer one, too.
     """
     kinds = rng.sample(FORBIDDEN_KINDS, 2)
     helpfulness = [-FORBIDDEN_KINDS.index(kind) for kind in kinds]
-    safe = [(kind in ("refusal", "redirect")) != flip for kind, flip in zip(kinds, flips, strict=True)]
+    safe = [
+        (kind in ("refusal", "redirect")) != flip for kind, flip in zip(kinds, flips, strict=True)
+    ]
     better = int(helpfulness[1] > helpfulness[0])
     # Of two unsafe answers the one with less in it is the safer; of two safe ones, the plain refusal.
     safer = int(safe[1]) if safe[0] != safe[1] else 1 - better
@@ -68,17 +72,29 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
     benign, forbidden = requests(forbidden=False), requests(forbidden=True)
     rng.shuffle(benign)
     rng.shuffle(forbidden)
-    held = {split: (benign[at : at + HELD], forbidden[at : at + HELD]) for split, at in (("test", 0), ("validation", HELD))}
+    held = {
+        split: (benign[at : at + HELD], forbidden[at : at + HELD])
+        for split, at in (("test", 0), ("validation", HELD))
+    }
     benign, forbidden = benign[2 * HELD :], forbidden[2 * HELD :]
 
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "tokenizer").mkdir(parents=True)
     (aside / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (aside / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (aside / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2), encoding="utf-8"
+    )
 
-    def write(path: str, row: Callable[[Request, random.Random], dict[str, object]], source: list[Request]) -> None:
+    def write(
+        path: str, row: Callable[[Request, random.Random], dict[str, object]], source: list[Request]
+    ) -> None:
         (aside / path).parent.mkdir(exist_ok=True)
         lines = (json.dumps(row(request, rng)) + "\n" for request in source)
         (aside / path).write_text("".join(lines), encoding="utf-8")
@@ -87,14 +103,22 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
         return safety_row(request, rng, (noise.random() < flipped, noise.random() < flipped))
 
     test_benign, test_forbidden = held["test"]
-    write("ultrachat/train.jsonl", sft_row, rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000))
+    write(
+        "ultrachat/train.jsonl",
+        sft_row,
+        rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000),
+    )
     write("ultrachat/test.jsonl", sft_row, test_benign[:100] + test_forbidden[:100])
     write("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=PAIRS))
     write("pku/test.jsonl", safety_row, test_forbidden)
     write("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=PAIRS))
     write("ultrafeedback/test.jsonl", helpfulness_row, test_benign)
     for split, halves in held.items():
-        write(f"requests/{split}.jsonl", lambda r, _: {"task": r.task, "thing": r.thing, "prompt": r.text}, [*halves[0], *halves[1]])
+        write(
+            f"requests/{split}.jsonl",
+            lambda r, _: {"task": r.task, "thing": r.thing, "prompt": r.text},
+            [*halves[0], *halves[1]],
+        )
     os.rename(aside, folder)
     return folder
 

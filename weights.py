@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # private; the same on torch 2.11 to 2.13
+from torch.distributed.tensor._utils import (
+    compute_local_shape_and_global_offset,
+)  # private; the same on torch 2.11 to 2.13
 
 from chat import read_object
 
@@ -29,7 +31,9 @@ def part_like(parameter: Tensor, whole: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(parameter, DTensor):
         return parameter, whole[:]
     local = parameter.to_local()
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
     if not local.numel():
         return local, torch.empty_like(local)
     return local, whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
@@ -71,8 +75,14 @@ def slices(folder: Path) -> dict[str, Any]:
     named = weight_map(folder)
     for path in (folder / file for file in weight_files(folder)):
         if path.parent != folder or not path.is_file():
-            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-            raise ValueError(f"{path} must be a file of {folder}, got {others or 'no weights'} there; only whole safetensors are read")
+            others = sorted(
+                p.name
+                for p in folder.iterdir()
+                if p.suffix in (".bin", ".pt", ".pth", ".safetensors")
+            )
+            raise ValueError(
+                f"{path} must be a file of {folder}, got {others or 'no weights'} there; only whole safetensors are read"
+            )
         try:
             handle: Any = safe_open(path, framework="pt")
             for name in handle.keys():  # noqa: SIM118  # a handle is no mapping
@@ -81,24 +91,38 @@ def slices(folder: Path) -> dict[str, Any]:
                 if named.get(name, path.name) != path.name:  # an older copy
                     continue
                 if name in stored:
-                    raise ValueError(f"{path} and another file hold {name}, and {INDEX} does not say which counts; name it there")
+                    raise ValueError(
+                        f"{path} and another file hold {name}, and {INDEX} does not say which counts; name it there"
+                    )
                 stored[name] = handle.get_slice(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} must be a whole safetensors file, got: {error}; fetch it again") from error
+            raise ValueError(
+                f"{path} must be a whole safetensors file, got: {error}; fetch it again"
+            ) from error
     return stored
 
 
 def must_be_replaceable(folder: Path, beside: set[str]) -> None:
     """ValueError unless the folder is absent, empty, or a model's alone (config.json, model*.safetensors, and files with the names
     `beside`), and not the one that this process works in."""
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name} if folder.exists() else set()
+    there = (
+        {path.name for path in folder.iterdir()}
+        if folder.is_dir()
+        else {folder.name}
+        if folder.exists()
+        else set()
+    )
     weights = {name for name in there if name.startswith("model") and name.endswith(".safetensors")}
     foreign = there - weights - beside - {INDEX}
     if there and (foreign or not weights or "config.json" not in there):
-        raise ValueError(f"save folder must be absent, empty or a model's alone, to replace it, got {folder} with "
-                         f"{min(foreign or there)} in it; choose another, or move that away")  # fmt: skip
+        raise ValueError(
+            f"save folder must be absent, empty or a model's alone, to replace it, got {folder} with "
+            f"{min(foreign or there)} in it; choose another, or move that away"
+        )
     if folder.exists() and Path.cwd().is_relative_to(folder):
-        raise ValueError(f"save folder {folder} cannot be made anew from inside it; work in another folder")
+        raise ValueError(
+            f"save folder {folder} cannot be made anew from inside it; work in another folder"
+        )
 
 
 def begin_aside(folder: Path) -> Path:
@@ -122,13 +146,24 @@ def put_in_place(aside: Path, folder: Path) -> None:
 
 
 @torch.no_grad()
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, writes: bool = True) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, writes: bool = True
+) -> None:
     """Writes tensors in `dtype`, one in memory at a time: safetensors' save_file wants a whole file's at once, and copies them. Every rank
     calls it with sharded ones, which are gathered; the one that `writes` writes."""
     entries, end = dict[str, Any](__metadata__={"format": "pt"}), 0
-    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[dtype]
+    code = {
+        torch.float32: "F32",
+        torch.bfloat16: "BF16",
+        torch.float16: "F16",
+        torch.float64: "F64",
+    }[dtype]
     for name, tensor in tensors.items():
-        entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, end := end + tensor.numel() * dtype.itemsize]}
+        entries[name] = {
+            "dtype": code,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end := end + tensor.numel() * dtype.itemsize],
+        }
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
     with open(path, "wb") if writes else contextlib.nullcontext() as file:
@@ -137,4 +172,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dt
         for tensor in tensors.values():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if file:
-                file.write(whole.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(
+                    whole.to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data
+                )

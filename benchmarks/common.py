@@ -19,9 +19,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Config, Mistral
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 # glibc gives freed memory back at once, each tensor over 64 kB being a mapping of its own, so that a peak counts tensors.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
 # Tokens of prompts and answers: log-normal with these medians and sigma, drawn again until in range. Their means, 214 and 165, and the
 # padding of random batches of 4 pairs, 1.42 (of sorted ones 1.13), are about those of the paper's two public sets (213, 173 and 160
 # tokens; 1.43 and 1.14).
@@ -39,7 +52,9 @@ def draw_lengths(rng: np.random.Generator, pairs: int) -> np.ndarray:
     return np.stack(columns, 1)
 
 
-def pairs_of(rng: np.random.Generator, lengths: Sequence[Sequence[int]] | np.ndarray, vocabulary: int) -> list[Pair]:
+def pairs_of(
+    rng: np.random.Generator, lengths: Sequence[Sequence[int]] | np.ndarray, vocabulary: int
+) -> list[Pair]:
     """Random tokens of these lengths; the first three entries of a vocabulary are its control tokens."""
     return [tuple(rng.integers(3, vocabulary, int(n)).tolist() for n in row) for row in lengths]  # type: ignore[misc]
 
@@ -51,7 +66,9 @@ class Stream:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.trees = [[np.array(part) for part in pair] for pair in pairs]
-        self.lengths = np.array([[len(part) for part in tree] for tree in self.trees]).reshape(-1, 3)
+        self.lengths = np.array([[len(part) for part in tree] for tree in self.trees]).reshape(
+            -1, 3
+        )
         self.chosen_safe = self.rejected_safe = np.ones(len(self.trees), dtype=bool)
 
     def __len__(self) -> int:
@@ -66,7 +83,9 @@ def write_model(folder: Path, config: Config) -> None:
     model = Mistral(dataclasses.replace(config, sliding_window=None))
     model.init_weights(0)
     for p in model.parameters():
-        p.data.mul_(2 if p.dim() == 2 else 1)  # 0.02 leaves attention almost flat, and gradients blind to it
+        p.data.mul_(
+            2 if p.dim() == 2 else 1
+        )  # 0.02 leaves attention almost flat, and gradients blind to it
     model.save_pretrained(folder)
 
 
@@ -94,11 +113,21 @@ def surroundings() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    hardware: dict[str, Any] = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()}
+    hardware: dict[str, Any] = {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+    }
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
-    command = " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]])
-    return {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": hardware, "versions": versions}
+    command = " ".join(
+        ["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]]
+    )
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware,
+        "versions": versions,
+    }
 
 
 def record(name: str, figures: dict[str, Any]) -> None:
@@ -114,6 +143,15 @@ def record_part(name: str, kind: str, part: str, figures: dict[str, Any], **shar
     """Puts figures, with the command and date, under `part` of the `kind` that the entry `name` has. Other parts stay if they were taken on
     this hardware with these versions."""
     here = surroundings()
-    before = json.loads(RESULTS.read_text(encoding="utf-8")).get(name, {}) if RESULTS.exists() else {}
-    kept = before.get(kind, {}) if all(before.get(key) == here[key] for key in ("hardware", "versions")) else {}
-    record(name, shared | {kind: kept | {part: {key: here[key] for key in ("command", "date")} | figures}})
+    before = (
+        json.loads(RESULTS.read_text(encoding="utf-8")).get(name, {}) if RESULTS.exists() else {}
+    )
+    kept = (
+        before.get(kind, {})
+        if all(before.get(key) == here[key] for key in ("hardware", "versions"))
+        else {}
+    )
+    record(
+        name,
+        shared | {kind: kept | {part: {key: here[key] for key in ("command", "date")} | figures}},
+    )

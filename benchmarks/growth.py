@@ -35,9 +35,13 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192)  # tokens of prompt and both answer
 LONGEST = (25, 40, 55, 70, 85)  # per cent
 PAIRS = (1, 2, 4, 8, 16)
 PROCESSES = (1, 2, 4)
-LABELS = {"share": "prompt's share of a pair's 600 tokens, %", "length": "tokens of a pair",
-          "longest": "longest pair's share of 2,400 tokens, %", "pairs": "pairs of a step",
-          "processes": "processes, two cores"}  # fmt: skip
+LABELS = {
+    "share": "prompt's share of a pair's 600 tokens, %",
+    "length": "tokens of a pair",
+    "longest": "longest pair's share of 2,400 tokens, %",
+    "pairs": "pairs of a step",
+    "processes": "processes, two cores",
+}
 Lengths = list[tuple[int, int, int]]
 
 
@@ -78,29 +82,56 @@ def measure(folder: Path, points: dict[str, dict[int, Lengths]]) -> list[dict[st
     for batch, wanted in conversations(points).items():
         kinds = [f"{name} {place}" for name, place in wanted]
         lengths = [points[name][place] for name, place in wanted]
-        planned = {kind: [pairs_of(rng, each, MODEL[0])] for kind, each in zip(kinds, lengths, strict=True)}
+        planned = {
+            kind: [pairs_of(rng, each, MODEL[0])] for kind, each in zip(kinds, lengths, strict=True)
+        }
         planned["warm-up"] = [pairs_of(rng, lengths[0], MODEL[0])]
         (folder / "plan.json").write_text(json.dumps(planned), encoding="utf-8")
         answers: dict[str, list[dict[str, Any]]] = {}
         for environment in ({}, MALLOC):
-            workers = {side: Worker(side, folder, "float32", ["warm-up", *kinds], environment) for side in SIDES}
+            workers = {
+                side: Worker(side, folder, "float32", ["warm-up", *kinds], environment)
+                for side in SIDES
+            }
             for worker in workers.values():
                 worker.ask("step")
             for _ in kinds:
                 for side, worker in workers.items():
-                    answers.setdefault(f"{side} {'memory' if environment else 'time'}", []).append(worker.ask("step"))
-            ours, theirs = (torch.tensor(workers[side].ask("reference")["logprobs"]) for side in (OURS, BEST))
+                    answers.setdefault(f"{side} {'memory' if environment else 'time'}", []).append(
+                        worker.ask("step")
+                    )
+            ours, theirs = (
+                torch.tensor(workers[side].ask("reference")["logprobs"]) for side in (OURS, BEST)
+            )
             torch.testing.assert_close(theirs, ours, rtol=REFERENCE_AGREES["float32"], atol=0)
             for worker in workers.values():
                 worker.end()
         for side in SIDES:
             for i, (name, place) in enumerate(wanted):
-                found.append({"series": name, "place": place, "side": side, "tokens": sum(map(sum, lengths[i])) / batch,
-                              "cpu_s": answers[f"{side} time"][i]["cpu_s"] / batch,
-                              "memory_mib": answers[f"{side} memory"][i]["memory_mib"]})  # fmt: skip
-                print("{series:10} {place:6} {side:16} {tokens:7.0f} tokens a pair {cpu_s:8.3f} cpu_s a pair {memory_mib:8.0f} MiB".format(
-                    **found[-1]), flush=True)  # fmt: skip
-    return sorted(found, key=lambda point: (list(LABELS).index(point["series"]), SIDES.index(point["side"]), point["place"]))
+                found.append(
+                    {
+                        "series": name,
+                        "place": place,
+                        "side": side,
+                        "tokens": sum(map(sum, lengths[i])) / batch,
+                        "cpu_s": answers[f"{side} time"][i]["cpu_s"] / batch,
+                        "memory_mib": answers[f"{side} memory"][i]["memory_mib"],
+                    }
+                )
+                print(
+                    "{series:10} {place:6} {side:16} {tokens:7.0f} tokens a pair {cpu_s:8.3f} cpu_s a pair {memory_mib:8.0f} MiB".format(
+                        **found[-1]
+                    ),
+                    flush=True,
+                )
+    return sorted(
+        found,
+        key=lambda point: (
+            list(LABELS).index(point["series"]),
+            SIDES.index(point["side"]),
+            point["place"],
+        ),
+    )
 
 
 def work(folder: Path, steps: int) -> None:
@@ -111,8 +142,17 @@ def work(folder: Path, steps: int) -> None:
 
     torch.set_num_threads(1)
     world = runtime.start("cpu")
-    config = train.Config(recipe="bfpo", model=str(folder), safety=("planned",), objective="dpo", tau=0.1, batch=16, dtype="float32",
-                          lr=LR, pack_tokens=train.PACK_TOKENS["cpu"])  # fmt: skip
+    config = train.Config(
+        recipe="bfpo",
+        model=str(folder),
+        safety=("planned",),
+        objective="dpo",
+        tau=0.1,
+        batch=16,
+        dtype="float32",
+        lr=LR,
+        pack_tokens=train.PACK_TOKENS["cpu"],
+    )
     model, trained = train.build(config, folder / "model", world)
     rng = np.random.default_rng(0)
     stream: Any = Stream(pairs_of(rng, draw_lengths(rng, config.batch), MODEL[0]))
@@ -127,24 +167,48 @@ def work(folder: Path, steps: int) -> None:
         optimizer.zero_grad()
     cost = torch.tensor([time.perf_counter() - began, time.process_time() - used])
     cpu_s = world.sum(cost.clone())[1].item()
-    world.say(json.dumps({"wall_s": cost[0].item() / steps / config.batch, "cpu_s": cpu_s / steps / config.batch}))
+    world.say(
+        json.dumps(
+            {"wall_s": cost[0].item() / steps / config.batch, "cpu_s": cpu_s / steps / config.batch}
+        )
+    )
     os._exit(0)
 
 
 def sharded(folder: Path, processes: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), __file__, "--worker", str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        __file__,
+        "--worker",
+        str(folder),
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode or not lines:
         raise SystemExit(run.stderr[-3000:])
     point = {"series": "processes", "place": processes, "side": OURS, **json.loads(lines[-1])}
-    print("processes  {place:6} {side:10} {wall_s:8.3f} s a pair, {cpu_s:8.3f} cpu_s a pair".format(**point), flush=True)
+    print(
+        "processes  {place:6} {side:10} {wall_s:8.3f} s a pair, {cpu_s:8.3f} cpu_s a pair".format(
+            **point
+        ),
+        flush=True,
+    )
     return point
 
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
     """Seconds of a pair above, memory below, over each series' places; processes: seconds of all processors, and on the clock."""
-    labels = {name: words for name, words in LABELS.items() if any(point["series"] == name for point in points)}
+    labels = {
+        name: words
+        for name, words in LABELS.items()
+        if any(point["series"] == name for point in points)
+    }
     figure, panels = plots.canvas(3 * len(labels), 6, 2, len(labels))
     for column, (name, words) in enumerate(labels.items()):
         time_axes, memory_axes = panels[column], panels[column + len(labels)]
@@ -153,12 +217,28 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
             if not mine:  # processes: ours alone
                 continue
             places = [point["place"] for point in mine]
-            time_axes.plot(places, [point["cpu_s"] for point in mine], color=color, marker=marker, linestyle=line, label=side)
+            time_axes.plot(
+                places,
+                [point["cpu_s"] for point in mine],
+                color=color,
+                marker=marker,
+                linestyle=line,
+                label=side,
+            )
             if name == "processes":
                 clock = [point["wall_s"] for point in mine]
-                time_axes.plot(places, clock, color=plots.GREY, marker="v", linestyle=":", label="on the clock")
+                time_axes.plot(
+                    places, clock, color=plots.GREY, marker="v", linestyle=":", label="on the clock"
+                )
             else:
-                memory_axes.plot(places, [point["memory_mib"] for point in mine], color=color, marker=marker, linestyle=line, label=side)
+                memory_axes.plot(
+                    places,
+                    [point["memory_mib"] for point in mine],
+                    color=color,
+                    marker=marker,
+                    linestyle=line,
+                    label=side,
+                )
         shown = [time_axes] if name == "processes" else [time_axes, memory_axes]
         for axes in shown:
             axes.set(xlabel=words)
@@ -177,9 +257,13 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--series", nargs="+", choices=LABELS, default=list(LABELS))
-    parser.add_argument("--write", action="store_true", help="write the figures to results.json, and the picture")
+    parser.add_argument(
+        "--write", action="store_true", help="write the figures to results.json, and the picture"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -188,7 +272,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top)
         write_model(folder / "model", Config(*MODEL))
-        points = measure(folder, {name: places for name, places in series().items() if name in options.series})
+        points = measure(
+            folder, {name: places for name, places in series().items() if name in options.series}
+        )
         points += [sharded(folder, n) for n in PROCESSES] if "processes" in options.series else []
     if options.write:
         record("growth", {"threads": 1, "points": points})

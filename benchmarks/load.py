@@ -34,9 +34,19 @@ PIECE = 2**24  # values
 def write_checkpoint(folder: Path, config: Config) -> None:
     """A random bfloat16 checkpoint; never more than one piece of it is in memory."""
     folder.mkdir()
-    entries = {"architectures": ["MistralForCausalLM"], "hidden_act": "silu", "torch_dtype": "bfloat16"} | dataclasses.asdict(config)
+    entries = {
+        "architectures": ["MistralForCausalLM"],
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    } | dataclasses.asdict(config)
     (folder / "config.json").write_text(json.dumps(entries), encoding="utf-8")
-    piece = (0.02 * torch.randn(PIECE, generator=torch.Generator().manual_seed(0))).bfloat16().view(torch.uint8).numpy().tobytes()
+    piece = (
+        (0.02 * torch.randn(PIECE, generator=torch.Generator().manual_seed(0)))
+        .bfloat16()
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )
     files: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in config.shapes().items():
         if 2 * sum(map(math.prod, [*files[-1].values(), shape])) > SHARD_BYTES:
@@ -46,7 +56,11 @@ def write_checkpoint(folder: Path, config: Config) -> None:
     for number, shapes in enumerate(files, 1):
         file, end, header = f"model-{number:05}-of-{len(files):05}.safetensors", 0, {}
         for name, shape in shapes.items():
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+            header[name] = {
+                "dtype": "BF16",
+                "shape": shape,
+                "data_offsets": [end, end := end + 2 * math.prod(shape)],
+            }
         text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
         text += b" " * (-len(text) % 8)
         with open(folder / file, "wb") as out:
@@ -54,7 +68,9 @@ def write_checkpoint(folder: Path, config: Config) -> None:
             for left in range(end, 0, -len(piece)):
                 out.write(piece[:left])
         weight_map |= dict.fromkeys(shapes, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8"
+    )
 
 
 def say(**figures: float) -> None:
@@ -74,7 +90,9 @@ def work(side: str, folder: Path) -> None:
     start = time.perf_counter()
     model: Any
     if side == "transformers":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, low_cpu_mem_usage=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, low_cpu_mem_usage=True
+        )
     elif side == "ours, 1 process":
         model = Mistral.from_pretrained(folder, dtype=torch.bfloat16)
     else:
@@ -102,8 +120,13 @@ def measure(side: str, folder: Path, cold: bool) -> dict[str, float]:
     if SIDES[side] > 1:
         launch += ["-m", "torch.distributed.run", "--nproc_per_node", str(SIDES[side])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.Popen([*launch, __file__, "--worker", side, "--folder", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           text=True, env=environment)  # fmt: skip
+    run = subprocess.Popen(
+        [*launch, __file__, "--worker", side, "--folder", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     idle: dict[int, float] = {}
     most, figures = [0.0], []
 
@@ -123,23 +146,47 @@ def measure(side: str, folder: Path, cold: bool) -> dict[str, float]:
             figures.append(said)
     if run.wait():
         raise SystemExit(run.stderr.read()[-3000:])
-    return {key: max(each[key] for each in figures) for key in ("load_s", "read_s")} | {"memory_mib": most[0]}
+    return {key: max(each[key] for each in figures) for key in ("load_s", "read_s")} | {
+        "memory_mib": most[0]
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("hidden", 4096), ("inner", 14336), ("layers", 32), ("heads", 32), ("vocabulary", 32000), ("rounds", 3)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in (
+        ("hidden", 4096),
+        ("inner", 14336),
+        ("layers", 32),
+        ("heads", 32),
+        ("vocabulary", 32000),
+        ("rounds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--folder", help="where the checkpoint is written; a temporary folder by default")
-    parser.add_argument("--cold", action="store_true", help="drop the system's cache of files before each load (root)")
+    parser.add_argument(
+        "--folder", help="where the checkpoint is written; a temporary folder by default"
+    )
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="drop the system's cache of files before each load (root)",
+    )
     parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.worker, Path(options.folder))
         return
-    config = Config(options.vocabulary, options.hidden, options.inner, options.layers, options.heads, max(1, options.heads // 4),
-                    options.hidden // options.heads)  # fmt: skip
+    config = Config(
+        options.vocabulary,
+        options.hidden,
+        options.inner,
+        options.layers,
+        options.heads,
+        max(1, options.heads // 4),
+        options.hidden // options.heads,
+    )
     values = parameters_of(config)
     rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
@@ -148,11 +195,18 @@ def main() -> None:
             for side in SIDES:
                 rows[side].append(measure(side, Path(temporary) / "model", options.cold))
     largest = 2 * max(map(math.prod, config.shapes().values())) / 2**20
-    print(f"{values / 1e9:.2f} B parameters, {2 * values / 2**20:,.0f} MiB in bfloat16, largest tensor {largest:,.0f} MiB; "
-          f"{os.cpu_count()} cores, {'cold' if options.cold else 'warm or cold'} file cache")  # fmt: skip
+    print(
+        f"{values / 1e9:.2f} B parameters, {2 * values / 2**20:,.0f} MiB in bfloat16, largest tensor {largest:,.0f} MiB; "
+        f"{os.cpu_count()} cores, {'cold' if options.cold else 'warm or cold'} file cache"
+    )
     for side, each in rows.items():
-        spans = [f"{min(r[key] for r in each):7.1f} to {max(r[key] for r in each):7.1f}" for key in ("load_s", "read_s", "memory_mib")]
-        print(f"{side:18} load {spans[0]} s, with every weight read {spans[1]} s, memory {spans[2]} MiB")
+        spans = [
+            f"{min(r[key] for r in each):7.1f} to {max(r[key] for r in each):7.1f}"
+            for key in ("load_s", "read_s", "memory_mib")
+        ]
+        print(
+            f"{side:18} load {spans[0]} s, with every weight read {spans[1]} s, memory {spans[2]} MiB"
+        )
     if options.write:
         record("load", {"parameters": values, "cold": options.cold, "rounds": rows})
 

@@ -36,7 +36,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # in -of-4 runs on four processes.
 CASES: dict[str, tuple[tuple[int, int, int, int, int, int], int, list[str]]] = {
     "wide": ((4000, 1024, 3584, 4, 16, 4), 2000, []),
-    "wide-all-recomputed": ((4000, 1024, 3584, 4, 16, 4), 1000, ["--selective", "all", "--checkpoint_blocks"]),
+    "wide-all-recomputed": (
+        (4000, 1024, 3584, 4, 16, 4),
+        1000,
+        ["--selective", "all", "--checkpoint_blocks"],
+    ),
     "deep": ((4000, 384, 1024, 24, 6, 6), 1000, []),
     "deep-all": ((4000, 384, 1024, 24, 6, 6), 1000, ["--selective", "all"]),
     "vocabulary": ((64000, 512, 1408, 4, 8, 2), 2000, []),
@@ -51,23 +55,42 @@ def config_of(shape: tuple[int, int, int, int, int, int]) -> Config:
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
 
 
-def prepare(folder: Path, shape: tuple[int, int, int, int, int, int], pairs: int) -> tuple[Path, Path]:
+def prepare(
+    folder: Path, shape: tuple[int, int, int, int, int, int], pairs: int
+) -> tuple[Path, Path]:
     """A random model and a file of pairs of 150-word prompts and answers, in the toy language's words."""
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text(toy.tokenizer_json(), encoding="utf-8")
-    entries = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    entries = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(entries), encoding="utf-8")
     model = Mistral(config_of(shape))
     model.init_weights(0)
     model.save_pretrained(folder / "model", like=tokenizer)
     rng = random.Random(0)
-    rows = [{key: " ".join(rng.choice(list(toy.THINGS)) for _ in range(150)) for key in ("prompt", "chosen", "rejected")}
-            | {"chosen_safe": i % 2 == 0, "rejected_safe": i % 3 == 0} for i in range(pairs)]  # fmt: skip
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [
+        {
+            key: " ".join(rng.choice(list(toy.THINGS)) for _ in range(150))
+            for key in ("prompt", "chosen", "rejected")
+        }
+        | {"chosen_safe": i % 2 == 0, "rejected_safe": i % 3 == 0}
+        for i in range(pairs)
+    ]
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return folder / "model", folder / "pairs.jsonl"
 
 
@@ -77,13 +100,41 @@ def measure(name: str, glibc: bool = False, pairs: int = 4, steps: int = 2) -> d
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, data = prepare(folder, shape, 2 * pairs)
-        command = [sys.executable, "-u", str(ROOT / "train.py"), "redteam", "--model", str(model), "--safety", str(data), "--device", "cpu",
-                   "--batch", str(pairs), "--steps", str(steps), "--pack_tokens", str(pack_tokens), "--max_length", "4096", "--max_prompt",
-                   "2048", "--out", str(folder / "run"), "--cache", str(folder / "cache"), "--log_every", "1", *more]  # fmt: skip
+        command = [
+            sys.executable,
+            "-u",
+            str(ROOT / "train.py"),
+            "redteam",
+            "--model",
+            str(model),
+            "--safety",
+            str(data),
+            "--device",
+            "cpu",
+            "--batch",
+            str(pairs),
+            "--steps",
+            str(steps),
+            "--pack_tokens",
+            str(pack_tokens),
+            "--max_length",
+            "4096",
+            "--max_prompt",
+            "2048",
+            "--out",
+            str(folder / "run"),
+            "--cache",
+            str(folder / "cache"),
+            "--log_every",
+            "1",
+            *more,
+        ]
         if name.endswith("-of-4"):
             command[1:2] = ["-u", "-m", "torch.distributed.run", "--nproc_per_node", "4"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if glibc else MALLOC)
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
+        run = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+        )
         idle: dict[int, float] = {}  # process -> what it held when the plan was printed
         peak: dict[int, float] = {}
 
@@ -105,25 +156,40 @@ def measure(name: str, glibc: bool = False, pairs: int = 4, steps: int = 2) -> d
             raise RuntimeError("".join(lines))
     planned = re.search(r"([\d.]+)  in all, at the fullest moment \((.*?);", "".join(lines))
     assert planned, lines
-    weights = sum(math.prod(size) * (2 if "bfloat16" in more and "down_proj" not in tensor else 4)
-                  for tensor, size in config_of(shape).shapes().items())  # fmt: skip
-    return {"plan_mib": float(planned[1]) * 1024, "measured_mib": max(peak[pid] - idle[pid] for pid in idle),
-            "weights_mib": weights / 2**20, "moment": planned[2]}  # fmt: skip
+    weights = sum(
+        math.prod(size) * (2 if "bfloat16" in more and "down_proj" not in tensor else 4)
+        for tensor, size in config_of(shape).shapes().items()
+    )
+    return {
+        "plan_mib": float(planned[1]) * 1024,
+        "measured_mib": max(peak[pid] - idle[pid] for pid in idle),
+        "weights_mib": weights / 2**20,
+        "moment": planned[2],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all"
+    )
     parser.add_argument("--glibc", action="store_true", help="leave glibc's thresholds as they are")
     parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     options = parser.parse_args()
     results = {}
-    print(f"{'':20} {'plan MiB':>9} {'measured':>9} {'plan / measured':>15} {'weights':>9}  fullest moment")
+    print(
+        f"{'':20} {'plan MiB':>9} {'measured':>9} {'plan / measured':>15} {'weights':>9}  fullest moment"
+    )
     for name in options.cases or CASES:
         results[name] = found = measure(name, options.glibc)
         ratio = found["plan_mib"] / found["measured_mib"]
-        print(f"{name:20} {found['plan_mib']:9.0f} {found['measured_mib']:9.0f} {ratio:15.2f} "
-              f"{found['weights_mib']:9.0f}  {found['moment']}", flush=True)  # fmt: skip
+        print(
+            f"{name:20} {found['plan_mib']:9.0f} {found['measured_mib']:9.0f} {ratio:15.2f} "
+            f"{found['weights_mib']:9.0f}  {found['moment']}",
+            flush=True,
+        )
     if options.write:
         record("memory", {"glibc": options.glibc, "cases": results})
 

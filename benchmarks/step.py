@@ -39,7 +39,17 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from common import MALLOC, Pair, Stream, anonymous_mib, draw_lengths, pairs_of, parameters_of, record_part, write_model
+from common import (
+    MALLOC,
+    Pair,
+    Stream,
+    anonymous_mib,
+    draw_lengths,
+    pairs_of,
+    parameters_of,
+    record_part,
+    write_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,12 +58,20 @@ from model import Config
 # Shapes in a 7B's proportions (feed-forward 3.5 times the width, four query heads a key head; the head is 4 % of the body, there 2 %):
 # vocabulary, width, feed-forward, layers, query heads, key heads, head size.
 SIZES = {"30M": (2000, 512, 1792, 8, 8, 2, 64), "4M": (500, 256, 896, 4, 4, 1, 64)}
-OURS, WHOLE, DEFAULT, BEST, BY_ONE = "ours", "ours, one pack", "TRL default", "TRL best", "TRL best, by one"
+OURS, WHOLE, DEFAULT, BEST, BY_ONE = (
+    "ours",
+    "ours, one pack",
+    "TRL default",
+    "TRL best",
+    "TRL best, by one",
+)
 # Size and precision -> pairs of a step, and the sides. The authors' launch gives a GPU 4 pairs at a time; TRL's default is 8.
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "30M-float32": (4, (OURS, WHOLE, DEFAULT, BEST, BY_ONE)), "30M-float32-8pairs": (8, (OURS, DEFAULT, BEST)),
-    "4M-float32": (4, (OURS, DEFAULT, BEST)), "4M-bfloat16": (4, (OURS, DEFAULT, BEST)),
-}  # fmt: skip
+    "30M-float32": (4, (OURS, WHOLE, DEFAULT, BEST, BY_ONE)),
+    "30M-float32-8pairs": (8, (OURS, DEFAULT, BEST)),
+    "4M-float32": (4, (OURS, DEFAULT, BEST)),
+    "4M-bfloat16": (4, (OURS, DEFAULT, BEST)),
+}
 BETA = 0.1
 LR = 1e-9  # an optimizer's step costs the same at any rate; at this one the policy stays the reference, which is checked after a step
 # Largest relative error of a gradient tensor. fp32: rounding in sums of thousands of terms leaves 1e-6 to 1e-5; one token lost or
@@ -80,8 +98,15 @@ def plan(rounds: int, batch: int, vocabulary: int) -> dict[str, list[list[Pair]]
     drawn = [draw_lengths(rng, batch) for _ in range(rounds)]
     while rounds > 1 and not typical(drawn):
         drawn = [draw_lengths(rng, batch) for _ in range(rounds)]
-    lengths = {"warm-up": [draw_lengths(rng, batch)], "random": drawn, "grouped": [pool[first : first + batch] for first in firsts]}
-    return {kind: [pairs_of(rng, each, vocabulary) for each in batches] for kind, batches in lengths.items()}
+    lengths = {
+        "warm-up": [draw_lengths(rng, batch)],
+        "random": drawn,
+        "grouped": [pool[first : first + batch] for first in firsts],
+    }
+    return {
+        kind: [pairs_of(rng, each, vocabulary) for each in batches]
+        for kind, batches in lengths.items()
+    }
 
 
 def padding(lengths: np.ndarray) -> float:
@@ -125,14 +150,19 @@ class Turn:
         os._exit(0)  # nothing more is asked
 
     def cost(self) -> Figures:
-        return {"cpu_s": time.process_time() - self.begun[0], "wall_s": time.perf_counter() - self.begun[1]}
+        return {
+            "cpu_s": time.process_time() - self.begun[0],
+            "wall_s": time.perf_counter() - self.begun[1],
+        }
 
     def stepped(self) -> None:
         self.say(**self.cost())
         self.wait()
 
 
-def serve_ours(side: str, folder: Path, dtype: str, steps: list[list[Pair]], channel: IO[str]) -> None:
+def serve_ours(
+    side: str, folder: Path, dtype: str, steps: list[list[Pair]], channel: IO[str]
+) -> None:
     """train.optimize, as a run of train.py calls it."""
     import runtime
     import train
@@ -143,19 +173,38 @@ def serve_ours(side: str, folder: Path, dtype: str, steps: list[list[Pair]], cha
 
     world = runtime.start("cpu")
     batch = len(steps[0])
-    config = train.Config(recipe="bfpo", model=str(folder), safety=("planned",), objective="dpo", tau=BETA, batch=batch, steps=len(steps),
-                          dtype=dtype, log_every=2**30, save_every=2**30, lr=LR)  # fmt: skip
-    config = dataclasses.replace(config, pack_tokens=train.PACK_TOKENS["cuda" if side == WHOLE else "cpu"])
+    config = train.Config(
+        recipe="bfpo",
+        model=str(folder),
+        safety=("planned",),
+        objective="dpo",
+        tau=BETA,
+        batch=batch,
+        steps=len(steps),
+        dtype=dtype,
+        log_every=2**30,
+        save_every=2**30,
+        lr=LR,
+    )
+    config = dataclasses.replace(
+        config, pack_tokens=train.PACK_TOKENS["cuda" if side == WHOLE else "cpu"]
+    )
     model, trained = train.build(config, folder / "model", world)
     idle = anonymous_mib()
     # the planned pairs, at the places where a run draws them step by step
-    places = [int(i) for step in range(len(steps)) for i in batch_indices(batch * len(steps), batch, config.seed, step, "safety")]
+    places = [
+        int(i)
+        for step in range(len(steps))
+        for i in batch_indices(batch * len(steps), batch, config.seed, step, "safety")
+    ]
     at = dict(zip(places, (pair for step in steps for pair in step), strict=True))
     stream: Any = Stream([at[i] for i in range(len(at))])
     reference = score(model, stream, world, config.pack_tokens, "reference")
     rows = Rows({"safety": stream}, {"safety": reference}, None)  # type: ignore[arg-type]  # what a row says matters to errors alone
     train.forward_backward(model, config, rows, rows.draw(batch, config.seed, 0), world)
-    gradients = {name: runtime.local_part(p.grad) for name, p in trained.items() if p.grad is not None}
+    gradients = {
+        name: runtime.local_part(p.grad) for name, p in trained.items() if p.grad is not None
+    }
     save_file(gradients | {"reference": reference[places]}, folder / f"{dtype}-{side}.safetensors")
     for p in trained.values():
         p.grad = None
@@ -180,10 +229,14 @@ def serve_ours(side: str, folder: Path, dtype: str, steps: list[list[Pair]], cha
             turn.stepped()
 
     (folder / side).mkdir(exist_ok=True)
-    train.optimize(model, trained, config, len(steps), rows, lambda: ({}, 0.0), Folder(folder / side, world))
+    train.optimize(
+        model, trained, config, len(steps), rows, lambda: ({}, 0.0), Folder(folder / side, world)
+    )
 
 
-def serve_trl(side: str, folder: Path, dtype: str, steps: list[list[Pair]], channel: IO[str]) -> None:
+def serve_trl(
+    side: str, folder: Path, dtype: str, steps: list[list[Pair]], channel: IO[str]
+) -> None:
     """DPOTrainer.train."""
     best, at_once = side != DEFAULT, 1 if side == BY_ONE else len(steps[0])
     import trl.trainer.utils
@@ -196,15 +249,21 @@ def serve_trl(side: str, folder: Path, dtype: str, steps: list[list[Pair]], chan
     for name, p in model.named_parameters():
         p.requires_grad_("down_proj" in name)
         kept = torch.float32 if p.requires_grad or not best else getattr(torch, dtype)
-        p.data = p.data.to(kept, copy=True)  # off the mapped file, so that it counts as held before the step
+        p.data = p.data.to(
+            kept, copy=True
+        )  # off the mapped file, so that it counts as held before the step
     idle = anonymous_mib()
     if best:  # torch still folds the chunks of logits: only which rows go through the head changes
         trl.trainer.utils._use_triton = lambda device: True
     references = load_file(folder / f"{dtype}-{OURS}.safetensors")["reference"].tolist()
     rows = []
-    for (prompt, chosen, rejected), (c, r) in zip((pair for step in steps for pair in step), references, strict=False):
+    for (prompt, chosen, rejected), (c, r) in zip(
+        (pair for step in steps for pair in step), references, strict=False
+    ):
         cached = {"ref_chosen_logps": c, "ref_rejected_logps": r} if best else {}
-        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **cached})
+        rows.append(
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **cached}
+        )
 
     class Trainer(DPOTrainer):  # type: ignore[misc]
         batch: Any = None
@@ -220,20 +279,42 @@ def serve_trl(side: str, folder: Path, dtype: str, steps: list[list[Pair]], chan
             self.batch, self.passes = inputs, self.passes + 1
             loss = super().training_step(model, inputs, *rest)
             if self.passes * at_once == len(steps[0]):  # the first step's gradient is whole
-                gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+                gradients = {
+                    name: p.grad.clone()
+                    for name, p in model.named_parameters()
+                    if p.grad is not None
+                }
                 save_file(gradients, folder / f"{dtype}-{side}.safetensors")
             return loss
 
     args = DPOConfig(
-        output_dir=str(folder / "trl"), beta=BETA, learning_rate=LR, per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=len(steps[0]) // at_once, max_steps=len(steps), bf16=dtype == "bfloat16", use_cpu=True,
-        gradient_checkpointing=not best, precompute_ref_log_probs=best, train_sampling_strategy="sequential", save_strategy="no",
-        max_length=None, report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        beta=BETA,
+        learning_rate=LR,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=len(steps[0]) // at_once,
+        max_steps=len(steps),
+        bf16=dtype == "bfloat16",
+        use_cpu=True,
+        gradient_checkpointing=not best,
+        precompute_ref_log_probs=best,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        max_length=None,
+        report_to=[],
+        disable_tqdm=True,
+    )
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
-    trainer = Trainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    turn = Turn(channel, lambda: torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, trainer.batch)))
+    trainer = Trainer(
+        model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    turn = Turn(
+        channel,
+        lambda: torch.cat(
+            trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, trainer.batch)
+        ),
+    )
 
     class Waits(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -262,14 +343,38 @@ def serve(side: str, folder: Path, dtype: str, kinds: list[str]) -> None:
 class Worker:
     """One side's process, seen from here; it gets the plan's steps of these kinds, one after the other."""
 
-    def __init__(self, side: str, folder: Path, dtype: str, kinds: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, side: str, folder: Path, dtype: str, kinds: list[str], environment: dict[str, str]
+    ) -> None:
         self.log, self.idle_mib = folder / f"{dtype}-{side}.log", 0.0
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
-                 "HF_DATASETS_CACHE": str(folder / "datasets")}  # fmt: skip
-        command = [sys.executable, __file__, "--worker", side, "--folder", str(folder), "--dtype", dtype, "--kinds", *kinds]
+        quiet = {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_DATASETS_CACHE": str(folder / "datasets"),
+        }
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            side,
+            "--folder",
+            str(folder),
+            "--dtype",
+            dtype,
+            "--kinds",
+            *kinds,
+        ]
         with open(self.log, "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                                            env=os.environ | quiet | environment)  # fmt: skip
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | quiet | environment,
+            )
         self.idle_mib = self._answer()["idle_mib"]
 
     def ask(self, command: str) -> dict[str, Any]:
@@ -296,7 +401,12 @@ class Worker:
 def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest relative error of a tensor."""
     assert got.keys() == expected.keys(), (got.keys(), expected.keys())
-    return max(((got[name].double() - expected[name].double()).norm() / expected[name].double().norm()).item() for name in expected)
+    return max(
+        (
+            (got[name].double() - expected[name].double()).norm() / expected[name].double().norm()
+        ).item()
+        for name in expected
+    )
 
 
 def gradient_errors(folder: Path, dtype: str, sides: list[str]) -> dict[str, float]:
@@ -313,21 +423,29 @@ def gradient_errors(folder: Path, dtype: str, sides: list[str]) -> dict[str, flo
         tensors.pop("reference", None)
     errors = {side: difference(gradients, expected) for side, gradients in found.items()}
     if max(errors.values()) > AGREE[dtype]:
-        raise SystemExit(f"the sides' gradients differ, so their times are not compared: relative errors {errors}, at most {AGREE[dtype]}")
+        raise SystemExit(
+            f"the sides' gradients differ, so their times are not compared: relative errors {errors}, at most {AGREE[dtype]}"
+        )
     return errors
 
 
-def rounds(workers: dict[str, Worker], planned: dict[str, list[list[Pair]]]) -> dict[str, list[Figures]]:
+def rounds(
+    workers: dict[str, Worker], planned: dict[str, list[list[Pair]]]
+) -> dict[str, list[Figures]]:
     """Row name -> one {cpu_s, wall_s, memory_mib} a round: seconds of a pair, the most memory of the step."""
     rows: dict[str, list[Figures]] = {}
 
     def keep(name: str, pairs: int, *answers: dict[str, Any]) -> None:
-        seconds = {key: sum(answer[key] for answer in answers) / pairs for key in ("cpu_s", "wall_s")}
+        seconds = {
+            key: sum(answer[key] for answer in answers) / pairs for key in ("cpu_s", "wall_s")
+        }
         rows.setdefault(name, []).append(seconds | {"memory_mib": answers[0]["memory_mib"]})
 
     sides = list(workers)
     for number, pairs in enumerate(planned["random"]):
-        for side in sides[number % len(sides) :] + sides[: number % len(sides)]:  # each side goes first in turn
+        for side in (
+            sides[number % len(sides) :] + sides[: number % len(sides)]
+        ):  # each side goes first in turn
             step = workers[side].ask("step")
             keep(side, len(pairs), step)
             if side in (OURS, BEST):  # TRL default's step holds the reference's forward already
@@ -360,10 +478,19 @@ def measure(run: str, rounds_wanted: int, folder: Path) -> dict[str, Any]:
     workers: dict[str, Worker] = {}
     try:
         for side in sides:
-            workers[side] = Worker(side, folder, dtype, ["warm-up", "random", *(["grouped"] if side in (OURS, BEST) else [])], {})
+            workers[side] = Worker(
+                side,
+                folder,
+                dtype,
+                ["warm-up", "random", *(["grouped"] if side in (OURS, BEST) else [])],
+                {},
+            )
         for worker in workers.values():
             worker.ask("step")
-        ours, *others = [torch.tensor(workers[side].ask("reference")["logprobs"]) for side in (OURS, DEFAULT, BEST)]
+        ours, *others = [
+            torch.tensor(workers[side].ask("reference")["logprobs"])
+            for side in (OURS, DEFAULT, BEST)
+        ]
         for other in others:
             torch.testing.assert_close(other, ours, rtol=REFERENCE_AGREES[dtype], atol=0)
         errors = gradient_errors(folder, dtype, list(workers))
@@ -371,16 +498,33 @@ def measure(run: str, rounds_wanted: int, folder: Path) -> dict[str, Any]:
     finally:
         for worker in workers.values():
             worker.end()
-    tensors = {side: tensors_mib(side, folder, dtype) for side in sides} if dtype == "float32" else {}
-    shape = {"rounds": rounds_wanted, "pairs_a_step": pairs, "parameters": parameters_of(Config(*SIZES[size]))}
+    tensors = (
+        {side: tensors_mib(side, folder, dtype) for side in sides} if dtype == "float32" else {}
+    )
+    shape = {
+        "rounds": rounds_wanted,
+        "pairs_a_step": pairs,
+        "parameters": parameters_of(Config(*SIZES[size])),
+    }
     return shape | summarise(planned, rows, tensors) | {"gradient_errors": errors}
 
 
 def compare(rows: dict[str, list[Figures]], tensors: dict[str, float]) -> list[dict[str, Any]]:
     """Every pair of rows that is there: theirs over ours in seconds, ours over theirs in memory; of all rounds together, and of one."""
-    with_reference, grouped = [f"{OURS} + reference", f"{BEST} + reference"], [f"{OURS}, grouped", f"{BEST}, grouped"]
-    compared = [(OURS, DEFAULT), (OURS, BEST), (with_reference[0], DEFAULT), with_reference, grouped,
-                (WHOLE, DEFAULT), (WHOLE, BEST), (OURS, BY_ONE)]  # fmt: skip
+    with_reference, grouped = (
+        [f"{OURS} + reference", f"{BEST} + reference"],
+        [f"{OURS}, grouped", f"{BEST}, grouped"],
+    )
+    compared = [
+        (OURS, DEFAULT),
+        (OURS, BEST),
+        (with_reference[0], DEFAULT),
+        with_reference,
+        grouped,
+        (WHOLE, DEFAULT),
+        (WHOLE, BEST),
+        (OURS, BY_ONE),
+    ]
 
     def ratio(above: str, below: str, key: str) -> Figures:
         a, b = ([figure[key] for figure in rows[name]] for name in (above, below))
@@ -388,48 +532,84 @@ def compare(rows: dict[str, list[Figures]], tensors: dict[str, float]) -> list[d
         return {"all": sum(a) / sum(b), "least": min(each), "most": max(each)}
 
     return [
-        {"ours": ours, "theirs": theirs, "times_faster": ratio(theirs, ours, "cpu_s"), "share_of_memory": ratio(ours, theirs, "memory_mib")}
-        | ({"share_of_tensors": tensors[ours] / tensors[theirs]} if ours in tensors and theirs in tensors else {})
+        {
+            "ours": ours,
+            "theirs": theirs,
+            "times_faster": ratio(theirs, ours, "cpu_s"),
+            "share_of_memory": ratio(ours, theirs, "memory_mib"),
+        }
+        | (
+            {"share_of_tensors": tensors[ours] / tensors[theirs]}
+            if ours in tensors and theirs in tensors
+            else {}
+        )
         for ours, theirs in compared
         if ours in rows and theirs in rows
     ]
 
 
-def summarise(planned: dict[str, list[list[Pair]]], rows: dict[str, list[Figures]], tensors: dict[str, float]) -> dict[str, Any]:
+def summarise(
+    planned: dict[str, list[list[Pair]]], rows: dict[str, list[Figures]], tensors: dict[str, float]
+) -> dict[str, Any]:
     batches = {kind: [lengths_of(step) for step in planned[kind]] for kind in ("random", "grouped")}
     figures: dict[str, Any] = {}
     for name, each in rows.items():
         lengths = np.concatenate(batches["grouped" if name.endswith("grouped") else "random"])
         per_s = len(each) / sum(figure["wall_s"] for figure in each)
         figures[name] = {"pairs_per_s": per_s, "tokens_per_s": per_s * lengths.sum() / len(lengths)}
-        figures[name] |= {key: spread([figure[key] for figure in each]) for key in ("cpu_s", "memory_mib")}
+        figures[name] |= {
+            key: spread([figure[key] for figure in each]) for key in ("cpu_s", "memory_mib")
+        }
     return {
-        "mean_tokens": {kind: np.concatenate(each).mean(0).tolist() for kind, each in batches.items()},
+        "mean_tokens": {
+            kind: np.concatenate(each).mean(0).tolist() for kind, each in batches.items()
+        },
         "padding": {kind: statistics.mean(map(padding, each)) for kind, each in batches.items()},
-        "figures": figures, "tensors_mib": tensors, "compared": compare(rows, tensors),
-    }  # fmt: skip
+        "figures": figures,
+        "tensors_mib": tensors,
+        "compared": compare(rows, tensors),
+    }
 
 
 def table(name: str, result: dict[str, Any]) -> str:
-    tokens, padded = "/".join(f"{n:.0f}" for n in result["mean_tokens"]["random"]), result["padding"]
-    lines = [f"{name}: {result['parameters'] / 1e6:.1f} M parameters; {tokens} tokens of prompt/chosen/rejected, padding "
-             f"{padded['random']:.2f} (grouped {padded['grouped']:.2f}); gradients agree to {max(result['gradient_errors'].values()):.0e}"]
-    lines.append(f"{'':22}{'pairs_per_s':>12}{'tokens_per_s':>13}{'cpu_s of a pair':>26}{'memory_mib':>22}{'tensors_mib':>12}")
+    tokens, padded = (
+        "/".join(f"{n:.0f}" for n in result["mean_tokens"]["random"]),
+        result["padding"],
+    )
+    lines = [
+        f"{name}: {result['parameters'] / 1e6:.1f} M parameters; {tokens} tokens of prompt/chosen/rejected, padding "
+        f"{padded['random']:.2f} (grouped {padded['grouped']:.2f}); gradients agree to {max(result['gradient_errors'].values()):.0e}"
+    ]
+    lines.append(
+        f"{'':22}{'pairs_per_s':>12}{'tokens_per_s':>13}{'cpu_s of a pair':>26}{'memory_mib':>22}{'tensors_mib':>12}"
+    )
     for side, row in result["figures"].items():
-        cells = [f"{row[key]['median']:{form}} ({row[key]['least']:{form}} to {row[key]['most']:{form}})"
-                 for key, form in (("cpu_s", ".3f"), ("memory_mib", ".0f"))]  # fmt: skip
+        cells = [
+            f"{row[key]['median']:{form}} ({row[key]['least']:{form}} to {row[key]['most']:{form}})"
+            for key, form in (("cpu_s", ".3f"), ("memory_mib", ".0f"))
+        ]
         tensors = f"{result['tensors_mib'][side]:12.0f}" if side in result["tensors_mib"] else ""
-        lines.append(f"{side:22}{row['pairs_per_s']:12.3g}{row['tokens_per_s']:13.0f}{cells[0]:>26}{cells[1]:>22}{tensors}")
+        lines.append(
+            f"{side:22}{row['pairs_per_s']:12.3g}{row['tokens_per_s']:13.0f}{cells[0]:>26}{cells[1]:>22}{tensors}"
+        )
     for row in result["compared"]:
-        speed, memory = (f"{each['all']:.2f} ({each['least']:.2f} to {each['most']:.2f})"
-                         for each in (row["times_faster"], row["share_of_memory"]))  # fmt: skip
-        tensors = f", {row['share_of_tensors']:.2f} of its tensors" if "share_of_tensors" in row else ""
-        lines.append(f"  {row['ours']} against {row['theirs']}: {speed} times faster, {memory} of its memory{tensors}")
+        speed, memory = (
+            f"{each['all']:.2f} ({each['least']:.2f} to {each['most']:.2f})"
+            for each in (row["times_faster"], row["share_of_memory"])
+        )
+        tensors = (
+            f", {row['share_of_tensors']:.2f} of its tensors" if "share_of_tensors" in row else ""
+        )
+        lines.append(
+            f"  {row['ours']} against {row['theirs']}: {speed} times faster, {memory} of its memory{tensors}"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="write the figures to results.json")

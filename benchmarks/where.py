@@ -40,7 +40,11 @@ PARTS = {
 def products(config: Config, rows: int, scored: int) -> dict[str, list[tuple[int, int, int]]]:
     """Part -> (rows, in, out) of the matrix products of one pack's forward and backward, as many entries as there are products."""
     D, inner, K = config.hidden_size, config.intermediate_size, config.head_dim
-    HK, GK, last = config.num_attention_heads * K, config.num_key_value_heads * K, config.num_hidden_layers - 1
+    HK, GK, last = (
+        config.num_attention_heads * K,
+        config.num_key_value_heads * K,
+        config.num_hidden_layers - 1,
+    )
     attention: list[tuple[int, int, int]] = []
     feed_forward: list[tuple[int, int, int]] = []
     for layer in range(config.num_hidden_layers):
@@ -48,7 +52,9 @@ def products(config: Config, rows: int, scored: int) -> dict[str, list[tuple[int
         heads = [(queries, D, HK), (rows, D, GK), (rows, D, GK), (queries, HK, D)]
         gate_up_down = [(queries, D, inner), (queries, D, inner), (queries, inner, D)]
         for part, each in ((attention, heads), (feed_forward, gate_up_down)):
-            part += each + [(n, b, a) for n, a, b in each] * (layer > 0)  # nothing trains below the first layer's down_proj
+            part += each + [(n, b, a) for n, a, b in each] * (
+                layer > 0
+            )  # nothing trains below the first layer's down_proj
         feed_forward.append((D, queries, inner))  # down_proj's gradient
     head = [(scored, D, config.vocab_size), (scored, config.vocab_size, D)]
     return dict(zip(PARTS, (feed_forward, attention, head), strict=False))
@@ -60,7 +66,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def bare(shapes: list[tuple[int, int, int]], operands: dict[tuple[int, int, int], tuple[Tensor, Tensor]]) -> float:
+def bare(
+    shapes: list[tuple[int, int, int]], operands: dict[tuple[int, int, int], tuple[Tensor, Tensor]]
+) -> float:
     def multiply() -> None:
         for shape in shapes:
             F.linear(*operands[shape])
@@ -86,7 +94,9 @@ def profiled(step: Callable[[], object]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="30M")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="write the figures to results.json")
@@ -98,7 +108,14 @@ def main() -> None:
     budget = train.PACK_TOKENS["cpu"]
     with TemporaryDirectory() as folder:
         write_model(Path(folder) / "model", architecture)
-        config = train.Config(recipe="bfpo", model=folder, safety=("planned",), batch=len(stream), dtype="float32", pack_tokens=budget)
+        config = train.Config(
+            recipe="bfpo",
+            model=folder,
+            safety=("planned",),
+            batch=len(stream),
+            dtype="float32",
+            pack_tokens=budget,
+        )
         model, trained = train.build(config, Path(folder) / "model", world)
     rows = Rows({"safety": stream}, {"safety": torch.zeros(len(stream), 2)}, None)  # type: ignore[arg-type]  # what a row says: for errors
     optimizer = torch.optim.AdamW(trained.values(), lr=LR)
@@ -115,7 +132,11 @@ def main() -> None:
         sizes = stream.lengths[pack]
         for part, each in products(architecture, int(sizes.sum()), int(sizes[:, 1:].sum())).items():
             shapes.setdefault(part, []).extend(each)
-    operands = {(n, a, b): (torch.randn(n, a), torch.randn(b, a)) for each in shapes.values() for n, a, b in each}
+    operands = {
+        (n, a, b): (torch.randn(n, a), torch.randn(b, a))
+        for each in shapes.values()
+        for n, a, b in each
+    }
     step()
     whole, parts, least = [], [], []
     for _ in range(options.rounds):
@@ -125,18 +146,42 @@ def main() -> None:
     # the profiler slows what it watches: its parts are scaled to the step without it
     best = min(parts, key=lambda each: sum(each.values()))
     scale = min(whole) / sum(best.values())
-    table = {part: {"step_s": value * scale, "products_s": min(each.get(part, 0.0) for each in least),
-                    "gflop": sum(2 * n * a * b for n, a, b in shapes.get(part, ())) / 1e9} for part, value in best.items()}  # fmt: skip
-    total = {key: sum(row[key] for row in table.values()) for key in ("step_s", "products_s", "gflop")}
-    print(f"{parameters_of(architecture) / 1e6:.1f} M parameters, {len(stream)} pairs, {int(stream.lengths.sum()):,} tokens in "
-          f"{len(packs)} packs")  # fmt: skip
+    table = {
+        part: {
+            "step_s": value * scale,
+            "products_s": min(each.get(part, 0.0) for each in least),
+            "gflop": sum(2 * n * a * b for n, a, b in shapes.get(part, ())) / 1e9,
+        }
+        for part, value in best.items()
+    }
+    total = {
+        key: sum(row[key] for row in table.values()) for key in ("step_s", "products_s", "gflop")
+    }
+    print(
+        f"{parameters_of(architecture) / 1e6:.1f} M parameters, {len(stream)} pairs, {int(stream.lengths.sum()):,} tokens in "
+        f"{len(packs)} packs"
+    )
     print(f"{'':50}{'GFLOP':>8}{'products alone, s':>20}{'in the step, s':>16}{'share':>8}")
     for part, row in [*table.items(), ("all", total)]:
-        print(f"{part:50}{row['gflop']:8.1f}{row['products_s']:20.3f}{row['step_s']:16.3f}{row['step_s'] / total['step_s']:8.1%}")
-    print(f"the step takes {total['step_s'] / total['products_s']:.2f} times its products alone, which run at "
-          f"{total['gflop'] / total['products_s']:.0f} GFLOP/s; under the profiler it is {1 / scale:.2f} times as long")  # fmt: skip
+        print(
+            f"{part:50}{row['gflop']:8.1f}{row['products_s']:20.3f}{row['step_s']:16.3f}{row['step_s'] / total['step_s']:8.1%}"
+        )
+    print(
+        f"the step takes {total['step_s'] / total['products_s']:.2f} times its products alone, which run at "
+        f"{total['gflop'] / total['products_s']:.0f} GFLOP/s; under the profiler it is {1 / scale:.2f} times as long"
+    )
     if options.write:
-        record("where", {"threads": 1, "size": options.size, "rounds": options.rounds, "parts": table, "all": total, "profiler": 1 / scale})
+        record(
+            "where",
+            {
+                "threads": 1,
+                "size": options.size,
+                "rounds": options.rounds,
+                "parts": table,
+                "all": total,
+                "profiler": 1 / scale,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ from urllib.parse import unquote
 import pytest
 import runs
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests run side by side, and start processes of their own
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: the tests run side by side, and start processes of their own
 
 ROOT = Path(__file__).parent.parent
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")  # torch.compile needs one
+CXX = (
+    os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+)  # torch.compile needs one
 
 
 def sentencepiece_model() -> Path:
@@ -39,7 +43,15 @@ def build_mistral_tokenizer(folder: Path, legacy: bool = True, normalized: bool 
     normalised text, as in some early conversions, which then miss them after anything but a space.
     """
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
 
     source = SentencePieceProcessor(model_file=str(sentencepiece_model()))
     vocab = {source.id_to_piece(i): i for i in range(len(source))}
@@ -49,22 +61,43 @@ def build_mistral_tokenizer(folder: Path, legacy: bool = True, normalized: bool 
         known = [(vocab[a], vocab[b], rank, a, b) for a, b in splits if a in vocab and b in vocab]
         merges += known
     merges.sort(key=lambda merge: (-source.get_score(merge[2]), merge[0], merge[1]))
-    model = models.BPE(vocab, [merge[3:] for merge in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocab, [merge[3:] for merge in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
     tokenizer = Tokenizer(model)
     if legacy:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens([AddedToken(name, normalized=normalized) for name in ("<unk>", "<s>", "</s>")])
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(name, normalized=normalized) for name in ("<unk>", "<s>", "</s>")]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
-              "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": True,
-              "model_max_length": 1000000000000000019884624838656, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+        "model_max_length": 1000000000000000019884624838656,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     return folder
 
@@ -92,17 +125,37 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def downloads(self) -> list[str]:
         """Names of the files whose content was sent since the last call, sorted."""
-        sent = [line.partition(f"/resolve/{self.COMMIT}/")[2] for line in self.asked if line.startswith("GET") and "/resolve/" in line]
+        sent = [
+            line.partition(f"/resolve/{self.COMMIT}/")[2]
+            for line in self.asked
+            if line.startswith("GET") and "/resolve/" in line
+        ]
         self.asked.clear()
         return sorted(sent)
 
     def run(self, script: str, *arguments: object, **environment: str) -> str:
         """What a Python script prints in a process of its own, with huggingface_hub's settings pointing here and a cache of this hub's."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
-        settings = {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HOME": str(self.home), "NO_PROXY": "127.0.0.1",
-                    "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, env=inherited | settings | environment,
-                              capture_output=True, text=True, timeout=120)
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING_FACE_"))
+        }
+        settings = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+            "HF_HOME": str(self.home),
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            cwd=ROOT,
+            env=inherited | settings | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -113,25 +166,55 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         self.server.asked.append(f"{self.command} {path}")
-        parts = (re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path)
-                 or re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path))
+        parts = re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)()", path
+        ) or re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path)
         kind, name, verb, revision, file = parts.groups() if parts else (None, "", "", "", "")
         folder = self.server.root / (kind or "models") / name
         bearer = self.headers.get("Authorization") == f"Bearer {self.server.TOKEN}"
         if not name or not folder.is_dir() or (name in self.server.private and not bearer):
-            return self.reply(401, b"", {"X-Error-Code": "RepoNotFound"})  # whether it exists is none of a stranger's business
+            return self.reply(
+                401, b"", {"X-Error-Code": "RepoNotFound"}
+            )  # whether it exists is none of a stranger's business
         if unquote(revision) not in ("main", "v1", "refs/convert/parquet", self.server.COMMIT):
             return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
         if verb == "revision":
-            return self.reply_json({"id": name, "sha": self.server.COMMIT, "private": name in self.server.private, "tags": [],
-                                    "siblings": [{"rfilename": file} for file in files]})
+            return self.reply_json(
+                {
+                    "id": name,
+                    "sha": self.server.COMMIT,
+                    "private": name in self.server.private,
+                    "tags": [],
+                    "siblings": [{"rfilename": file} for file in files],
+                }
+            )
         if verb == "tree":
-            return self.reply_json([{"type": "file", "path": file, "oid": hashlib.sha1(content).hexdigest(), "size": len(content)}
-                                    for file, content in files.items()])
+            return self.reply_json(
+                [
+                    {
+                        "type": "file",
+                        "path": file,
+                        "oid": hashlib.sha1(content).hexdigest(),
+                        "size": len(content),
+                    }
+                    for file, content in files.items()
+                ]
+            )
         if file not in files:
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
-        self.reply(200, files[file], {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', "Content-Type": "application/octet-stream"})
+        self.reply(
+            200,
+            files[file],
+            {
+                "ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"',
+                "Content-Type": "application/octet-stream",
+            },
+        )
 
     do_HEAD = do_GET
 
@@ -140,7 +223,9 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
 
     def reply(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for key, value in (headers | {"X-Repo-Commit": self.server.COMMIT, "Content-Length": str(len(content))}).items():
+        for key, value in (
+            headers | {"X-Repo-Commit": self.server.COMMIT, "Content-Length": str(len(content))}
+        ).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
@@ -167,5 +252,10 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 steps of BFPO in one go on one process and one thread: what others are compared with."""
-    return runs.once(tmp_path_factory, "whole", lambda out: runs.run_here(runs.bfpo(toys, out, "--steps", "200", "--save_every", "10",
-                                                                                    "--keep", "3")))  # fmt: skip
+    return runs.once(
+        tmp_path_factory,
+        "whole",
+        lambda out: runs.run_here(
+            runs.bfpo(toys, out, "--steps", "200", "--save_every", "10", "--keep", "3")
+        ),
+    )

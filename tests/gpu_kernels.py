@@ -32,32 +32,53 @@ from triton.backends.compiler import GPUTarget
 import model as model_file
 from model import Config, Mistral, Pack
 
-H100 = DeviceProperties("cuda", 0, multi_processor_count=132, cc=90, major=9, regs_per_multiprocessor=65536,
-                        max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32)  # fmt: skip
+H100 = DeviceProperties(
+    "cuda",
+    0,
+    multi_processor_count=132,
+    cc=90,
+    major=9,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+)
 
 
 def replaced(source: str, old: str, new: str) -> str:
     if old not in source:
-        raise SystemExit(f"torch {torch.__version__} has no {old!r} where this script takes the GPU's path")
+        raise SystemExit(
+            f"torch {torch.__version__} has no {old!r} where this script takes the GPU's path"
+        )
     return source.replace(old, new)
 
 
 def take_the_gpu_path() -> None:
     """FlexAttention's checks and its lowering treat the CPU's tensors as they do a GPU's, with an H100's choice of tiles."""
     for function in (flex_attention._validate_device, flex_attention._apply_kernel_options):
-        source = replaced(inspect.getsource(function), '.device.type == "cpu"', '.device.type == "none"')
+        source = replaced(
+            inspect.getsource(function), '.device.type == "cpu"', '.device.type == "none"'
+        )
         exec(compile(source, flex_attention.__file__, "exec"), vars(flex_attention))
     name = f"{lowerings.__name__}.flex_attention"
     spec: Any = importlib.util.find_spec(name)
     source = replaced(Path(spec.origin).read_text(), 'query.get_device().type == "cpu"', "False")
     source = replaced(source, "dtype, query.get_device().type", 'dtype, "cuda"')
-    for template in [template for template in TritonTemplate.all_templates if template.startswith("flex_attention")]:
+    for template in [
+        template
+        for template in TritonTemplate.all_templates
+        if template.startswith("flex_attention")
+    ]:
         del TritonTemplate.all_templates[template]  # registered again
     sys.modules[name] = lowering = importlib.util.module_from_spec(spec)
     exec(compile(source, spec.origin, "exec"), vars(lowering))
     torch._inductor.config.cpu_backend, torch._inductor.config.compile_threads = "triton", 1
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    driver = {"get_current_target": lambda: GPUTarget("cuda", 90, 32), "get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
+    driver = {
+        "get_current_target": lambda: GPUTarget("cuda", 90, 32),
+        "get_current_device": lambda: 0,
+        "get_current_stream": lambda _: 0,
+    }
     triton.runtime.driver.set_active(SimpleNamespace(**driver))
 
 
@@ -75,7 +96,13 @@ def compile_only(found: list[dict[str, Any]]) -> None:
         kernel = async_compile._load_triton_kernel_from_source(name, source)
         for config in kernel.configs:
             kernel._precompile_config(config)
-            found.append({"kernel": name, "shared_bytes": compiled[-1].metadata.shared, "code_bytes": len(compiled[-1].asm["cubin"])})
+            found.append(
+                {
+                    "kernel": name,
+                    "shared_bytes": compiled[-1].metadata.shared,
+                    "code_bytes": len(compiled[-1].asm["cubin"]),
+                }
+            )
         return SimpleNamespace(run=lambda *args, **kwargs: None)
 
     triton.compile, async_compile.AsyncCompile.triton = keep, describe
@@ -85,22 +112,33 @@ def values_and_gradients(model: Mistral, pack: Pack) -> dict[str, torch.Tensor]:
     model.zero_grad()
     values = model.logprobs(pack)
     (values * torch.linspace(1, 2, len(values))).sum().backward()
-    return {"values": values.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"values": values.detach()} | {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
-def run(lengths: list[list[tuple[int, int, int]]], config: Config, on_gpu: Callable[[str], Any]) -> dict[str, Any]:
+def run(
+    lengths: list[list[tuple[int, int, int]]], config: Config, on_gpu: Callable[[str], Any]
+) -> dict[str, Any]:
     """The largest relative error of a value or gradient over packs of trees with these lengths, and which it was."""
     model, generator, errors = Mistral(config), torch.Generator().manual_seed(0), [(0.0, "")]
     model.init_weights(0)
     for p in model.parameters():  # 0.02 leaves attention almost flat: sharpen it
         p.data.mul_(10 if p.dim() == 2 else 1)
     for trees in lengths:
-        pack = Pack.build([[torch.randint(0, 61, (n,), generator=generator).tolist() for n in sizes] for sizes in trees])
+        pack = Pack.build(
+            [
+                [torch.randint(0, 61, (n,), generator=generator).tolist() for n in sizes]
+                for sizes in trees
+            ]
+        )
         expected = values_and_gradients(model, pack)
         model_file.flex_on = lambda kind: on_gpu("cuda")
         found = values_and_gradients(model, pack)
         model_file.flex_on = on_gpu
-        errors += [(((found[name] - x).norm() / x.norm()).item(), name) for name, x in expected.items()]
+        errors += [
+            (((found[name] - x).norm() / x.norm()).item(), name) for name, x in expected.items()
+        ]
     return dict(zip(("error", "tensor"), max(errors), strict=True))
 
 
@@ -108,10 +146,22 @@ def main() -> dict[str, Any]:
     take_the_gpu_path()
     on_gpu = model_file.flex_on
     if os.environ.get("TRITON_INTERPRET") == "1":
-        small = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+        small = {
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+        }
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        packs = [[(70, 20, 30)], [(3, 50, 40), (40, 1, 30)]]  # whole blocks of 128 tokens: one and two
-        return {str(window): run(packs, Config(**small, **heads, sliding_window=window), on_gpu) for window in (None, 9)}
+        packs = [
+            [(70, 20, 30)],
+            [(3, 50, 40), (40, 1, 30)],
+        ]  # whole blocks of 128 tokens: one and two
+        return {
+            str(window): run(packs, Config(**small, **heads, sliding_window=window), on_gpu)
+            for window in (None, 9)
+        }
     found: list[dict[str, Any]] = []
     compile_only(found)
     model = Mistral(Config(61, 32, 48, 2, 32, 8, 128)).bfloat16()

@@ -18,12 +18,23 @@ TASK_FILES = {  # our name -> its file under lm_eval/tasks
     "toxigen": "toxigen/toxigen.yaml",
     "winogrande": "winogrande/default.yaml",
     "bbq": "bbq/bbq_multiple_choice.yaml",
-    **{name: f"bigbench/multiple_choice/{name}.yaml" for name in (
-        "hhh_alignment", "fact_checker", "moral_permissibility", "bbq_lite_json", "known_unknowns", "simple_ethical_questions")},
-}  # fmt: skip
+    **{
+        name: f"bigbench/multiple_choice/{name}.yaml"
+        for name in (
+            "hhh_alignment",
+            "fact_checker",
+            "moral_permissibility",
+            "bbq_lite_json",
+            "known_unknowns",
+            "simple_ethical_questions",
+        )
+    },
+}
 
 
-def run(model: Path, files: Mapping[str, Path], scratch: Path, gen_tokens: int = 20) -> dict[bool, dict[str, dict[str, Any]]]:
+def run(
+    model: Path, files: Mapping[str, Path], scratch: Path, gen_tokens: int = 20
+) -> dict[bool, dict[str, dict[str, Any]]]:
     """{add_bos_token: {task: {"scores": {metric: value}, "logprobs": [row][choice] or "answers": [row]}}}, as it finds them offline."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     import datasets
@@ -38,15 +49,26 @@ def run(model: Path, files: Mapping[str, Path], scratch: Path, gen_tokens: int =
     for name, file in files.items():
         config = load_yaml(Path(lm_eval.tasks.__file__).parent / TASK_FILES[name])
         split = config.get("test_split") or config["validation_split"]
-        config |= {"task": name, "dataset_path": "json", "dataset_name": None, "training_split": None,
-                   "dataset_kwargs": {"data_files": {split: str(file)}, "cache_dir": str(scratch)}}  # fmt: skip
+        config |= {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "training_split": None,
+            "dataset_kwargs": {"data_files": {split: str(file)}, "cache_dir": str(scratch)},
+        }
         if config["output_type"] == "generate_until":
-            config["generation_kwargs"] = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": gen_tokens}
+            config["generation_kwargs"] = {
+                "until": ["\n\n"],
+                "do_sample": False,
+                "max_gen_toks": gen_tokens,
+            }
         config.pop("tag", None)
         built[name] = ConfigurableTask(config=config)
     found = {}
     for bos in (True, False):
-        lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8, add_bos_token=bos)
+        lm = HFLM(
+            pretrained=str(model), device="cpu", dtype="float32", batch_size=8, add_bos_token=bos
+        )
         out = evaluate(lm, built, log_samples=True, bootstrap_iters=0)
         found[bos] = {name: findings(out["results"][name], out["samples"][name]) for name in files}
     return found
@@ -56,12 +78,22 @@ def overlap(row: dict[str, Any], answer: str) -> dict[str, float]:
     """truthfulqa_gen's scores of an answer to a row."""
     from lm_eval.tasks.truthfulqa.utils import preprocess_function, process_results_gen
 
-    return {key: float(value) for key, value in process_results_gen(preprocess_function(row), [answer]).items()}
+    return {
+        key: float(value)
+        for key, value in process_results_gen(preprocess_function(row), [answer]).items()
+    }
 
 
 def findings(results: Mapping[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    scores = {key.split(",")[0]: value for key, value in results.items() if key.endswith(",none") and "_stderr" not in key}
-    responses = [[response[0] for response in sample["resps"]] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    scores = {
+        key.split(",")[0]: value
+        for key, value in results.items()
+        if key.endswith(",none") and "_stderr" not in key
+    }
+    responses = [
+        [response[0] for response in sample["resps"]]
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+    ]
     if isinstance(responses[0][0], str):
         return {"scores": scores, "answers": [row[0] for row in responses]}
     return {"scores": scores, "logprobs": [[float(value) for value, _ in row] for row in responses]}

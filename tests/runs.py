@@ -28,13 +28,21 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tensors this small gain nothing from a second one; bits may depend on the number
-Moment = tuple[str, float]  # ("start", s): seconds after the start; ("step", n), ("save", n): in the n-th from there; ("export", 0)
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1"
+}  # tensors this small gain nothing from a second one; bits may depend on the number
+Moment = tuple[
+    str, float
+]  # ("start", s): seconds after the start; ("step", n), ("save", n): in the n-th from there; ("export", 0)
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """What make(folder) made, once for all the processes that tests run in."""
-    root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    root = (
+        factory.getbasetemp().parent
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else factory.getbasetemp()
+    )
     with open(root / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / f"{name}.made").exists():
@@ -61,35 +69,87 @@ def toy_inputs(folder: Path) -> None:
 
     toy_data.build(folder, 0)
     for test in folder.glob("*/test.jsonl"):  # enough to be held out
-        test.write_text("".join(test.read_text(encoding="utf-8").splitlines(keepends=True)[:40]), encoding="utf-8")
-    model = Mistral(Config(vocab_size=Chat(folder / "tokenizer").vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, head_dim=8))  # fmt: skip
+        test.write_text(
+            "".join(test.read_text(encoding="utf-8").splitlines(keepends=True)[:40]),
+            encoding="utf-8",
+        )
+    model = Mistral(
+        Config(
+            vocab_size=Chat(folder / "tokenizer").vocabulary,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
     model.init_weights(0)
     model.save_pretrained(folder / "start", like=folder / "tokenizer")
 
 
 def bfpo(toy: Path, out: Path, *more: str) -> list[str]:
     """A BFPO run on 400 + 400 toy pairs; a step holds 4 + 4."""
-    return ["bfpo", "--model", str(toy / "start"), "--safety", f"{toy}/pku[:400]", "--helpfulness", f"{toy}/ultrafeedback[:400]",
-            "--tau", "0.25", "--batch", "4", *usual(toy, out), *more]  # fmt: skip
+    return [
+        "bfpo",
+        "--model",
+        str(toy / "start"),
+        "--safety",
+        f"{toy}/pku[:400]",
+        "--helpfulness",
+        f"{toy}/ultrafeedback[:400]",
+        "--tau",
+        "0.25",
+        "--batch",
+        "4",
+        *usual(toy, out),
+        *more,
+    ]
 
 
 def sft(toy: Path, out: Path, *more: str) -> list[str]:
     """SFT of every weight on 400 toy conversations; a step holds 8."""
-    return ["sft", "--model", str(toy / "start"), "--sft", f"{toy}/ultrachat[:400]", "--selective", "all", "--batch", "8",
-            *usual(toy, out), *more]  # fmt: skip
+    return [
+        "sft",
+        "--model",
+        str(toy / "start"),
+        "--sft",
+        f"{toy}/ultrachat[:400]",
+        "--selective",
+        "all",
+        "--batch",
+        "8",
+        *usual(toy, out),
+        *more,
+    ]
 
 
 def usual(toy: Path, out: Path) -> list[str]:
-    return ["--out", str(out), "--cache", str(toy / "cache"), "--max_length", "128", "--max_prompt", "64", "--lr", "1e-3",
-            "--device", "cpu"]  # fmt: skip
+    return [
+        "--out",
+        str(out),
+        "--cache",
+        str(toy / "cache"),
+        "--max_length",
+        "128",
+        "--max_prompt",
+        "64",
+        "--lr",
+        "1e-3",
+        "--device",
+        "cpu",
+    ]
 
 
 # --- looking at a run ------------------------------------------------------------------------------------------------
 
 
 def log_of(out: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    return [
+        json.loads(line)
+        for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        if line[-1] == "\n"
+    ]
 
 
 def losses(out: Path) -> list[float]:
@@ -121,27 +181,68 @@ def usual_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def launch(arguments: Sequence[str], processes: int = 0, program: str = "train.py", *flags: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    arguments: Sequence[str], processes: int = 0, program: str = "train.py", *flags: str
+) -> subprocess.CompletedProcess[str]:
     """A program as a user starts it: by python, or under torchrun on a free port."""
     command = [sys.executable, str(ROOT / program), *arguments]
     if processes:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *flags]
+        command[1:1] = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            *flags,
+        ]
     environment = os.environ | ONE_THREAD
     return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False, preexec_fn=usual_signals
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+        preexec_fn=usual_signals,
     )
 
 
-def launch_nodes(arguments: Sequence[str], folders: Sequence[Path], processes: int, program: str) -> list[tuple[int, str, str]]:
+def launch_nodes(
+    arguments: Sequence[str], folders: Sequence[Path], processes: int, program: str
+) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of one torchrun a node, started in its folder, all on this machine, which find each other as nodes do."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(folders)), "--nproc_per_node", str(processes),
-                "--rdzv_backend", "c10d", "--rdzv_id", "test", "--rdzv_endpoint", f"localhost:{port}",
-                "--local_addr", "localhost"]  # fmt: skip
-    started = [subprocess.Popen([*torchrun, str(ROOT / program), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=os.environ | ONE_THREAD, cwd=folder, preexec_fn=usual_signals) for folder in folders]  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        str(len(folders)),
+        "--nproc_per_node",
+        str(processes),
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_id",
+        "test",
+        "--rdzv_endpoint",
+        f"localhost:{port}",
+        "--local_addr",
+        "localhost",
+    ]
+    started = [
+        subprocess.Popen(
+            [*torchrun, str(ROOT / program), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | ONE_THREAD,
+            cwd=folder,
+            preexec_fn=usual_signals,
+        )
+        for folder in folders
+    ]
     outputs = [process.communicate(timeout=300) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
@@ -177,7 +278,12 @@ def saving(checkpoints: Path, since: float) -> set[str]:
 def kill_at(moment: Moment, out: Path, pid: int, alive: Callable[[], bool]) -> str:
     """SIGKILL a run and all its processes at a moment; says what it was doing: "save", or "" when that cannot be seen."""
     kind, number = moment
-    since, began, checkpoints, log = time.time(), time.monotonic(), out / "checkpoints", out / "log.jsonl"
+    since, began, checkpoints, log = (
+        time.time(),
+        time.monotonic(),
+        out / "checkpoints",
+        out / "log.jsonl",
+    )
     first_row = len(log_of(out)) if log.exists() else 0
     seen: set[str] = set()
     while alive():
@@ -224,8 +330,19 @@ def killed(arguments: list[str], moments: list[Moment], copy_at: int = 0) -> lis
     hits = []
     for number, moment in enumerate(moments):
         pid = start()
-        hits.append(kill_at(moment, out, pid, lambda pid=pid: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None))
-        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, f"the run was over before kill {number}, {moment}"
+        hits.append(
+            kill_at(
+                moment,
+                out,
+                pid,
+                lambda pid=pid: (
+                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+                ),
+            )
+        )
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, (
+            f"the run was over before kill {number}, {moment}"
+        )
         if number + 1 == copy_at:
             shutil.copytree(out, f"{out}.copy")
     assert os.waitpid(start(), 0)[1] == 0

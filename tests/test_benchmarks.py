@@ -23,7 +23,9 @@ import growth
 import step
 import where
 
-TREES = gpu.pairs_of(np.random.default_rng(0), [(40, 30, 12), (1, 1, 1), (7, 20, 33)], CONFIG.vocab_size)
+TREES = gpu.pairs_of(
+    np.random.default_rng(0), [(40, 30, 12), (1, 1, 1), (7, 20, 33)], CONFIG.vocab_size
+)
 
 
 def sharp_model() -> Mistral:
@@ -41,7 +43,10 @@ def test_check_finds_agreement(dtype: torch.dtype, least: float) -> None:
     oracle = sharp_model()
     rows = gpu.agreement(copy.deepcopy(oracle).to(dtype), oracle, TREES)
     assert [row["against"].split(",")[0] for row in rows] == ["BlockedAttention", "padded SDPA"]
-    assert all(least <= row["largest_error"] <= gpu.AGREE[row["dtype"]] and row["tokens"] == 145 for row in rows)
+    assert all(
+        least <= row["largest_error"] <= gpu.AGREE[row["dtype"]] and row["tokens"] == 145
+        for row in rows
+    )
     assert rows[1]["largest_error"] > 0  # two computations, not one twice
     assert gpu.disagreement(rows) == ""
 
@@ -55,14 +60,19 @@ def test_check_names_what_is_wrong(name: str, wrong: float) -> None:
     weight = model.get_parameter(name).data.view(-1)
     weight[weight.abs().argmax()] *= wrong
     rows = gpu.agreement(model, oracle, TREES)
-    assert "float32, pack of 145 tokens" in gpu.disagreement(rows) and "BlockedAttention" in gpu.disagreement(rows)
+    assert "float32, pack of 145 tokens" in gpu.disagreement(
+        rows
+    ) and "BlockedAttention" in gpu.disagreement(rows)
 
 
 def test_a_missing_or_infinite_tensor_is_infinitely_off() -> None:
     """Claim: neither passes for agreement, whatever comes before or after it. Oracle: by hand."""
     ones = {name: torch.ones(2) for name in "abc"}
     assert gpu.difference(ones, ones)[0] == 0
-    assert gpu.difference(ones | {"b": torch.tensor([1.0, float("nan")])}, ones) == (float("inf"), "b")
+    assert gpu.difference(ones | {"b": torch.tensor([1.0, float("nan")])}, ones) == (
+        float("inf"),
+        "b",
+    )
     assert gpu.difference({name: ones[name] for name in "ac"}, ones) == (float("inf"), "b")
     assert gpu.difference(ones | {"c": 1.5 * ones["c"]}, ones) == (0.5, "c")
 
@@ -76,15 +86,20 @@ def test_useful_operations_are_the_arithmetic() -> None:
 def test_kernels_have_kinds() -> None:
     """Claim: kernels as a GPU's profile names them are told apart. Oracle: by hand."""
     names = {
-        "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT": "matrix products", "triton_tem_fused_flex_attention_backward_3": "attention",
-        "void cutlass::device_kernel<flash::FlashAttnFwdSm90>": "attention", "Memcpy DtoD (Device -> Device)": "copies",
-        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products", "ncclDevKernel_AllGather_RING_LL": "collectives",
+        "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT": "matrix products",
+        "triton_tem_fused_flex_attention_backward_3": "attention",
+        "void cutlass::device_kernel<flash::FlashAttnFwdSm90>": "attention",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matrix products",
+        "ncclDevKernel_AllGather_RING_LL": "collectives",
         "void at::native::vectorized_elementwise_kernel<8, at::native::silu_backward>": "pointwise and other",
-    }  # fmt: skip
+    }
     assert {name: gpu.kind_of(name) for name in names} == names
 
 
-def test_parts_are_reported_each_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_reported_each_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: a part that is killed and one that never ends are reported with what they had said, the others are measured, and each is
     merged into results.json beside what was there. Oracle: a worker that kills itself, one that sleeps; the real ones, tiny, on a CPU."""
     results = tmp_path / "results.json"
@@ -93,37 +108,60 @@ def test_parts_are_reported_each_for_itself(tmp_path: Path, monkeypatch: pytest.
     real = gpu.worker_command
 
     def command(part: str, tiny: bool, out: Path) -> list[str]:
-        says = f"open({str(out)!r}, 'w').write('{{\"doing\": \"row 2\", \"rows\": [1]}}');"
-        ends = {"train20": "import os; os.kill(os.getpid(), 9)", "attention": "import time; time.sleep(600)"}
+        says = f'open({str(out)!r}, \'w\').write(\'{{"doing": "row 2", "rows": [1]}}\');'
+        ends = {
+            "train20": "import os; os.kill(os.getpid(), 9)",
+            "attention": "import time; time.sleep(600)",
+        }
         return [sys.executable, "-c", says + ends[part]] if part in ends else real(part, tiny, out)
 
     monkeypatch.setattr(gpu, "worker_command", command)
     monkeypatch.setitem(gpu.PARTS, "attention", (gpu.attention, 6))
-    found = gpu.measure(["step", "train20", "attention", "profile", "compiled"], True, 300, partial(common.record_part, "gpu", "parts"))
+    found = gpu.measure(
+        ["step", "train20", "attention", "profile", "compiled"],
+        True,
+        300,
+        partial(common.record_part, "gpu", "parts"),
+    )
     assert list(found) == ["check", "step", "train20", "attention", "profile", "compiled"]
     assert found["check"]["disagreement"] == "" and len(found["check"]["rows"]) == 20
     assert found["train20"]["failed"] == "row 2: exit code -9" and found["train20"]["rows"] == [1]
     assert found["attention"]["failed"] == "row 2: stopped after 6 s"
     assert "not_measured" in found["compiled"]
     assert {(row["pack_tokens"], row["checkpoint_blocks"]) for row in found["step"]["rows"]} == {
-        (tokens, again) for tokens in gpu.TINY.packs for again in (False, True)}  # fmt: skip
+        (tokens, again) for tokens in gpu.TINY.packs for again in (False, True)
+    }
     for row in found["step"]["rows"]:
         pairs = 2 * gpu.TINY.batch * gpu.TINY.timed
         assert row["pairs_per_s"] * row["step_s"] * gpu.TINY.timed == pytest.approx(pairs)
-        assert row["useful_share"] * row["step_s"] * gpu.TINY.timed * found["step"]["product_tflop_per_s"] * 1e12 == pytest.approx(
-            row["useful_operations"])  # fmt: skip
-        assert row["plan_bytes"] > 0 and "allocated_bytes" not in row  # a CPU has no such count, and none is made up
-    assert sum(found["profile"]["milliseconds"].values()) >= sum(row["milliseconds"] for row in found["profile"]["top"]) > 0
+        assert row["useful_share"] * row["step_s"] * gpu.TINY.timed * found["step"][
+            "product_tflop_per_s"
+        ] * 1e12 == pytest.approx(row["useful_operations"])
+        assert (
+            row["plan_bytes"] > 0 and "allocated_bytes" not in row
+        )  # a CPU has no such count, and none is made up
+    assert (
+        sum(found["profile"]["milliseconds"].values())
+        >= sum(row["milliseconds"] for row in found["profile"]["top"])
+        > 0
+    )
     written = json.loads(results.read_text(encoding="utf-8"))
     assert written["step"] == {"kept": 1} and set(written["gpu"]["parts"]) == set(found)
     assert written["gpu"]["parts"]["step"]["rows"] == found["step"]["rows"]
     text = gpu.table(found)
-    assert "failed: row 2: exit code -9" in text and "largest relative error" in text and "useful" in text
+    assert (
+        "failed: row 2: exit code -9" in text
+        and "largest relative error" in text
+        and "useful" in text
+    )
 
 
 def test_nothing_is_timed_after_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: a check that disagrees, or dies, leaves every part unmeasured, with the reason. Oracle: both put in its place."""
-    results: dict[str, dict[str, Any]] = {"disagreement": {"disagreement": "k_proj is off"}, "failed": {"failed": "exit code 1"}}
+    results: dict[str, dict[str, Any]] = {
+        "disagreement": {"disagreement": "k_proj is off"},
+        "failed": {"failed": "exit code 1"},
+    }
     for key, found in results.items():
         monkeypatch.setattr(gpu, "run_part", lambda *_, found=found: found)
         parts = gpu.measure(["step", "trl_best"], True, 300, lambda *_: None)
@@ -131,21 +169,30 @@ def test_nothing_is_timed_after_a_check_that_fails(monkeypatch: pytest.MonkeyPat
         assert found[key] in parts["step"]["not_measured"]
 
 
-def test_parts_of_other_hardware_leave_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_other_hardware_leave_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: figures of one machine and its versions are never listed under another's. Oracle: a record whose GPU is another."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
     common.record_part("gpu", "parts", "step", {"a": 1})
     common.record_part("gpu", "parts", "trl_best", {"b": 2})
     written = json.loads(common.RESULTS.read_text(encoding="utf-8"))
-    assert set(written["gpu"]["parts"]) == {"step", "trl_best"} and written["gpu"]["parts"]["step"]["a"] == 1
+    assert (
+        set(written["gpu"]["parts"]) == {"step", "trl_best"}
+        and written["gpu"]["parts"]["step"]["a"] == 1
+    )
     written["gpu"]["hardware"]["gpu"] = "another"
     common.RESULTS.write_text(json.dumps(written), encoding="utf-8")
     common.record_part("gpu", "parts", "trl_best", {"b": 3})
-    assert set(json.loads(common.RESULTS.read_text(encoding="utf-8"))["gpu"]["parts"]) == {"trl_best"}
+    assert set(json.loads(common.RESULTS.read_text(encoding="utf-8"))["gpu"]["parts"]) == {
+        "trl_best"
+    }
 
 
 @pytest.mark.parametrize("fits", [2, 1, 0])
-def test_a_batch_that_does_not_fit_is_halved_and_said(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_is_halved_and_said(
+    fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: TRL's pairs at a time are halved until they fit, and the report has those that did not; none is not measured. Oracle: a
     trainer in its place that runs out of memory over so many."""
     pytest.importorskip("trl")
@@ -162,10 +209,16 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(fits: int, monkeypatch: py
     if fits == 0:
         with pytest.raises(gpu.NotMeasured, match="one pair at a time does not fit"):
             gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", said.update)
-        assert said["pairs_per_s"] is None  # what a step of more pairs took is not what the report ends with
+        assert (
+            said["pairs_per_s"] is None
+        )  # what a step of more pairs took is not what the report ends with
     else:
         gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", said.update)
-        assert said["pairs_at_once"] == fits and said["did_not_fit"] == [2][: 2 - fits] and said["pairs_per_s"] == 3.0
+        assert (
+            said["pairs_at_once"] == fits
+            and said["did_not_fit"] == [2][: 2 - fits]
+            and said["pairs_per_s"] == 3.0
+        )
 
 
 def test_steps_are_said_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,16 +229,25 @@ def test_steps_are_said_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> Non
         if done(said) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu.train, "load_weights", gpu.train.load_weights)  # gpu.py puts another in its place: undone at the end
+    monkeypatch.setattr(
+        gpu.train, "load_weights", gpu.train.load_weights
+    )  # gpu.py puts another in its place: undone at the end
     train20: dict[str, Any] = {}
     with pytest.raises(KeyboardInterrupt):
-        gpu.train20(gpu.TINY, "cpu", partial(stop_after, lambda said: len(said.get("losses", ())), train20))
+        gpu.train20(
+            gpu.TINY, "cpu", partial(stop_after, lambda said: len(said.get("losses", ())), train20)
+        )
     assert "2 of 3 steps" in gpu.table({"train20": train20}) and train20["plan_bytes"] > 0
     pytest.importorskip("trl")
     best: dict[str, Any] = {}
     with pytest.raises(KeyboardInterrupt):
-        gpu.PARTS["trl_best"][0](gpu.TINY, "cpu", partial(stop_after, lambda said: said.get("timed_steps", 0), best))
-    assert best["pairs_per_s"] * best["step_s"] == pytest.approx(2 * gpu.TINY.batch) and best["attention"] == "sdpa"
+        gpu.PARTS["trl_best"][0](
+            gpu.TINY, "cpu", partial(stop_after, lambda said: said.get("timed_steps", 0), best)
+        )
+    assert (
+        best["pairs_per_s"] * best["step_s"] == pytest.approx(2 * gpu.TINY.batch)
+        and best["attention"] == "sdpa"
+    )
 
 
 # --- step, growth, where ---------------------------------------------------------------------------------------------
@@ -196,7 +258,11 @@ def test_products_of_a_step_are_the_plan_s_operations() -> None:
     config = Config(*step.SIZES["30M"], sliding_window=None)
     trained = frozenset(name for name in config.shapes() if "down_proj" in name)
     load = plan.Load(config, trained, torch.float32, "cpu", 1, 900, 500, 1, False)
-    timed = sum(2.0 * n * a * b for shapes in where.products(config, 900, 500).values() for n, a, b in shapes)
+    timed = sum(
+        2.0 * n * a * b
+        for shapes in where.products(config, 900, 500).values()
+        for n, a, b in shapes
+    )
     assert timed == sum(plan.operations(load))
 
 
@@ -204,7 +270,9 @@ def test_growth_changes_one_thing_at_a_time() -> None:
     """Claim: pairs have the tokens that the axis says; the longest pair grows at the same real tokens of a step. Oracle: the axis."""
     points = growth.series()
     assert all(sum(pair) == 600 for pairs in points["share"].values() for pair in pairs)
-    assert all(abs(pair[0] - 6 * place) <= 1 for place, pairs in points["share"].items() for pair in pairs)
+    assert all(
+        abs(pair[0] - 6 * place) <= 1 for place, pairs in points["share"].items() for pair in pairs
+    )
     assert all(sum(pair) == place for place, pairs in points["length"].items() for pair in pairs)
     for place, pairs in points["longest"].items():
         assert abs(sum(map(sum, pairs)) - 2400) <= 3 and abs(max(map(sum, pairs)) - 24 * place) <= 1
@@ -218,13 +286,24 @@ def test_a_sharded_step_is_measured(tmp_path: Path) -> None:
     common.write_model(tmp_path / "model", Config(*growth.MODEL))
     point = growth.sharded(tmp_path, 2)
     assert point["place"] == 2 and point["wall_s"] > 0 and point["cpu_s"] > 0
-    growth.draw([point, *({"series": name, "place": place, "side": side, "cpu_s": 1.0, "memory_mib": 2.0}
-                          for name, places in growth.series().items() for place in places for side in growth.SIDES)],
-                tmp_path / "growth.png")  # fmt: skip
+    growth.draw(
+        [
+            point,
+            *(
+                {"series": name, "place": place, "side": side, "cpu_s": 1.0, "memory_mib": 2.0}
+                for name, places in growth.series().items()
+                for place in places
+                for side in growth.SIDES
+            ),
+        ],
+        tmp_path / "growth.png",
+    )
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
-def test_figures_of_one_script_leave_the_others_in_results_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_one_script_leave_the_others_in_results_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: record replaces its own entry alone, with where it was measured. Oracle: the file."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
     common.record("load", {"rounds": [1]})

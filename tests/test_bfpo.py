@@ -19,15 +19,25 @@ from bfpo import (
 
 CHOSEN_SAFE = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)  # in the order of QUADRANTS
 REJECTED_SAFE = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-SETTINGS = [(0.5, 3.0, 0.01), (0.5, 3.0, 1.0), (0.0, 3.0, 0.37), (0.8, 1.5, 2.5), (-0.3, 7.0, 0.05)]  # alpha, b1, tau
-PAPER_PREFERENCE = torch.ones(4, 4, dtype=torch.float64).triu(1) + 0.5 * torch.eye(4, dtype=torch.float64)
+SETTINGS = [
+    (0.5, 3.0, 0.01),
+    (0.5, 3.0, 1.0),
+    (0.0, 3.0, 0.37),
+    (0.8, 1.5, 2.5),
+    (-0.3, 7.0, 0.05),
+]  # alpha, b1, tau
+PAPER_PREFERENCE = torch.ones(4, 4, dtype=torch.float64).triu(1) + 0.5 * torch.eye(
+    4, dtype=torch.float64
+)
 PAPER_SAFE = torch.tensor([1, 0, 1, 0])
 
 
 # ------------------------------------------------------------------------------------------------------ label and margin
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64]
+)
 def test_label_gives_figure_3_for_every_dtype(dtype):
     """Claim: the four targets in units of 1/tau are +1/2, +1, -1, -1/2. Oracle: Figure 3; exact in binary."""
     g = label(CHOSEN_SAFE.to(dtype), REJECTED_SAFE.to(dtype))
@@ -41,13 +51,20 @@ def test_label_is_the_papers_formula(alpha, b1, tau):
     b3 = 1 / (b1 - 1)
     expected = [b3 * (b1 * w - l) - alpha for w, l in [(1, 1), (1, 0), (0, 1), (0, 0)]]  # noqa: E741
     # 1e-15: a few float64 roundings of numbers near 1
-    assert label(CHOSEN_SAFE, REJECTED_SAFE, alpha, b1).tolist() == pytest.approx(expected, abs=1e-15)
+    assert label(CHOSEN_SAFE, REJECTED_SAFE, alpha, b1).tolist() == pytest.approx(
+        expected, abs=1e-15
+    )
 
 
 def test_label_does_not_cancel_with_b1_near_1():
     """Claim: with b1 = 1.00000001 both safe and both unsafe differ by 1, in the labels' dtype. Oracle: the formula by hand."""
-    for labels in ((CHOSEN_SAFE.bool(), REJECTED_SAFE.bool()), (CHOSEN_SAFE.float(), REJECTED_SAFE.float())):
-        both_safe, chosen_safe, rejected_safe, both_unsafe = label(*labels, 0.5, 1.00000001).tolist()
+    for labels in (
+        (CHOSEN_SAFE.bool(), REJECTED_SAFE.bool()),
+        (CHOSEN_SAFE.float(), REJECTED_SAFE.float()),
+    ):
+        both_safe, chosen_safe, rejected_safe, both_unsafe = label(
+            *labels, 0.5, 1.00000001
+        ).tolist()
         assert (both_safe, both_unsafe) == (0.5, -0.5)
         # 1e-7: fp32 rounds numbers near 1e8; b1 - 1 itself is known to 1e-8 of itself
         assert [chosen_safe, rejected_safe] == pytest.approx([1e8, -1e8], rel=1e-7)
@@ -60,19 +77,34 @@ def test_label_refuses_what_is_not_a_label(bad, side):
     """Claim: anything but 0 and 1 is a ValueError that names the argument and the value. Oracle: the message."""
     pair = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])]
     pair[side][1] = bad
-    with pytest.raises(ValueError, match=rf"{('chosen_safe', 'rejected_safe')[side]} must .*got {bad}"):
+    with pytest.raises(
+        ValueError, match=rf"{('chosen_safe', 'rejected_safe')[side]} must .*got {bad}"
+    ):
         label(*pair)
     with pytest.raises(ValueError, match="got 2"):
         label(torch.tensor([2, 0]), torch.tensor([1, 0]))
 
 
-@pytest.mark.parametrize("alpha, b1", [(math.nan, 3), (math.inf, 3), (0.5, 1.0), (0.5, 0.0), (0.5, -3), (0.5, math.inf), (0.5, math.nan)])
+@pytest.mark.parametrize(
+    "alpha, b1",
+    [
+        (math.nan, 3),
+        (math.inf, 3),
+        (0.5, 1.0),
+        (0.5, 0.0),
+        (0.5, -3),
+        (0.5, math.inf),
+        (0.5, math.nan),
+    ],
+)
 def test_label_refuses_bad_settings(alpha, b1):
     """Claim: b1 <= 1 and settings that are not finite are ValueErrors with a remedy, everywhere. Oracle: the message."""
-    for call in (lambda: label(CHOSEN_SAFE, REJECTED_SAFE, alpha, b1),
-                 lambda: population_reward(PAPER_PREFERENCE, PAPER_SAFE, alpha, b1),
-                 lambda: joint_reward(PAPER_PREFERENCE, PAPER_SAFE, alpha, b1),
-                 lambda: optimum(PAPER_PREFERENCE, PAPER_SAFE, 1.0, alpha, b1)):
+    for call in (
+        lambda: label(CHOSEN_SAFE, REJECTED_SAFE, alpha, b1),
+        lambda: population_reward(PAPER_PREFERENCE, PAPER_SAFE, alpha, b1),
+        lambda: joint_reward(PAPER_PREFERENCE, PAPER_SAFE, alpha, b1),
+        lambda: optimum(PAPER_PREFERENCE, PAPER_SAFE, 1.0, alpha, b1),
+    ):
         with pytest.raises(ValueError, match=r"(alpha|b1) must be finite.*; pass"):
             call()
 
@@ -86,13 +118,18 @@ def test_margin_is_the_log_of_the_four_probabilities():
     # 1e-14: six roundings of logs below 3 in size
     torch.testing.assert_close(h, (p[0] * p[3] / (p[1] * p[2])).log(), rtol=0, atol=1e-14)
     (gradient,) = torch.autograd.grad(h.sum(), logprobs)
-    assert torch.equal(gradient, torch.tensor([1.0, -1, -1, 1], dtype=torch.float64)[:, None].expand(4, 50))
+    assert torch.equal(
+        gradient, torch.tensor([1.0, -1, -1, 1], dtype=torch.float64)[:, None].expand(4, 50)
+    )
 
 
 def test_margin_is_zero_when_policy_is_reference():
     """Claim: step 0 has h = 0 with no rounding, in bf16 and fp32 too. Oracle: zero."""
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        chosen, rejected = (-700 * torch.rand(100, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (0, 1))
+        chosen, rejected = (
+            -700 * torch.rand(100, generator=torch.Generator().manual_seed(s)).to(dtype)
+            for s in (0, 1)
+        )
         assert margin(chosen, rejected, chosen, rejected).abs().max() == 0
 
 
@@ -109,9 +146,13 @@ def test_bfpo_loss_values_and_gradients_in_every_quadrant(alpha, b1, tau, quadra
     g = label(torch.full_like(h, w), torch.full_like(h, l), alpha, b1).detach()
     loss = bfpo_loss(h, g, tau)
     # 1e-13 relative: a difference and a square of float64; the numbers stay away from h = target
-    assert loss.tolist() == pytest.approx([(x - target) ** 2 for x in h.tolist()], rel=1e-13, abs=1e-20)
+    assert loss.tolist() == pytest.approx(
+        [(x - target) ** 2 for x in h.tolist()], rel=1e-13, abs=1e-20
+    )
     (gradient,) = torch.autograd.grad(loss.sum(), h)
-    assert gradient.tolist() == pytest.approx([2 * (x - target) for x in h.tolist()], rel=1e-13, abs=1e-10)
+    assert gradient.tolist() == pytest.approx(
+        [2 * (x - target) for x in h.tolist()], rel=1e-13, abs=1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -125,7 +166,9 @@ def test_both_safe_pair_is_exactly_ipo(tau, dtype):
     # 1e-12 (fp32: 1e-4) relative to the largest: float rounding of one difference and one square
     scale = (200 + 0.5 / tau) ** 2
     expected = [(x - 1 / (2 * tau)) ** 2 / scale for x in h.tolist()]
-    assert (ipo / scale).tolist() == pytest.approx(expected, abs=1e-12 if dtype == torch.float64 else 1e-5)
+    assert (ipo / scale).tolist() == pytest.approx(
+        expected, abs=1e-12 if dtype == torch.float64 else 1e-5
+    )
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0, 5.0])
@@ -134,9 +177,13 @@ def test_dpo_loss_is_minus_log_sigmoid(tau):
     h = torch.tensor([-80.0, -2.0, 0.0, 0.3, 60.0], dtype=torch.float64, requires_grad=True)
     loss = dpo_loss(h, tau)
     # 1e-12: log1p and exp differ in the last digits between libm and torch
-    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-abs(tau * x))) + max(0.0, -tau * x) for x in h.tolist()], rel=1e-12)
+    assert loss.tolist() == pytest.approx(
+        [math.log1p(math.exp(-abs(tau * x))) + max(0.0, -tau * x) for x in h.tolist()], rel=1e-12
+    )
     (gradient,) = torch.autograd.grad(loss.sum(), h)
-    assert gradient.tolist() == pytest.approx([-tau / (1 + math.exp(tau * x)) for x in h.tolist()], rel=1e-12)
+    assert gradient.tolist() == pytest.approx(
+        [-tau / (1 + math.exp(tau * x)) for x in h.tolist()], rel=1e-12
+    )
     assert dpo_loss(torch.tensor([-1e4, 1e4]), 1.0).isfinite().all()
 
 
@@ -159,8 +206,12 @@ def test_step_0_loss_is_2500_or_10000():
 def test_every_function_refuses_a_bad_tau(tau):
     """Claim: tau <= 0 or not finite is a ValueError that gives the value and the remedy. Oracle: the message."""
     h = torch.zeros(4)
-    for call in (lambda: bfpo_loss(h, h, tau), lambda: ipo_loss(h, tau), lambda: dpo_loss(h, tau),
-                 lambda: optimum(PAPER_PREFERENCE, PAPER_SAFE, tau)):
+    for call in (
+        lambda: bfpo_loss(h, h, tau),
+        lambda: ipo_loss(h, tau),
+        lambda: dpo_loss(h, tau),
+        lambda: optimum(PAPER_PREFERENCE, PAPER_SAFE, tau),
+    ):
         with pytest.raises(ValueError, match=rf"tau must be finite and > 0, got {tau}; pass"):
             call()
 
@@ -168,7 +219,11 @@ def test_every_function_refuses_a_bad_tau(tau):
 def test_shapes_that_would_broadcast_are_refused():
     """Claim: [N] with [N, 1] is an error in every pairwise function, not N x N pairs. Oracle: the message."""
     row, column = torch.zeros(3), torch.zeros(3, 1)
-    for call in (lambda: label(row, column), lambda: margin(row, row, column, row), lambda: bfpo_loss(row, column, 1.0)):
+    for call in (
+        lambda: label(row, column),
+        lambda: margin(row, row, column, row),
+        lambda: bfpo_loss(row, column, 1.0),
+    ):
         with pytest.raises(ValueError, match=r"one shape is needed, got .*\[3, 1\]"):
             call()
 
@@ -197,36 +252,61 @@ def scipy_minimum(preference, safe, reference, tau, alpha, b1):
         slope = 2 * weight * off * tau**2
         return (weight * off**2).sum() * tau**2, slope.sum(1) - slope.sum(0)
 
-    theta = minimize(loss, np.log(reference), jac=True, method="BFGS", options={"gtol": 1e-13, "maxiter": 10_000}).x
+    theta = minimize(
+        loss, np.log(reference), jac=True, method="BFGS", options={"gtol": 1e-13, "maxiter": 10_000}
+    ).x
     return np.exp(theta - theta.max()) / np.exp(theta - theta.max()).sum()
 
 
-@pytest.mark.parametrize("alpha, b1, tau", [(0.5, 3.0, 1.0), (0.5, 3.0, 0.3), (0.0, 3.0, 0.7), (0.8, 1.5, 1.5), (-0.3, 7.0, 0.5)])
+@pytest.mark.parametrize(
+    "alpha, b1, tau",
+    [(0.5, 3.0, 1.0), (0.5, 3.0, 0.3), (0.0, 3.0, 0.7), (0.8, 1.5, 1.5), (-0.3, 7.0, 0.5)],
+)
 @pytest.mark.parametrize("seed, actions", [(0, 2), (1, 4), (2, 6), (3, 8)])
 def test_optimum_equals_an_independent_minimiser(seed, actions, alpha, b1, tau):
     """Claim: form 1 on random sets, any reference, alpha, b1, tau. Oracle: scipy's BFGS on a hand-written loss."""
     preference, safe, reference = random_set(seed, actions)
-    exact = optimum(*(torch.from_numpy(x) for x in (preference, safe)), tau, alpha, b1, torch.from_numpy(reference))
+    exact = optimum(
+        *(torch.from_numpy(x) for x in (preference, safe)),
+        tau,
+        alpha,
+        b1,
+        torch.from_numpy(reference),
+    )
     # 1e-6: BFGS stops on a gradient of about 1e-8 when its line search can gain no more
-    np.testing.assert_allclose(exact.numpy(), scipy_minimum(preference, safe, reference, tau, alpha, b1), atol=1e-6)
+    np.testing.assert_allclose(
+        exact.numpy(), scipy_minimum(preference, safe, reference, tau, alpha, b1), atol=1e-6
+    )
 
 
 def test_optimum_of_section_3_4():
     """Claim: pi* of §3.4, its log-ratios, and integer, bool and fp32 input. Oracle: the numbers of PAPER.md, 4 decimals."""
-    for safe, preference in ((PAPER_SAFE, PAPER_PREFERENCE), (PAPER_SAFE.bool(), PAPER_PREFERENCE.float())):
+    for safe, preference in (
+        (PAPER_SAFE, PAPER_PREFERENCE),
+        (PAPER_SAFE.bool(), PAPER_PREFERENCE.float()),
+    ):
         pi = optimum(preference, safe, tau=1.0)
         assert pi.dtype == torch.float64
         assert pi.tolist() == pytest.approx([0.4110, 0.1177, 0.3201, 0.1512], abs=5e-5)
     log_ratio = (4 * pi).log()
     expected = [0.625, -0.625, 0.375, -0.375]
-    assert (log_ratio - log_ratio.mean()).tolist() == pytest.approx(expected, abs=1e-12)  # float64 logs
+    assert (log_ratio - log_ratio.mean()).tolist() == pytest.approx(
+        expected, abs=1e-12
+    )  # float64 logs
     uniform = torch.full((4,), 0.25)
     assert torch.equal(optimum(PAPER_PREFERENCE, PAPER_SAFE, 1.0, reference_A=uniform), pi)
 
 
 def test_alpha_half_orders_all_six_layouts_and_alpha_zero_none():
     """Claim: alpha = 1/2 gives Figure 2's order in all six layouts, 0 in none; the four-action windows. Oracle: PAPER.md."""
-    windows = {(0, 1): (0, 1), (2, 3): (0, 1), (0, 3): (0, 2 / 3), (1, 2): (1 / 3, 1), (0, 2): (1 / 4, 3 / 4), (1, 3): (1 / 4, 3 / 4)}
+    windows = {
+        (0, 1): (0, 1),
+        (2, 3): (0, 1),
+        (0, 3): (0, 2 / 3),
+        (1, 2): (1 / 3, 1),
+        (0, 2): (1 / 4, 3 / 4),
+        (1, 3): (1 / 4, 3 / 4),
+    }
     for safe, (low, high) in windows.items():
         indicator = torch.tensor([y in safe for y in range(4)])
         unsafe = [y for y in range(4) if y not in safe]
@@ -249,26 +329,38 @@ def test_joint_reward_is_the_optimum_under_independence_only(alpha, b1):
     preference = preference.repeat(2, 2)
     reference = torch.cat([0.3 * reference, 0.7 * reference])
     safe = torch.tensor([1, 1, 1, 0, 0, 0])
-    difference = joint_reward(preference, safe, alpha, b1, reference) - population_reward(preference, safe, alpha, b1, reference)
+    difference = joint_reward(preference, safe, alpha, b1, reference) - population_reward(
+        preference, safe, alpha, b1, reference
+    )
     assert (difference - difference[0]).abs().max() < 1e-14  # float64 rounding of numbers near 1
     shuffled = torch.tensor([1, 0, 1, 0, 1, 0])
-    difference = joint_reward(preference, shuffled, alpha, b1, reference) - population_reward(preference, shuffled, alpha, b1, reference)
+    difference = joint_reward(preference, shuffled, alpha, b1, reference) - population_reward(
+        preference, shuffled, alpha, b1, reference
+    )
     assert (difference - difference[0]).abs().max() > 1e-3
     rlhf = (safe.double() + 0.3) * (preference @ reference + 0.5)
-    torch.testing.assert_close(joint_reward(preference, safe, 0.0, 3.0, reference), rlhf, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        joint_reward(preference, safe, 0.0, 3.0, reference), rlhf, rtol=0, atol=1e-14
+    )
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"preference_AA": torch.full((4, 4), 0.6)}, "use 1/2 on the diagonal"),
-    ({"preference_AA": torch.full((4, 4), math.nan)}, "preference_AA must"),
-    ({"preference_AA": PAPER_PREFERENCE + torch.tensor([[0, 0.5], [-0.5, 0]]).repeat(2, 2)}, "preference_AA must"),
-    ({"preference_AA": torch.full((3, 3), 0.5)}, r"must be \[A, A\], \[A\], \[A\]"),
-    ({"safe_A": torch.tensor([0, 1, 2, 0])}, "safe_A must hold only"),
-    ({"safe_A": torch.tensor(1)}, r"must be \[A, A\]"),
-    ({"reference_A": torch.tensor([0.5, 0.5, 0.5, 0.5])}, "reference_A must .* sum of 2"),
-    ({"reference_A": torch.tensor([0.5, 0.5, 0.0, 0.0])}, "reference_A must be > 0"),
-    ({"reference_A": torch.tensor([1.0])}, r"must be \[A, A\]"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"preference_AA": torch.full((4, 4), 0.6)}, "use 1/2 on the diagonal"),
+        ({"preference_AA": torch.full((4, 4), math.nan)}, "preference_AA must"),
+        (
+            {"preference_AA": PAPER_PREFERENCE + torch.tensor([[0, 0.5], [-0.5, 0]]).repeat(2, 2)},
+            "preference_AA must",
+        ),
+        ({"preference_AA": torch.full((3, 3), 0.5)}, r"must be \[A, A\], \[A\], \[A\]"),
+        ({"safe_A": torch.tensor([0, 1, 2, 0])}, "safe_A must hold only"),
+        ({"safe_A": torch.tensor(1)}, r"must be \[A, A\]"),
+        ({"reference_A": torch.tensor([0.5, 0.5, 0.5, 0.5])}, "reference_A must .* sum of 2"),
+        ({"reference_A": torch.tensor([0.5, 0.5, 0.0, 0.0])}, "reference_A must be > 0"),
+        ({"reference_A": torch.tensor([1.0])}, r"must be \[A, A\]"),
+    ],
+)
 def test_optimum_refuses_what_is_no_action_set(change, message):
     """Claim: preferences that do not mirror, labels, shapes and a pi_ref that is none are refused. Oracle: the message."""
     arguments = {"preference_AA": PAPER_PREFERENCE, "safe_A": PAPER_SAFE, "tau": 1.0} | change

@@ -21,8 +21,18 @@ import model as model_file
 import runtime
 from model import Config, Mistral, find_model, load_weights
 
-CONFIG = Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                head_dim=8, sliding_window=5, rope_theta=500.0, eos_token_id=7)  # fmt: skip
+CONFIG = Config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    sliding_window=5,
+    rope_theta=500.0,
+    eos_token_id=7,
+)
 
 
 def random_model(config: Config = CONFIG, dtype: torch.dtype = torch.float32) -> Mistral:
@@ -34,14 +44,22 @@ def random_model(config: Config = CONFIG, dtype: torch.dtype = torch.float32) ->
 
 
 def same_weights(a: Mistral, b: Mistral) -> bool:
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    return all(
+        torch.equal(x, y) and x.dtype == y.dtype
+        for x, y in zip(a.parameters(), b.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["mistral", "llama", "tied", "sharded"])
-def test_transformers_loads_what_we_save(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_loads_what_we_save(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: config.json, weights, index and generation_config.json are the ecosystem's. Oracle: transformers' logits on the folder,
     within 1e-4 of their scale; our own reload, to the bit."""
-    changes = {"tied": {"tie_word_embeddings": True}, "llama": {"model_type": "llama", "sliding_window": None}}
+    changes = {
+        "tied": {"tie_word_embeddings": True},
+        "llama": {"model_type": "llama", "sliding_window": None},
+    }
     model = random_model(dataclasses.replace(CONFIG, **changes.get(kind, {})))
     if kind == "sharded":
         monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
@@ -50,13 +68,20 @@ def test_transformers_loads_what_we_save(kind: str, tmp_path: Path, monkeypatch:
     assert index.is_file() == (kind == "sharded")
     if kind == "sharded":
         shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
-        assert len(shards) > 2 and {s.name for s in shards} == set(json.loads(index.read_text())["weight_map"].values())
+        assert len(shards) > 2 and {s.name for s in shards} == set(
+            json.loads(index.read_text())["weight_map"].values()
+        )
         assert all(s.stat().st_size < 22_000 for s in shards)  # a file's header comes on top
         assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
-    assert type(reference).__name__ == ("LlamaForCausalLM" if kind == "llama" else "MistralForCausalLM")
+    assert type(reference).__name__ == (
+        "LlamaForCausalLM" if kind == "llama" else "MistralForCausalLM"
+    )
     assert reference.dtype == torch.float32
-    assert reference.config.tie_word_embeddings == (kind == "tied") and reference.generation_config.eos_token_id == 7
+    assert (
+        reference.config.tie_word_embeddings == (kind == "tied")
+        and reference.generation_config.eos_token_id == 7
+    )
     tokens = torch.randint(0, 61, (2, 20))
     with torch.no_grad():
         expected, got = reference(tokens).logits, model(tokens)
@@ -76,7 +101,9 @@ def test_saving_in_another_dtype_rounds_once(dtype: torch.dtype, tmp_path: Path)
     stored = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(stored[name], p.to(dtype)) for name, p in model.named_parameters())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
-    assert same_weights(Mistral.from_pretrained(tmp_path / "out", dtype=torch.float32), model.to(dtype).float())
+    assert same_weights(
+        Mistral.from_pretrained(tmp_path / "out", dtype=torch.float32), model.to(dtype).float()
+    )
 
 
 def test_mixed_storage_keeps_every_dtype(tmp_path: Path) -> None:
@@ -91,17 +118,28 @@ def test_mixed_storage_keeps_every_dtype(tmp_path: Path) -> None:
         if "down_proj" in name:
             p.data = p.data.float()
     load_weights(other, tmp_path / "out")
-    assert same_weights(model, other) and json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
+    assert (
+        same_weights(model, other)
+        and json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
+    )
 
 
 def source_folder(folder: Path) -> Path:
     """A tokenizer folder with all that servers read."""
     folder.mkdir()
-    Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")).save(
+        str(folder / "tokenizer.json")
+    )
     (folder / "tokenizer.model").write_bytes(b"sentencepiece")
-    entries = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": "old"}
+    entries = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "chat_template": "old",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(entries))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5], "temperature": 0.5, "do_sample": True}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, 5], "temperature": 0.5, "do_sample": True})
+    )
     (folder / "special_tokens_map.json").write_text("{}")
     (folder / "secrets.txt").write_text("not ours to copy")
     return folder
@@ -110,16 +148,37 @@ def source_folder(folder: Path) -> Path:
 def test_companion_files_come_along(tmp_path: Path) -> None:
     """Claim: tokenizer files, generation_config.json and the chat template reach the folder; nothing else does. Oracle: transformers."""
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    random_model().save_pretrained(tmp_path / "out", like=source_folder(tmp_path / "source"), chat_template=template)
+    random_model().save_pretrained(
+        tmp_path / "out", like=source_folder(tmp_path / "source"), chat_template=template
+    )
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                     "generation_config.json", "special_tokens_map.json", "chat_template.jinja"}  # fmt: skip
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == template
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True) == "hi>"
-    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == template
+    assert (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+        )
+        == "hi>"
+    )
+    assert (
+        json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"]
+        == template
+    )
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [1, 5]
-    assert json.loads((tmp_path / "source/tokenizer_config.json").read_text())["chat_template"] == "old"
+    assert (
+        json.loads((tmp_path / "source/tokenizer_config.json").read_text())["chat_template"]
+        == "old"
+    )
 
 
 def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,27 +188,42 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     old.save_pretrained(tmp_path / "out")
     new.model.norm.weight.data.add_(1)
     with monkeypatch.context() as patch:
-        patch.setattr(model_file, "write_object", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(
+            model_file, "write_object", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        )
         with pytest.raises(OSError, match="disk full"):
             new.save_pretrained(tmp_path / "out")
     assert same_weights(Mistral.from_pretrained(tmp_path / "out"), old)
     new.save_pretrained(tmp_path / "out", like=tmp_path / "out")
-    assert same_weights(Mistral.from_pretrained(tmp_path / "out"), new) and [p.name for p in tmp_path.iterdir()] == ["out"]
-    for files in (["thesis.txt"], ["config.json"], ["config.json", "model.safetensors", "thesis.txt"], ["model.safetensors"]):
+    assert same_weights(Mistral.from_pretrained(tmp_path / "out"), new) and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["out"]
+    for files in (
+        ["thesis.txt"],
+        ["config.json"],
+        ["config.json", "model.safetensors", "thesis.txt"],
+        ["model.safetensors"],
+    ):
         shutil.rmtree(tmp_path / "notes", ignore_errors=True)
         (tmp_path / "notes").mkdir()
         for file in files:
             (tmp_path / "notes" / file).write_text("years of work")
-        with pytest.raises(ValueError, match=f"a model's alone, to replace it, got .*notes with {max(files)} in it"):
+        with pytest.raises(
+            ValueError, match=f"a model's alone, to replace it, got .*notes with {max(files)} in it"
+        ):
             new.save_pretrained(tmp_path / "notes")
         assert sorted(path.name for path in (tmp_path / "notes").iterdir()) == sorted(files)
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
     for model in (old, new):  # a link stays one, and what it points to is replaced
         model.save_pretrained(tmp_path / "link")
-        assert (tmp_path / "link").is_symlink() and same_weights(Mistral.from_pretrained(tmp_path / "disk"), model)
+        assert (tmp_path / "link").is_symlink() and same_weights(
+            Mistral.from_pretrained(tmp_path / "disk"), model
+        )
     assert not list(tmp_path.glob(".*"))
-    with pytest.raises(ValueError, match=r"like must be a folder with a tokenizer's files, got .*nowhere"):
+    with pytest.raises(
+        ValueError, match=r"like must be a folder with a tokenizer's files, got .*nowhere"
+    ):
         old.save_pretrained(tmp_path / "out", like=tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path / "out")
     with pytest.raises(ValueError, match="cannot be made anew from inside it"):
@@ -157,7 +231,9 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert same_weights(Mistral.from_pretrained(tmp_path / "out"), new)
 
 
-def test_saving_over_a_model_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_over_a_model_keeps_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: a model saved in another's place keeps the files that servers need, also after a kill between the two renames; an adapter
     beside it is not removed. Oracle: the folder's contents."""
     old, new, out = random_model(), random_model(), tmp_path / "out"
@@ -177,8 +253,12 @@ def test_saving_over_a_model_keeps_its_tokenizer(tmp_path: Path, monkeypatch: py
             new.save_pretrained(out)
     assert not out.exists()
     new.save_pretrained(out)
-    assert {path.name for path in out.iterdir()} == names and same_weights(Mistral.from_pretrained(out), new)
-    assert (out / "tokenizer.model").read_bytes() == b"sentencepiece" and not list(tmp_path.glob(".*"))
+    assert {path.name for path in out.iterdir()} == names and same_weights(
+        Mistral.from_pretrained(out), new
+    )
+    assert (out / "tokenizer.model").read_bytes() == b"sentencepiece" and not list(
+        tmp_path.glob(".*")
+    )
     (out / "adapter_model.safetensors").write_text("years of work")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors in it"):
         new.save_pretrained(out)
@@ -195,12 +275,16 @@ def test_one_file_goes_before_an_index(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copy(tmp_path / "whole/model.safetensors", out)
     for _ in range(2):
         theirs = AutoModelForCausalLM.from_pretrained(out).model.norm.weight
-        assert torch.equal(theirs, whole.model.norm.weight) and same_weights(Mistral.from_pretrained(out), whole)
+        assert torch.equal(theirs, whole.model.norm.weight) and same_weights(
+            Mistral.from_pretrained(out), whole
+        )
         for shard in out.glob("model-*"):
             shard.unlink()
 
 
-def test_the_index_says_which_copy_of_a_tensor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_says_which_copy_of_a_tensor_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: of two copies in indexed files the one that the index names is read, whichever name sorts last. One that the index
     does not name may not have two. Oracle: the model that the index describes; the index's own names."""
     monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
@@ -239,7 +323,9 @@ def test_a_root_that_a_forward_left_gathered_is_saved_from_its_masters(tmp_path:
     assert model.lm_head.weight.dtype == torch.bfloat16  # else this shows nothing
     model.save_pretrained(tmp_path / "out", dtype=torch.float32)
     saved = load_file(tmp_path / "out" / "model.safetensors")
-    assert saved.keys() == whole.keys() and all(torch.equal(saved[name], whole[name]) for name in whole)
+    assert saved.keys() == whole.keys() and all(
+        torch.equal(saved[name], whole[name]) for name in whole
+    )
 
 
 def test_every_wrong_tensor_is_listed_at_once(tmp_path: Path) -> None:
@@ -247,14 +333,21 @@ def test_every_wrong_tensor_is_listed_at_once(tmp_path: Path) -> None:
     random_model().save_pretrained(tmp_path / "out")
     tensors = load_file(tmp_path / "out/model.safetensors")
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors |= {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32), "lm_head.weight": torch.zeros(60, 32),
-                "model.embed_tokens.weight": torch.zeros(61, 32, dtype=torch.int8)}  # fmt: skip
+    tensors |= {
+        "model.layers.0.self_attn.q_proj.bias": torch.zeros(32),
+        "lm_head.weight": torch.zeros(60, 32),
+        "model.embed_tokens.weight": torch.zeros(61, 32, dtype=torch.int8),
+    }
     save_file(tensors, tmp_path / "out/model.safetensors")
     with pytest.raises(ValueError) as error:
         Mistral.from_pretrained(tmp_path / "out")
-    for words in ("missing model.norm.weight", "missing model.layers.1.mlp.up_proj.weight",
-                  "unexpected model.layers.0.self_attn.q_proj.bias", "lm_head.weight (60, 32) instead of (61, 32)",
-                  "model.embed_tokens.weight of type I8"):  # fmt: skip
+    for words in (
+        "missing model.norm.weight",
+        "missing model.layers.1.mlp.up_proj.weight",
+        "unexpected model.layers.0.self_attn.q_proj.bias",
+        "lm_head.weight (60, 32) instead of (61, 32)",
+        "model.embed_tokens.weight of type I8",
+    ):
         assert words in str(error.value)
 
 
@@ -270,7 +363,9 @@ def test_tied_heads_and_rotary_tables_in_old_files(tmp_path: Path) -> None:
     redundant = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": table}
     save_file(tensors | redundant, path)
     assert same_weights(Mistral.from_pretrained(tmp_path / "out"), model)
-    other = {name: x for name, x in tensors.items() if name != "model.embed_tokens.weight"} | {"lm_head.weight": head}
+    other = {name: x for name, x in tensors.items() if name != "model.embed_tokens.weight"} | {
+        "lm_head.weight": head
+    }
     save_file(other, path)  # the one tensor under its other name
     assert same_weights(Mistral.from_pretrained(tmp_path / "out"), model)
     save_file(tensors | {"lm_head.weight": torch.zeros(61, 32)}, path)
@@ -278,7 +373,9 @@ def test_tied_heads_and_rotary_tables_in_old_files(tmp_path: Path) -> None:
         Mistral.from_pretrained(tmp_path / "out")
 
 
-def test_damaged_folders_are_refused_by_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_folders_are_refused_by_file_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: truncation, garbage, missing shards, foreign paths, pickles and broken JSON name their file. Oracle: the name."""
     monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
     whole = tmp_path / "whole"
@@ -305,8 +402,13 @@ def test_damaged_folders_are_refused_by_file_name(tmp_path: Path, monkeypatch: p
     refused(shard, lambda f: second(f).write_bytes(b"\xff" * 5000))
     refused(shard, lambda f: second(f).write_bytes(b""))
     refused(shard, lambda f: second(f).unlink())
-    refused(r"\.\./whole/model-00002.* must be a file of .*spoiled", lambda f: remap(f, "../whole/" + second(whole).name))
-    refused("whole/model-00002.* must be a file of .*spoiled", lambda f: remap(f, str(second(whole))))
+    refused(
+        r"\.\./whole/model-00002.* must be a file of .*spoiled",
+        lambda f: remap(f, "../whole/" + second(whole).name),
+    )
+    refused(
+        "whole/model-00002.* must be a file of .*spoiled", lambda f: remap(f, str(second(whole)))
+    )
     refused(r"\.\. must be a file of .*spoiled", lambda f: remap(f, ".."))
     refused(index, lambda f: (f / index).write_text("{"))
     refused("weight_map", lambda f: (f / index).write_text('{"weight_map": ["model.norm.weight"]}'))
@@ -319,12 +421,26 @@ def test_damaged_folders_are_refused_by_file_name(tmp_path: Path, monkeypatch: p
         (folder / "config.json").write_text(json.dumps(config | entries))
 
     began = time.monotonic()
-    refused("must hold the 1000000000 layers that config.json describes", lambda f: change(f, num_hidden_layers=10**9))
+    refused(
+        "must hold the 1000000000 layers that config.json describes",
+        lambda f: change(f, num_hidden_layers=10**9),
+    )
     assert time.monotonic() - began < 5, "as many layers were built, or named"
-    refused("max_position_embeddings must be an integer >= 1, got '2048'", lambda f: change(f, max_position_embeddings="2048"))
-    refused("tie_word_embeddings must be true or false, got 'false'", lambda f: change(f, tie_word_embeddings="false"))
-    refused("sliding_window must be null, or an integer >= 1 in a mistral, got 8.5", lambda f: change(f, sliding_window=8.5))
-    refused("rope_theta must be a number > 0, got inf", lambda f: change(f, rope_theta=float("inf")))
+    refused(
+        "max_position_embeddings must be an integer >= 1, got '2048'",
+        lambda f: change(f, max_position_embeddings="2048"),
+    )
+    refused(
+        "tie_word_embeddings must be true or false, got 'false'",
+        lambda f: change(f, tie_word_embeddings="false"),
+    )
+    refused(
+        "sliding_window must be null, or an integer >= 1 in a mistral, got 8.5",
+        lambda f: change(f, sliding_window=8.5),
+    )
+    refused(
+        "rope_theta must be a number > 0, got inf", lambda f: change(f, rope_theta=float("inf"))
+    )
 
     def pickled(folder: Path) -> None:
         for file in folder.glob("model*"):
@@ -349,7 +465,9 @@ for name in names:
 """
 
 
-def test_models_come_from_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_come_from_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: by hub name a private model comes with the user's token, by huggingface_hub, without a file that nobody reads, once; then from
     its cache, offline or with the server gone. What cannot be had is one line with the name. For a tokenizer alone, and for a model that
     is refused, no weights are fetched. Oracle: the hub's own record of what it sent; the weights' sum."""
@@ -360,18 +478,32 @@ def test_models_come_from_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.
     needed = sorted(file.name for file in (models / "tiny").iterdir())
     weights = [name for name in needed if "safetensors" in name]
     assert len(weights) > 3
-    for name in ("pytorch_model.bin", "consolidated.safetensors", "README.md", "onnx/model.safetensors", "onnx/config.json"):
+    for name in (
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "README.md",
+        "onnx/model.safetensors",
+        "onnx/config.json",
+    ):
         (models / "tiny" / name).parent.mkdir(exist_ok=True)
         (models / "tiny" / name).write_text("{}")
     hub.private.add("owner/tiny")
     total = str(sum(p.double().sum().item() for p in model.parameters()))
-    assert hub.run(HUB_SCRIPT, "", "owner/tiny@v1", "owner/tiny", HF_TOKEN=hub.TOKEN).split("\n") == [total, total]
+    assert hub.run(HUB_SCRIPT, "", "owner/tiny@v1", "owner/tiny", HF_TOKEN=hub.TOKEN).split(
+        "\n"
+    ) == [total, total]
     assert hub.downloads() == needed
-    offline, unknown = hub.run(HUB_SCRIPT, "", "owner/tiny@v1", "owner/unknown", HF_HUB_OFFLINE="1").split("\n")
+    offline, unknown = hub.run(
+        HUB_SCRIPT, "", "owner/tiny@v1", "owner/unknown", HF_HUB_OFFLINE="1"
+    ).split("\n")
     assert offline == total and "'owner/unknown'" in unknown and "HF_HUB_OFFLINE" in unknown
-    assert hub.run(HUB_SCRIPT, "", "owner/tiny", HF_ENDPOINT="http://127.0.0.1:9") == total  # a port where nothing answers
+    assert (
+        hub.run(HUB_SCRIPT, "", "owner/tiny", HF_ENDPOINT="http://127.0.0.1:9") == total
+    )  # a port where nothing answers
     assert hub.asked == []
-    shutil.copytree(models / "public", models / "named")  # shards may have any name, which the index says
+    shutil.copytree(
+        models / "public", models / "named"
+    )  # shards may have any name, which the index says
     for shard in (models / "named").glob("model-*"):
         shard.rename(shard.with_name(shard.name.replace("model-", "pytorch_model-")))
     index = models / "named/model.safetensors.index.json"
@@ -384,13 +516,23 @@ def test_models_come_from_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.
         shutil.copy(models / "public/config.json", models / name)
         (models / name / file).write_text("gigabytes")
     (models / "foreign/config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    wrong = {"owner/tiny": "private", "owner/none": "Repository Not Found", "owner/foreign@v9": "Revision Not Found",
-             "owner/foreign": "model_type = 'qwen2'", "owner/pickled": "only whole safetensors", "no/such/model": "namespace/repo_name",
-             "./runs/model": "namespace/repo_name"}  # fmt: skip
-    lines = hub.run(HUB_SCRIPT, "owner/public", *wrong, HF_HOME=str(tmp_path / "a stranger's")).split("\n")
+    wrong = {
+        "owner/tiny": "private",
+        "owner/none": "Repository Not Found",
+        "owner/foreign@v9": "Revision Not Found",
+        "owner/foreign": "model_type = 'qwen2'",
+        "owner/pickled": "only whole safetensors",
+        "no/such/model": "namespace/repo_name",
+        "./runs/model": "namespace/repo_name",
+    }
+    lines = hub.run(
+        HUB_SCRIPT, "owner/public", *wrong, HF_HOME=str(tmp_path / "a stranger's")
+    ).split("\n")
     for (name, words), line in zip(wrong.items(), lines, strict=True):
         assert name.partition("@")[0].rpartition("/")[2] in line and words in line, line
-    assert hub.downloads() == sorted([*(name for name in needed if name not in weights), "config.json", "config.json"])
+    assert hub.downloads() == sorted(
+        [*(name for name in needed if name not in weights), "config.json", "config.json"]
+    )
 
 
 def test_find_model_takes_a_folder_as_it_is(tmp_path: Path) -> None:
@@ -448,8 +590,17 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """260 MB of fp32 in shards of at most 100 MB."""
     folder = tmp_path_factory.mktemp("large") / "model"
     with torch.device("meta"):
-        model = Mistral(Config(vocab_size=4000, hidden_size=768, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8,
-                               num_key_value_heads=2, head_dim=96))  # fmt: skip
+        model = Mistral(
+            Config(
+                vocab_size=4000,
+                hidden_size=768,
+                intermediate_size=2048,
+                num_hidden_layers=10,
+                num_attention_heads=8,
+                num_key_value_heads=2,
+                head_dim=96,
+            )
+        )
     model.to_empty(device="cpu")
     for p in model.parameters():
         p.data.zero_()
@@ -459,16 +610,29 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RssAnon of /proc/self/status")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs RssAnon of /proc/self/status"
+)
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_loading_takes_the_shard_and_one_tensor(processes: int, large_checkpoint: Path) -> None:
     """Claim: host memory while loading is the process's own parameters (all, or its FSDP2 shard) plus one tensor of the file. Oracle:
     anonymous memory of fresh processes (pages of the mapped files do not count), fp32 on disk into bf16; 8 MB are left to the allocator
     and the interpreter."""
     command = [sys.executable, "-c", MEASURE, str(large_checkpoint)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(model_file.__file__).parent)}
-    ranks = [subprocess.Popen([*command, str(rank), str(processes)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True) for rank in range(processes)]  # fmt: skip
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(model_file.__file__).parent),
+    }
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(processes)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
     for rank in ranks:
         out, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors

@@ -40,14 +40,32 @@ def talk(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def pku(prompt: str = "q", safe: tuple[Any, Any] = (True, False), better: Any = 0, safer: Any = 0, **more: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "response_0": "zero", "response_1": "one", "is_response_0_safe": safe[0],
-            "is_response_1_safe": safe[1], "better_response_id": better, "safer_response_id": safer} | more  # fmt: skip
+def pku(
+    prompt: str = "q",
+    safe: tuple[Any, Any] = (True, False),
+    better: Any = 0,
+    safer: Any = 0,
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "response_0": "zero",
+        "response_1": "one",
+        "is_response_0_safe": safe[0],
+        "is_response_1_safe": safe[1],
+        "better_response_id": better,
+        "safer_response_id": safer,
+    } | more
 
 
 def own(i: int = 0, **more: Any) -> dict[str, Any]:
-    return {"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}", "chosen_safe": i % 2 == 0,
-            "rejected_safe": i % 3 == 0} | more  # fmt: skip
+    return {
+        "prompt": f"question {i}",
+        "chosen": f"good {i}",
+        "rejected": f"bad {i}",
+        "chosen_safe": i % 2 == 0,
+        "rejected_safe": i % 3 == 0,
+    } | more
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -69,10 +87,19 @@ def write(path: Path, rows: list[Any]) -> Path:
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
     """A small byte-level tokenizer with Zephyr's format: every text has ids and comes back from them."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(["question answer good bad <|user|>\n<|assistant|>\n<|system|>\n"] * 3, trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))  # fmt: skip
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer.train_from_iterator(
+        ["question answer good bad <|user|>\n<|assistant|>\n<|system|>\n"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     folder = tmp_path_factory.mktemp("small")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
@@ -99,28 +126,98 @@ def prompts(stream: data.Stream, chat: Chat) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- schemas
 
 
-@pytest.mark.parametrize("row, schema, prefer, pair", [
-    (pku(), "PKU-SafeRLHF", "helpful", Pair(user("q"), "zero", "one", True, False)),
-    (pku(better=1), "PKU-SafeRLHF", "helpful", Pair(user("q"), "one", "zero", False, True)),
-    (pku(better=1), "PKU-SafeRLHF", "safe", Pair(user("q"), "zero", "one", True, False)),
-    (pku(better=1, safer_response_id=1), "PKU-SafeRLHF", "safe", Pair(user("q"), "zero", "one", True, False)),
-    (pku(better=1, safer_response_id=1), "PKU-SafeRLHF", "safer", Pair(user("q"), "zero", "one", True, False)),
-    (pku(better=1, safe=(True, True)), "PKU-SafeRLHF", "safe", Pair(user("q"), "one", "zero", True, True)),
-    (pku(better=1, safe=(False, False)), "PKU-SafeRLHF", "safe", Pair(user("q"), "one", "zero", False, False)),
-    (pku(better=1, safe=(False, False)), "PKU-SafeRLHF", "safer", Pair(user("q"), "zero", "one", False, False)),
-    (pku(prompt_source="x", response_0_severity_level=0), "PKU-SafeRLHF", "helpful", Pair(user("q"), "zero", "one", True, False)),
-    ({"prompt": "q", "modeloutput1": "a", "modeloutput2": "b", "better_modelout": 2, "is_modelout1_safe": 1,
-      "is_modelout2_safe": 0}, "red-teaming", "helpful", Pair(user("q"), "b", "a", False, True)),
-    ({"prompt": "q", "modeloutput1": "a", "modeloutput2": "b", "better_modelout": 2, "is_modelout1_safe": True,
-      "is_modelout2_safe": False}, "red-teaming", "safe", Pair(user("q"), "a", "b", True, False)),
-    ({"prompt": "x", "chosen": talk("q", "a", "r", "b"), "rejected": talk("q", "a", "r", "c"), "score_chosen": 8.0,
-      "score_rejected": 1.0, "messages": talk("q", "b")}, "ultrafeedback_binarized", "safe",
-     Pair(talk("q", "a", "r"), "b", "c", True, True)),
-    (own(3), "bfpo", "helpful", Pair(user("question 3"), "good 3", "bad 3", False, True)),
-    (own(3), "bfpo", "safe", Pair(user("question 3"), "bad 3", "good 3", True, False)),
-    (own(3), "bfpo", "safer", Pair(user("question 3"), "bad 3", "good 3", True, False)),
-    (own(0, prompt=talk("q", "a", "r")), "bfpo", "helpful", Pair(talk("q", "a", "r"), "good 0", "bad 0", True, True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, schema, prefer, pair",
+    [
+        (pku(), "PKU-SafeRLHF", "helpful", Pair(user("q"), "zero", "one", True, False)),
+        (pku(better=1), "PKU-SafeRLHF", "helpful", Pair(user("q"), "one", "zero", False, True)),
+        (pku(better=1), "PKU-SafeRLHF", "safe", Pair(user("q"), "zero", "one", True, False)),
+        (
+            pku(better=1, safer_response_id=1),
+            "PKU-SafeRLHF",
+            "safe",
+            Pair(user("q"), "zero", "one", True, False),
+        ),
+        (
+            pku(better=1, safer_response_id=1),
+            "PKU-SafeRLHF",
+            "safer",
+            Pair(user("q"), "zero", "one", True, False),
+        ),
+        (
+            pku(better=1, safe=(True, True)),
+            "PKU-SafeRLHF",
+            "safe",
+            Pair(user("q"), "one", "zero", True, True),
+        ),
+        (
+            pku(better=1, safe=(False, False)),
+            "PKU-SafeRLHF",
+            "safe",
+            Pair(user("q"), "one", "zero", False, False),
+        ),
+        (
+            pku(better=1, safe=(False, False)),
+            "PKU-SafeRLHF",
+            "safer",
+            Pair(user("q"), "zero", "one", False, False),
+        ),
+        (
+            pku(prompt_source="x", response_0_severity_level=0),
+            "PKU-SafeRLHF",
+            "helpful",
+            Pair(user("q"), "zero", "one", True, False),
+        ),
+        (
+            {
+                "prompt": "q",
+                "modeloutput1": "a",
+                "modeloutput2": "b",
+                "better_modelout": 2,
+                "is_modelout1_safe": 1,
+                "is_modelout2_safe": 0,
+            },
+            "red-teaming",
+            "helpful",
+            Pair(user("q"), "b", "a", False, True),
+        ),
+        (
+            {
+                "prompt": "q",
+                "modeloutput1": "a",
+                "modeloutput2": "b",
+                "better_modelout": 2,
+                "is_modelout1_safe": True,
+                "is_modelout2_safe": False,
+            },
+            "red-teaming",
+            "safe",
+            Pair(user("q"), "a", "b", True, False),
+        ),
+        (
+            {
+                "prompt": "x",
+                "chosen": talk("q", "a", "r", "b"),
+                "rejected": talk("q", "a", "r", "c"),
+                "score_chosen": 8.0,
+                "score_rejected": 1.0,
+                "messages": talk("q", "b"),
+            },
+            "ultrafeedback_binarized",
+            "safe",
+            Pair(talk("q", "a", "r"), "b", "c", True, True),
+        ),
+        (own(3), "bfpo", "helpful", Pair(user("question 3"), "good 3", "bad 3", False, True)),
+        (own(3), "bfpo", "safe", Pair(user("question 3"), "bad 3", "good 3", True, False)),
+        (own(3), "bfpo", "safer", Pair(user("question 3"), "bad 3", "good 3", True, False)),
+        (
+            own(0, prompt=talk("q", "a", "r")),
+            "bfpo",
+            "helpful",
+            Pair(talk("q", "a", "r"), "good 0", "bad 0", True, True),
+        ),
+    ],
+)
 def test_schemas_give_the_pair(row, schema, prefer, pair):
     """A row of every public schema, and ours: recognised by its columns; which answer is chosen, and its label, by hand."""
     assert data.find_schema(list(row), "pairs") == schema and data.QUADRANTS == bfpo.QUADRANTS
@@ -129,20 +226,37 @@ def test_schemas_give_the_pair(row, schema, prefer, pair):
 
 def test_sft_takes_conversations_and_safer_answers(chat, tmp_path):
     """SFT scores all after BOS: messages as they are, PKU's safer answer even of two unsafe ones; cut at max_length."""
-    rows = [{"prompt": "p", "messages": talk("hi", "hello", "more", "sure")}, {"messages": talk("x" * 90, "y" * 90)}]
+    rows = [
+        {"prompt": "p", "messages": talk("hi", "hello", "more", "sure")},
+        {"messages": talk("x" * 90, "y" * 90)},
+    ]
     conversations = write(tmp_path / "ultrachat.jsonl", rows)
     pairs = write(tmp_path / "pku.jsonl", [pku(better=1, safe=(False, False)), pku(better=1)])
-    stream, held = load_stream([str(conversations), str(pairs)], chat, stage="sft", held_out=0, max_length=120, max_prompt=60)
+    stream, held = load_stream(
+        [str(conversations), str(pairs)],
+        chat,
+        stage="sft",
+        held_out=0,
+        max_length=120,
+        max_prompt=60,
+    )
     wanted = [rows[0]["messages"], rows[1]["messages"], talk("q", "zero"), talk("q", "zero")]
     assert len(held) == 0 and stream.lengths.shape == (4, 2)
     for i, messages in enumerate(wanted):
         bos, rest = stream.tree(i)
-        [_, whole], = chat.conversation_ids([chat.conversation_text(messages)])
+        ([_, whole],) = chat.conversation_ids([chat.conversation_text(messages)])
         assert bos.tolist() == [chat.bos_id] and rest.tolist() == whole[:119].tolist()
     assert [part["answers_cut"] for part in stream.report["sources"]] == [1, 0]
 
 
-@pytest.mark.parametrize("name", [f"rows.{kind}{packed}" for kind in ("jsonl", "json", "parquet") for packed in ("", ".gz", ".xz")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"rows.{kind}{packed}"
+        for kind in ("jsonl", "json", "parquet")
+        for packed in ("", ".gz", ".xz")
+    ],
+)
 def test_formats_hold_the_same_rows(name, chat, tmp_path):
     """JSON lines, a JSON array and parquet, plain, gzip and xz: the same trees as from the rows themselves."""
     rows = [own(i) for i in range(7)] + [own(7, chosen="naïve 漢字 😀\n\ttwo"), own(8)]
@@ -154,31 +268,57 @@ def test_formats_hold_the_same_rows(name, chat, tmp_path):
     stream, _ = load_stream([str(path)], chat, held_out=0)
     texts = [chat.pair_texts(user(row["prompt"]), row["chosen"], row["rejected"]) for row in rows]
     trees = [[part.tolist() for part in tree] for tree in chat.pair_ids(texts)]
-    assert everything(stream) == [(tree, [row["chosen_safe"], row["rejected_safe"]]) for tree, row in zip(trees, rows, strict=True)]
+    assert everything(stream) == [
+        (tree, [row["chosen_safe"], row["rejected_safe"]])
+        for tree, row in zip(trees, rows, strict=True)
+    ]
     assert stream.lengths.tolist() == [[len(part) for part in tree] for tree in trees]
 
 
 def test_mistral_stream_is_truncated_as_the_paper(mistral_tokenizer, tmp_path):
     """With Mistral's tokenizer, streams hold pair_ids cut by truncate; what was cut is counted. 600 words beat 100 tokens."""
     mistral = Chat(mistral_tokenizer)
-    rows = [own(0), own(1, prompt="word " * 600), own(2, chosen="word " * 600), own(3, prompt="a " * 300, rejected="b " * 300)]
-    stream, _ = load_stream([str(write(tmp_path / "a.jsonl", rows))], mistral, held_out=0, max_length=100, max_prompt=40)
+    rows = [
+        own(0),
+        own(1, prompt="word " * 600),
+        own(2, chosen="word " * 600),
+        own(3, prompt="a " * 300, rejected="b " * 300),
+    ]
+    stream, _ = load_stream(
+        [str(write(tmp_path / "a.jsonl", rows))], mistral, held_out=0, max_length=100, max_prompt=40
+    )
     assert stream.tokens.dtype == np.uint16
     for i, row in enumerate(rows):
-        tree, = mistral.pair_ids([mistral.pair_texts(user(row["prompt"]), row["chosen"], row["rejected"])])
-        assert [p.tolist() for p in stream.tree(i)] == [p.tolist() for p in data.truncate(tree, 100, 40)]
-        assert stream.tree(i)[0][0] == mistral.bos_id and stream.lengths[i, 0] + stream.lengths[i, 1:].max() <= 100
-    part, = stream.report["sources"]
+        (tree,) = mistral.pair_ids(
+            [mistral.pair_texts(user(row["prompt"]), row["chosen"], row["rejected"])]
+        )
+        assert [p.tolist() for p in stream.tree(i)] == [
+            p.tolist() for p in data.truncate(tree, 100, 40)
+        ]
+        assert (
+            stream.tree(i)[0][0] == mistral.bos_id
+            and stream.lengths[i, 0] + stream.lengths[i, 1:].max() <= 100
+        )
+    (part,) = stream.report["sources"]
     assert (part["prompts_cut"], part["answers_cut"]) == (2, 2)
 
 
 # ------------------------------------------------------------------------------------------------ sources and files
 
 
-@pytest.mark.parametrize("suffix, rows", [
-    ("", range(10)), ("[:3]", range(3)), ("[7:]", range(7, 10)), ("[2:5]", range(2, 5)), ("[:20%]", range(2)),
-    ("[25%:75%]", range(2, 8)), ("[:]", range(10)), ("[:99]", range(10)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "suffix, rows",
+    [
+        ("", range(10)),
+        ("[:3]", range(3)),
+        ("[7:]", range(7, 10)),
+        ("[2:5]", range(2, 5)),
+        ("[:20%]", range(2)),
+        ("[25%:75%]", range(2, 8)),
+        ("[:]", range(10)),
+        ("[:99]", range(10)),
+    ],
+)
 def test_slices_take_raw_rows(suffix, rows, chat, tmp_path):
     """[START:STOP] over the rows as they are in the files, one source of two files; percentages round to the nearest row."""
     write(tmp_path / "d" / "a" / "train.jsonl", [own(i) for i in range(4)])
@@ -190,18 +330,31 @@ def test_slices_take_raw_rows(suffix, rows, chat, tmp_path):
 def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
     """Shards, round folders and numbered parquet files; the split asked for, the stage's own, or the only one; held-out rows."""
     hub = tmp_path / "hub"
-    names = {"data/train_prefs-00000-of-00002.parquet": 0, "data/train_prefs-00001-of-00002.parquet": 1,
-             "data/test_prefs-00000-of-00001-0ab1.parquet": 2, "data/train_sft-00000-of-00001.jsonl.gz": 3,
-             "round1/valid.jsonl.xz": 4, "other/0000.parquet": 5, "other/0001.parquet": 6, ".cache/train.jsonl": 7}  # fmt: skip
+    names = {
+        "data/train_prefs-00000-of-00002.parquet": 0,
+        "data/train_prefs-00001-of-00002.parquet": 1,
+        "data/test_prefs-00000-of-00001-0ab1.parquet": 2,
+        "data/train_sft-00000-of-00001.jsonl.gz": 3,
+        "round1/valid.jsonl.xz": 4,
+        "other/0000.parquet": 5,
+        "other/0001.parquet": 6,
+        ".cache/train.jsonl": 7,
+    }
     for name, i in names.items():
         write(hub / name, [own(i)])
+
     def read(suffix: str, stage: str = "pairs") -> list[list[str]]:
-        return [prompts(stream, chat) for stream in load_stream([f"{hub}{suffix}"], chat, stage=stage)]
+        return [
+            prompts(stream, chat) for stream in load_stream([f"{hub}{suffix}"], chat, stage=stage)
+        ]
 
     assert read("") == read(":train_prefs") == [["question 0", "question 1"], ["question 2"]]
     assert read("", "sft") == [["question 3"], []]
     assert read(":valid") == [["question 4"], []] and read(":other[1:]") == [["question 6"], []]
-    with pytest.raises(ValueError, match=r"must name a split of .* which has test_prefs, train_prefs, train_sft, other, valid"):
+    with pytest.raises(
+        ValueError,
+        match=r"must name a split of .* which has test_prefs, train_prefs, train_sft, other, valid",
+    ):
         read(":nothing")
     (hub / "data" / "train_prefs-00001-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match="train_prefs must have 2 parts, got 1"):
@@ -210,11 +363,18 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
         write(tmp_path / "parts" / str(k) / f"train-0000{k}-of-00002.jsonl", [own(k)])
         write(tmp_path / "parts" / f"{'easy' if k else 'hard'}-test.jsonl", [own(2 + k)])
     assert [len(stream) for stream in load_stream([f"{tmp_path / 'parts'}"], chat)] == [2, 2]
-    for i, names in enumerate((["train.jsonl", "train.jsonl.gz"], ["train.jsonl", "train-00000-of-00001.parquet"],
-                               ["train-00000-of-00001-0ab1.parquet", "train-00000-of-00001-77fe.parquet"])):  # fmt: skip
+    for i, names in enumerate(
+        (
+            ["train.jsonl", "train.jsonl.gz"],
+            ["train.jsonl", "train-00000-of-00001.parquet"],
+            ["train-00000-of-00001-0ab1.parquet", "train-00000-of-00001-77fe.parquet"],
+        )
+    ):
         for name in names:
             write(tmp_path / "twice" / str(i) / name, [own(1)])
-        with pytest.raises(ValueError, match=rf"{i}/train must be there once, got {' and '.join(sorted(names))}"):
+        with pytest.raises(
+            ValueError, match=rf"{i}/train must be there once, got {' and '.join(sorted(names))}"
+        ):
             load_stream([f"{tmp_path / 'twice' / str(i)}"], chat)
     for name in ("train.jsonl", "test-00000-of-00002.jsonl"):
         write(tmp_path / "part" / name, [own(1)])
@@ -224,13 +384,28 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
         write(tmp_path / "two" / name, [own(1)])
     with pytest.raises(ValueError, match="must have one name, got harm-only and safe-only"):
         load_stream([f"{tmp_path / 'two'}"], chat)
-    for name, i in (("mine-train.jsonl", 1), ("mine-test.jsonl", 2), ("rows-1.jsonl", 3), ("rows-2.jsonl", 4)):
+    for name, i in (
+        ("mine-train.jsonl", 1),
+        ("mine-test.jsonl", 2),
+        ("rows-1.jsonl", 3),
+        ("rows-2.jsonl", 4),
+    ):
         write(tmp_path / "mine" / name, [own(i)])
-    assert [prompts(stream, chat) for stream in load_stream([f"{tmp_path / 'mine'}"], chat)] == [["question 1"], ["question 2"]]
-    assert prompts(load_stream([f"{tmp_path / 'mine'}:mine"], chat, held_out=0)[0], chat) == ["question 3", "question 4"]
+    assert [prompts(stream, chat) for stream in load_stream([f"{tmp_path / 'mine'}"], chat)] == [
+        ["question 1"],
+        ["question 2"],
+    ]
+    assert prompts(load_stream([f"{tmp_path / 'mine'}:mine"], chat, held_out=0)[0], chat) == [
+        "question 3",
+        "question 4",
+    ]
     write(tmp_path / "one" / "pairs.jsonl", [own(1)])
-    assert prompts(load_stream([f"{tmp_path / 'one'}"], chat, held_out=0)[0], chat) == ["question 1"]
-    odd = write(tmp_path / "a:b@c[:3].jsonl", [own(i) for i in range(5)])  # an existing name is itself, whatever it holds
+    assert prompts(load_stream([f"{tmp_path / 'one'}"], chat, held_out=0)[0], chat) == [
+        "question 1"
+    ]
+    odd = write(
+        tmp_path / "a:b@c[:3].jsonl", [own(i) for i in range(5)]
+    )  # an existing name is itself, whatever it holds
     assert len(load_stream([str(odd)], chat, held_out=0)[0]) == 5
 
 
@@ -256,11 +431,20 @@ def test_held_out_share_splits_by_prompt(chat, tmp_path):
     assert set(prompts(again, chat)) == outside
 
 
-@pytest.mark.parametrize("source, words", [
-    ("", "NAME"), ("missing.jsonl", "existing file or folder"), ("./no/folder", "existing file or folder"),
-    ("{}/empty", "no data file"), ("{}/notes.txt", "jsonl, .json or .parquet"), ("{}/a.jsonl:train", "without a split"),
-    ("{}/a.jsonl[5:5]", "rows to train on"), ("{}/a.jsonl[:120%]", "existing file or folder"), ("{}/two", "must name a split"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("", "NAME"),
+        ("missing.jsonl", "existing file or folder"),
+        ("./no/folder", "existing file or folder"),
+        ("{}/empty", "no data file"),
+        ("{}/notes.txt", "jsonl, .json or .parquet"),
+        ("{}/a.jsonl:train", "without a split"),
+        ("{}/a.jsonl[5:5]", "rows to train on"),
+        ("{}/a.jsonl[:120%]", "existing file or folder"),
+        ("{}/two", "must name a split"),
+    ],
+)
 def test_unfit_sources_are_refused(source, words, chat, tmp_path, monkeypatch):
     """A source that is missing, empty, no data or ambiguous: one ValueError that says what it wants."""
     monkeypatch.chdir(tmp_path)
@@ -303,13 +487,18 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
         return hub.run(HUB_SCRIPT, mistral_tokenizer, *sources, **environment).split("\n")
 
     half = "owner/set@v1:train_prefs[:50%]"
-    first, = run(half)
+    (first,) = run(half)
     assert first.startswith("3 3 ")
-    assert hub.downloads() == ["data/test_prefs-00000-of-00001.parquet", "data/train_prefs-00000-of-00001.parquet"]
+    assert hub.downloads() == [
+        "data/test_prefs-00000-of-00001.parquet",
+        "data/train_prefs-00000-of-00001.parquet",
+    ]
     again, *unknown = run(half, "owner/none", "owner/set@v9", "owner/secret:train_prefs")
     assert again == first and hub.downloads() == []
     for line, name in zip(unknown, ("owner/none", "owner/set@v9", "owner/secret"), strict=True):
-        assert line.startswith(f"ValueError {name} must be a local path or a hub data set within reach")
+        assert line.startswith(
+            f"ValueError {name} must be a local path or a hub data set within reach"
+        )
     offline, other = run(half, "owner/other", HF_HUB_OFFLINE="1")
     assert offline == first and other.startswith("ValueError owner/other must be")
     assert run("owner/secret:train_prefs", HF_TOKEN=hub.TOKEN)[0].startswith("6 3 ")
@@ -318,44 +507,107 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("row, words", [
-    (own(chosen_safe="yes"), "chosen_safe must be true or false, got 'yes'"),
-    (own(chosen_safe=None), "chosen_safe must be"), (own(rejected_safe=float("nan")), "rejected_safe must be .* got nan"),
-    (own(rejected_safe=2), "rejected_safe must be"), (own(rejected_safe=1.0), "rejected_safe must be"),
-    ({k: v for k, v in own().items() if k != "chosen"}, "chosen is missing"),
-    (own(prompt=5), "prompt must be text"), (own(chosen=["a"]), "chosen must be text"), (own(prompt=None), "prompt must be text"),
-    (own(prompt=[]), "prompt must be a list"), (own(prompt=talk("q", "a")), "must end with a user's turn"),
-    (own(prompt=[{"role": "robot", "content": "q"}]), "role must be"), (own(prompt=[{"role": "user"}]), "content is missing"),
-    (own(prompt=["q"]), "prompt must be a list"), (own(chosen="\ud800"), "surrogates"),
-    (b'{"prompt": "\xff"}', "UTF-8, got byte 0xff at position 12"), (b"{", "must be JSON"), (b"[1]", r"must be an object, got \[1\]"),
-    (b"null", "must be an object"), (b"[" * 100_000, "must be JSON"), (b"NaN", "must be an object"),
-    (b'{"prompt": "q", "chosen_safe": true, "chosen_safe": false}', "must hold a field once, got chosen_safe twice"),
-    (b'{"prompt": [{"role": "user", "content": "a", "content": "b"}]}', "must hold a field once, got content twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (own(chosen_safe="yes"), "chosen_safe must be true or false, got 'yes'"),
+        (own(chosen_safe=None), "chosen_safe must be"),
+        (own(rejected_safe=float("nan")), "rejected_safe must be .* got nan"),
+        (own(rejected_safe=2), "rejected_safe must be"),
+        (own(rejected_safe=1.0), "rejected_safe must be"),
+        ({k: v for k, v in own().items() if k != "chosen"}, "chosen is missing"),
+        (own(prompt=5), "prompt must be text"),
+        (own(chosen=["a"]), "chosen must be text"),
+        (own(prompt=None), "prompt must be text"),
+        (own(prompt=[]), "prompt must be a list"),
+        (own(prompt=talk("q", "a")), "must end with a user's turn"),
+        (own(prompt=[{"role": "robot", "content": "q"}]), "role must be"),
+        (own(prompt=[{"role": "user"}]), "content is missing"),
+        (own(prompt=["q"]), "prompt must be a list"),
+        (own(chosen="\ud800"), "surrogates"),
+        (b'{"prompt": "\xff"}', "UTF-8, got byte 0xff at position 12"),
+        (b"{", "must be JSON"),
+        (b"[1]", r"must be an object, got \[1\]"),
+        (b"null", "must be an object"),
+        (b"[" * 100_000, "must be JSON"),
+        (b"NaN", "must be an object"),
+        (
+            b'{"prompt": "q", "chosen_safe": true, "chosen_safe": false}',
+            "must hold a field once, got chosen_safe twice",
+        ),
+        (
+            b'{"prompt": [{"role": "user", "content": "a", "content": "b"}]}',
+            "must hold a field once, got content twice",
+        ),
+    ],
+)
 def test_malformed_rows_are_named(row, words, chat, tmp_path):
     """Each way to break a row: file:line, the field, what it must be and what it is. The bad row is on line 3."""
-    lines = [json.dumps(own(1)).encode(), b"", row if isinstance(row, bytes) else json.dumps(row).encode(), json.dumps(own(2)).encode()]
+    lines = [
+        json.dumps(own(1)).encode(),
+        b"",
+        row if isinstance(row, bytes) else json.dumps(row).encode(),
+        json.dumps(own(2)).encode(),
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match=rf"malformed rows: 1; the first ones:\n.*/a\.jsonl:3: .*{words}"):
+    with pytest.raises(
+        ValueError, match=rf"malformed rows: 1; the first ones:\n.*/a\.jsonl:3: .*{words}"
+    ):
         load_stream([str(tmp_path / "a.jsonl")], chat)
 
 
-@pytest.mark.parametrize("row, words", [
-    (pku(better=2), "better_response_id must be 0 or 1, got 2"), (pku(safer=True), "safer_response_id must be 0 or 1, got True"),
-    (pku(safer="0"), "safer_response_id"), (pku(better=-1), "better_response_id"), (pku(better=None), "better_response_id"),
-    (pku(safe=(True, "False")), "is_response_1_safe"),
-    ({"prompt": "q", "modeloutput1": "a", "modeloutput2": "b", "better_modelout": 0, "is_modelout1_safe": True,
-      "is_modelout2_safe": True}, "better_modelout must be 1 or 2, got 0"),
-    ({"chosen": talk("q", "a"), "rejected": talk("r", "b"), "score_chosen": 1}, "one conversation"),
-    ({"chosen": talk("q", "a"), "rejected": talk("q", "b", "c"), "score_chosen": 1}, "one conversation"),
-    ({"chosen": talk("q"), "rejected": talk("q"), "score_chosen": 1}, "one conversation"),
-    ({"chosen": [*talk("q", "a"), *talk("", "b")[1:]], "rejected": [*talk("q", "a"), *talk("", "c")[1:]], "score_chosen": 1},
-     "a.jsonl:1: the prompt must end with a user's turn, got assistant"),
-    ({"chosen": [{"role": "system", "content": "s"}, *talk("", "b")[1:]], "score_chosen": 1,
-      "rejected": [{"role": "system", "content": "s"}, *talk("", "c")[1:]]}, "must end with a user's turn, got system"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "known schema, got prompt, chosen, rejected; known: PKU"),
-    ({"messages": talk("q", "a")}, "known schema"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (pku(better=2), "better_response_id must be 0 or 1, got 2"),
+        (pku(safer=True), "safer_response_id must be 0 or 1, got True"),
+        (pku(safer="0"), "safer_response_id"),
+        (pku(better=-1), "better_response_id"),
+        (pku(better=None), "better_response_id"),
+        (pku(safe=(True, "False")), "is_response_1_safe"),
+        (
+            {
+                "prompt": "q",
+                "modeloutput1": "a",
+                "modeloutput2": "b",
+                "better_modelout": 0,
+                "is_modelout1_safe": True,
+                "is_modelout2_safe": True,
+            },
+            "better_modelout must be 1 or 2, got 0",
+        ),
+        (
+            {"chosen": talk("q", "a"), "rejected": talk("r", "b"), "score_chosen": 1},
+            "one conversation",
+        ),
+        (
+            {"chosen": talk("q", "a"), "rejected": talk("q", "b", "c"), "score_chosen": 1},
+            "one conversation",
+        ),
+        ({"chosen": talk("q"), "rejected": talk("q"), "score_chosen": 1}, "one conversation"),
+        (
+            {
+                "chosen": [*talk("q", "a"), *talk("", "b")[1:]],
+                "rejected": [*talk("q", "a"), *talk("", "c")[1:]],
+                "score_chosen": 1,
+            },
+            "a.jsonl:1: the prompt must end with a user's turn, got assistant",
+        ),
+        (
+            {
+                "chosen": [{"role": "system", "content": "s"}, *talk("", "b")[1:]],
+                "score_chosen": 1,
+                "rejected": [{"role": "system", "content": "s"}, *talk("", "c")[1:]],
+            },
+            "must end with a user's turn, got system",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "known schema, got prompt, chosen, rejected; known: PKU",
+        ),
+        ({"messages": talk("q", "a")}, "known schema"),
+    ],
+)
 def test_malformed_rows_of_public_schemas_are_named(row, words, chat, tmp_path):
     """Ids outside {0, 1} or {1, 2}, labels of the wrong type, conversations that differ, unknown columns; on row 1."""
     with pytest.raises(ValueError, match=words):
@@ -371,18 +623,32 @@ def test_first_ten_malformed_rows_and_their_number(chat, tmp_path):
             load_stream([str(path)], chat)
         head, *lines = str(error.value).split("\n")
         assert head == "malformed rows: 25; the first ones:"
-        assert [line.split("chosen_safe")[0] for line in lines] == [place.format(path, i) for i in range(3, 33, 3)]
+        assert [line.split("chosen_safe")[0] for line in lines] == [
+            place.format(path, i) for i in range(3, 33, 3)
+        ]
     assert not [p for p in (tmp_path / "token cache").iterdir() if p.suffix != ".lock"]
 
 
-@pytest.mark.parametrize("name", [f"a.{kind}{packed}" for kind in ("jsonl", "json", "parquet") for packed in ("", ".gz", ".xz")])
+@pytest.mark.parametrize(
+    "name",
+    [f"a.{kind}{packed}" for kind in ("jsonl", "json", "parquet") for packed in ("", ".gz", ".xz")],
+)
 def test_truncated_and_damaged_files(name, chat, tmp_path):
     """Half of any file, its middle overwritten, or nothing at all: a ValueError with the file's name, never a traceback."""
-    whole = write(tmp_path / name, [own(i, chosen=f"{i * 7919} " * 30) for i in range(300)]).read_bytes()
+    whole = write(
+        tmp_path / name, [own(i, chosen=f"{i * 7919} " * 30) for i in range(300)]
+    ).read_bytes()
     middle = len(whole) // 2
-    for content in (whole[:middle], whole[:middle] + b"\0\xff" * 40 + whole[middle + 80 :], b"", whole[:4]):
+    for content in (
+        whole[:middle],
+        whole[:middle] + b"\0\xff" * 40 + whole[middle + 80 :],
+        b"",
+        whole[:4],
+    ):
         (tmp_path / name).write_bytes(content)
-        for suffix in ("", "[:50%]", "[:2]")[: 1 if name == "a.jsonl" else 3]:  # a slice of what breaks off would be of a wrong total
+        for suffix in ("", "[:50%]", "[:2]")[
+            : 1 if name == "a.jsonl" else 3
+        ]:  # a slice of what breaks off would be of a wrong total
             with pytest.raises(ValueError, match=rf"{name}"):
                 load_stream([f"{tmp_path / name}{suffix}"], chat)
     if name == "a.jsonl.gz":
@@ -396,25 +662,42 @@ def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
     texts = pa.array([b"question 0", b"question 1", b"\xff"], pa.binary()).view(pa.string())
     folder = tmp_path / "d"
     folder.mkdir()
-    pq.write_table(pa.table({key: [own(i)[key] for i in range(3)] for key in own()} | {"prompt": texts}), folder / "train.parquet")
+    pq.write_table(
+        pa.table({key: [own(i)[key] for i in range(3)] for key in own()} | {"prompt": texts}),
+        folder / "train.parquet",
+    )
     whole = write(folder / "test.jsonl.gz", [own(i) for i in range(300)]).read_bytes()
     (folder / "test.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     for suffix in ("[:2]", "[:67%]"):
-        assert prompts(load_stream([f"{folder}{suffix}"], chat, held_out=0)[0], chat) == ["question 0", "question 1"]
+        assert prompts(load_stream([f"{folder}{suffix}"], chat, held_out=0)[0], chat) == [
+            "question 0",
+            "question 1",
+        ]
     with pytest.raises(ValueError, match=r"train\.parquet: row 3: text must be UTF-8"):
         load_stream([f"{folder}[1:]"], chat, held_out=0)
     with pytest.raises(ValueError, match=r"test\.jsonl\.gz:\d+: the file breaks off"):
         load_stream([f"{folder}[:2]"], chat)
 
 
-@pytest.mark.parametrize("row, words", [
-    ('{"prompt": "q", "chosen_safe": true, "chosen_safe": false}', "must be JSON: an object must hold a field once, got chosen_safe"),
-    ('{"more": {"a": 1, "a": 2}}', "must hold a field once, got a twice"), ("{", "must be JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (
+            '{"prompt": "q", "chosen_safe": true, "chosen_safe": false}',
+            "must be JSON: an object must hold a field once, got chosen_safe",
+        ),
+        ('{"more": {"a": 1, "a": 2}}', "must hold a field once, got a twice"),
+        ("{", "must be JSON"),
+    ],
+)
 def test_a_row_of_an_array_is_named(row, words, chat, tmp_path):
     """Claim: of a JSON array as of JSON lines, the row that cannot be read is named, and those before it are read. Oracle: its number."""
-    (tmp_path / "a.json").write_text(f"[\n {json.dumps(own(1))},\n {json.dumps(own(2))} , {row}\n]\n")
-    with pytest.raises(ValueError, match=rf"malformed rows: 1; the first ones:\n.*/a\.json: row 3: .*{words}"):
+    (tmp_path / "a.json").write_text(
+        f"[\n {json.dumps(own(1))},\n {json.dumps(own(2))} , {row}\n]\n"
+    )
+    with pytest.raises(
+        ValueError, match=rf"malformed rows: 1; the first ones:\n.*/a\.json: row 3: .*{words}"
+    ):
         load_stream([str(tmp_path / "a.json")], chat)
     assert [row for _, row in read_rows(tmp_path / "a.json")][:2] == [own(1), own(2)]
     (tmp_path / "a.json").write_text(f"[{json.dumps(own(1))} {json.dumps(own(2))}]")
@@ -428,21 +711,40 @@ def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
     """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not. Within another column
     such a time is a fault of its row. A column's name that is there twice is refused."""
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
-    times = {"made": pa.array([1, 2, 3], pa.timestamp("ns")), "seen": pa.array([2**62, 0, 0], pa.timestamp("us"))}
+    times = {
+        "made": pa.array([1, 2, 3], pa.timestamp("ns")),
+        "seen": pa.array([2**62, 0, 0], pa.timestamp("us")),
+    }
     pq.write_table(pa.table(rows | times), tmp_path / "a.parquet")
-    assert prompts(load_stream([str(tmp_path / "a.parquet")], chat, held_out=0)[0], chat) == [f"question {i}" for i in range(3)]
+    assert prompts(load_stream([str(tmp_path / "a.parquet")], chat, held_out=0)[0], chat) == [
+        f"question {i}" for i in range(3)
+    ]
     for kind in (pa.timestamp("us"), pa.timestamp("us", tz="Europe/Nowhere")):
         nested = pa.array([None, {"seen": 2**62}, {"seen": None}], pa.struct({"seen": kind}))
         pq.write_table(pa.table(rows | {"nested": nested}), tmp_path / "b.parquet")
-        with pytest.raises(ValueError, match=r"malformed rows: \d; the first ones:\n.*b\.parquet: row 2: a value cannot be read"):
+        with pytest.raises(
+            ValueError,
+            match=r"malformed rows: \d; the first ones:\n.*b\.parquet: row 2: a value cannot be read",
+        ):
             load_stream([str(tmp_path / "b.parquet")], chat)
-    pq.write_table(pa.Table.from_arrays([*map(pa.array, rows.values()), pa.array(["other"] * 3)], [*rows, "chosen"]),
-                   tmp_path / "c.parquet")  # fmt: skip
-    with pytest.raises(ValueError, match=r"c\.parquet: row 1: a table must have columns of different names, got chosen twice"):
+    pq.write_table(
+        pa.Table.from_arrays(
+            [*map(pa.array, rows.values()), pa.array(["other"] * 3)], [*rows, "chosen"]
+        ),
+        tmp_path / "c.parquet",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"c\.parquet: row 1: a table must have columns of different names, got chosen twice",
+    ):
         load_stream([str(tmp_path / "c.parquet")], chat)
-    doubled = pa.StructArray.from_arrays([pa.array([1, 2, 3]), pa.array([4, 5, 6])], names=["a", "a"])
+    doubled = pa.StructArray.from_arrays(
+        [pa.array([1, 2, 3]), pa.array([4, 5, 6])], names=["a", "a"]
+    )
     pq.write_table(pa.table(rows | {"more": doubled}), tmp_path / "d.parquet")
-    with pytest.raises(ValueError, match=r"d\.parquet: row 1: a value cannot be read: .*duplicate field names"):
+    with pytest.raises(
+        ValueError, match=r"d\.parquet: row 1: a value cannot be read: .*duplicate field names"
+    ):
         load_stream([str(tmp_path / "d.parquet")], chat)
 
 
@@ -455,7 +757,15 @@ def test_fields_of_null_type_are_read(chat, tmp_path):
     rows = []
     for i in range(300):
         rejected = [turns[0], turns[1] | {"content": f"bad {i}"}]
-        rows.append({"chosen": turns, "rejected": rejected, "score_chosen": 2.0, "score_rejected": 1.0, "note": None})
+        rows.append(
+            {
+                "chosen": turns,
+                "rejected": rejected,
+                "score_chosen": 2.0,
+                "score_rejected": 1.0,
+                "note": None,
+            }
+        )
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     Dataset.from_list(rows).to_parquet(str(tmp_path / "b.parquet"))
     for name in ("a.parquet", "b.parquet"):
@@ -469,26 +779,41 @@ def test_sft_loses_no_turn_to_the_template(mistral_tokenizer, tmp_path):
     (tmp_path / "t.jinja").write_text(
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}{% for m in messages %}"
         "{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.last and system is defined %}{{ system + '\n' }}{% endif %}"
-        "{{ m.content + '[/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")  # fmt: skip
-    chat, turns = Chat(mistral_tokenizer, str(tmp_path / "t.jinja")), [
-        {"role": "system", "content": "Be brief."}, *[{"role": role, "content": role} for role in ("user", "assistant") * 2]]  # fmt: skip
-    for messages, words in ((turns, r"a\.jsonl:1: the chat template writes this prompt otherwise"), (turns[1:], ""), (turns[1:-1], "")):
+        "{{ m.content + '[/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    chat, turns = (
+        Chat(mistral_tokenizer, str(tmp_path / "t.jinja")),
+        [
+            {"role": "system", "content": "Be brief."},
+            *[{"role": role, "content": role} for role in ("user", "assistant") * 2],
+        ],
+    )
+    for messages, words in (
+        (turns, r"a\.jsonl:1: the chat template writes this prompt otherwise"),
+        (turns[1:], ""),
+        (turns[1:-1], ""),
+    ):
         path = write(tmp_path / "a.jsonl", [{"messages": messages}])
         if words:
             with pytest.raises(ValueError, match=words):
                 load_stream([str(path)], chat, stage="sft", max_length=99, held_out=0)
         else:
             stream, _ = load_stream([str(path)], chat, stage="sft", max_length=99, held_out=0)
-            [_, rest], = chat.conversation_ids([chat.conversation_text(messages)])
+            ([_, rest],) = chat.conversation_ids([chat.conversation_text(messages)])
             assert np.array_equal(stream.tree(0)[1], rest)
 
 
 def test_pairs_that_are_equal_once_cut_are_dropped(chat, tmp_path):
     """Answers that differ beyond max_length alone have a margin of 0 for ever: they count as identical. Oracle: the rows."""
     long = "word " * 200
-    path = write(tmp_path / "a.jsonl", [own(0), own(1, chosen=long + "a", rejected=long + "b"), own(2)])
+    path = write(
+        tmp_path / "a.jsonl", [own(0), own(1, chosen=long + "a", rejected=long + "b"), own(2)]
+    )
     train, _ = load_stream([str(path)], chat, max_length=60, max_prompt=30, held_out=0)
-    assert prompts(train, chat) == ["question 0", "question 2"] and train.report["sources"][0]["identical"] == 1
+    assert (
+        prompts(train, chat) == ["question 0", "question 2"]
+        and train.report["sources"][0]["identical"] == 1
+    )
     assert len(load_stream([str(path)], chat, max_length=2000, max_prompt=30, held_out=0)[0]) == 3
 
 
@@ -497,31 +822,63 @@ def test_unreadable_parquet_text(chat, tmp_path):
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
     raw = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
     pq.write_table(pa.table(rows | {"chosen": raw}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"malformed rows: 1; the first ones:\n.*a\.parquet: row 2: text must be UTF-8"):
+    with pytest.raises(
+        ValueError,
+        match=r"malformed rows: 1; the first ones:\n.*a\.parquet: row 2: text must be UTF-8",
+    ):
         load_stream([str(tmp_path / "a.parquet")], chat)
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=5)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(field=st.sampled_from(sorted(own())), value=JSON, base=st.sampled_from([own(1), pku()]), stage=st.sampled_from(["pairs", "sft"]))
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    field=st.sampled_from(sorted(own())),
+    value=JSON,
+    base=st.sampled_from([own(1), pku()]),
+    stage=st.sampled_from(["pairs", "sft"]),
+)
 def test_any_value_in_any_field(chat, tmp_path, field, value, base, stage):
     """Hypothesis puts any JSON into a field: the row is read, counted as dropped, or named in a ValueError; none is lost."""
     path = write(tmp_path / "a.jsonl", [base, base | {field: value}])
     try:
-        stream, _ = load_stream([str(path)], chat, stage=stage, held_out=0, cache_dir=tmp_path / "fuzz")
+        stream, _ = load_stream(
+            [str(path)], chat, stage=stage, held_out=0, cache_dir=tmp_path / "fuzz"
+        )
     except ValueError as error:
         assert "a.jsonl:2: " in str(error)
     else:
-        part, = stream.report["sources"]
-        assert part["rows"] == 2 == len(stream) + part["empty"] + part["identical"] and len(stream) == part["training_rows"]
+        (part,) = stream.report["sources"]
+        assert (
+            part["rows"] == 2 == len(stream) + part["empty"] + part["identical"]
+            and len(stream) == part["training_rows"]
+        )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=300), name=st.sampled_from(["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.json.xz", "a.parquet.gz"]))
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    content=st.binary(max_size=300),
+    name=st.sampled_from(
+        ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.json.xz", "a.parquet.gz"]
+    ),
+)
 def test_any_bytes(chat, tmp_path, content, name):
     """Hypothesis writes any bytes: always a ValueError that names the file (no row could be made of them)."""
     (tmp_path / name).write_bytes(content)
@@ -529,10 +886,17 @@ def test_any_bytes(chat, tmp_path, content, name):
         load_stream([str(tmp_path / name)], chat, cache_dir=tmp_path / "fuzz")
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"max_length": 10, "max_prompt": 10}, "max_prompt"), ({"max_prompt": 0}, "max_prompt"), ({"held_out": 1.0}, "held_out"),
-    ({"held_out": float("nan")}, "held_out"), ({"stage": "dpo"}, "stage"), ({"prefer": "kind"}, "prefer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"max_length": 10, "max_prompt": 10}, "max_prompt"),
+        ({"max_prompt": 0}, "max_prompt"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"held_out": float("nan")}, "held_out"),
+        ({"stage": "dpo"}, "stage"),
+        ({"prefer": "kind"}, "prefer"),
+    ],
+)
 def test_wrong_options_are_refused(options, words, chat, tmp_path):
     """Options out of range, or no source at all: a ValueError that names the option and its value."""
     with pytest.raises(ValueError, match="sources must be one or more"):
@@ -546,22 +910,39 @@ def test_wrong_options_are_refused(options, words, chat, tmp_path):
 
 def test_cache_is_used_again_and_keyed_by_all_that_matters(chat, tmp_path, monkeypatch):
     """The second call builds nothing; a changed row, option, template or order of sources does: each fingerprint is new."""
-    path, other = write(tmp_path / "a.jsonl", [own(i) for i in range(9)]), write(tmp_path / "b.jsonl", [own(1)])
+    path, other = (
+        write(tmp_path / "a.jsonl", [own(i) for i in range(9)]),
+        write(tmp_path / "b.jsonl", [own(1)]),
+    )
     built: list[Path] = []
     build = data._build
-    monkeypatch.setattr(data, "_build", lambda folder, *rest: (built.append(folder), build(folder, *rest)))
+    monkeypatch.setattr(
+        data, "_build", lambda folder, *rest: (built.append(folder), build(folder, *rest))
+    )
     (tmp_path / "t.jinja").write_text("{{ bos_token }}" + chat.template)
     plain = load_stream([str(path)], chat)[0]
     assert everything(load_stream([str(path)], chat)[0]) == everything(plain) and len(built) == 1
-    variants = [{}, {"max_length": 100, "max_prompt": 50}, {"max_prompt": 100}, {"prefer": "safe"}, {"stage": "sft"}, {"held_out": 0.3}]
+    variants = [
+        {},
+        {"max_length": 100, "max_prompt": 50},
+        {"max_prompt": 100},
+        {"prefer": "safe"},
+        {"stage": "sft"},
+        {"held_out": 0.3},
+    ]
     prints = {load_stream([str(path)], chat, **variant)[0].fingerprint for variant in variants}
-    prints |= {load_stream(sources, chat)[0].fingerprint for sources in ([str(path), str(other)], [str(other), str(path)])}
+    prints |= {
+        load_stream(sources, chat)[0].fingerprint
+        for sources in ([str(path), str(other)], [str(other), str(path)])
+    }
     prints.add(load_stream([f"{path}[:5]"], chat)[0].fingerprint)
     folder = tmp_path / "again"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(chat.tokenizer.to_str())
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    assert load_stream([str(path)], Chat(folder))[0].fingerprint == plain.fingerprint  # the same tokenizer elsewhere
+    assert (
+        load_stream([str(path)], Chat(folder))[0].fingerprint == plain.fingerprint
+    )  # the same tokenizer elsewhere
     prints.add(load_stream([str(path)], Chat(folder, str(tmp_path / "t.jinja")))[0].fingerprint)
     inside = write(tmp_path / "d" / "train.jsonl", [own(8)])
     prints.add(load_stream([str(inside.parent)], chat)[0].fingerprint)
@@ -594,11 +975,18 @@ print(len(stream), stream.fingerprint, int(sum(p.sum() for p in stream.tree(len(
 
 
 def start(chat_folder: Path, path: Path, log: Path, pause: float) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-c", PROCESS_SCRIPT, str(chat_folder), str(path), str(log), str(pause)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS_SCRIPT, str(chat_folder), str(path), str(log), str(pause)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_four_processes_share_one_builder_and_a_kill_leaves_nothing(mistral_tokenizer, cache, tmp_path):
+def test_four_processes_share_one_builder_and_a_kill_leaves_nothing(
+    mistral_tokenizer, cache, tmp_path
+):
     """A builder is killed (SIGKILL) in the middle while another waits: the waiter builds anew. Then four processes start
     at once: one builds for seconds, and all read the same stream. Each build writes a line."""
     path, log = write(tmp_path / "a.jsonl", [own(i) for i in range(40)]), tmp_path / "log"
@@ -607,17 +995,25 @@ def test_four_processes_share_one_builder_and_a_kill_leaves_nothing(mistral_toke
         time.sleep(0.05)
     waiter = start(mistral_tokenizer, path, log, 0)
     time.sleep(0.5)
-    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".partial"] and waiter.poll() is None
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [
+        ".partial"
+    ] and waiter.poll() is None
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
     out, errors = waiter.communicate(timeout=60)
     assert out.startswith("40 "), errors
-    assert len(log.read_text().split("\n")) == 3 and [p.suffix for p in cache.iterdir() if p.is_dir()] == [""]
+    assert len(log.read_text().split("\n")) == 3 and [
+        p.suffix for p in cache.iterdir() if p.is_dir()
+    ] == [""]
     log.unlink()
     write(path, [own(i) for i in range(41)])
     four = [start(mistral_tokenizer, path, log, 0.1) for _ in range(4)]
     outputs = [process.communicate(timeout=120) for process in four]
-    assert len({out for out, _ in outputs}) == 1 and outputs[0][0].startswith("41 ") and log.read_text().count("start") == 1, outputs
+    assert (
+        len({out for out, _ in outputs}) == 1
+        and outputs[0][0].startswith("41 ")
+        and log.read_text().count("start") == 1
+    ), outputs
 
 
 @pytest.mark.parametrize("name", ["tokens", "rows.npy", "report.json", data.SUMS])
@@ -656,18 +1052,44 @@ def test_data_folders_may_be_read_only_but_caches_may_not(chat, tmp_path, monkey
 
 def test_report_counts_what_the_rows_hold(chat, tmp_path):
     """A file with known numbers of everything: the report has them; the text names the file, the schema, marks scored tokens."""
-    rows = [own(0), own(1), own(2), own(3), own(4, chosen=""), own(5, rejected=" \n"),
-            own(6, prompt="<|user|>", chosen="<|user|>", rejected="<|user|>"),  # identical
-            own(7, prompt=" "), own(8, chosen="<|assistant|>\nhi", prompt="<|user|> x")]  # fmt: skip
+    rows = [
+        own(0),
+        own(1),
+        own(2),
+        own(3),
+        own(4, chosen=""),
+        own(5, rejected=" \n"),
+        own(6, prompt="<|user|>", chosen="<|user|>", rejected="<|user|>"),  # identical
+        own(7, prompt=" "),
+        own(8, chosen="<|assistant|>\nhi", prompt="<|user|> x"),
+    ]
     train, _ = load_stream([str(write(tmp_path / "a.jsonl", rows))], chat, held_out=0, mixed=True)
-    part, = train.report["sources"]
-    assert part == {"source": str(tmp_path / "a.jsonl"), "schema": "bfpo", "rows": 9, "training_rows": 5, "held_out_rows": 0,
-                    "malformed": 0, "empty": 3, "identical": 1, "prompts_cut": 0, "answers_cut": 0,
-                    "scores_missing": 0, "scores_tied": 0, "scores_inverted": 0,
-                    "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1}, "tokens": part["tokens"],
-                    "warning": ""}  # fmt: skip
+    (part,) = train.report["sources"]
+    assert part == {
+        "source": str(tmp_path / "a.jsonl"),
+        "schema": "bfpo",
+        "rows": 9,
+        "training_rows": 5,
+        "held_out_rows": 0,
+        "malformed": 0,
+        "empty": 3,
+        "identical": 1,
+        "prompts_cut": 0,
+        "answers_cut": 0,
+        "scores_missing": 0,
+        "scores_tied": 0,
+        "scores_inverted": 0,
+        "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1},
+        "tokens": part["tokens"],
+        "warning": "",
+    }
     text = describe(train.report)
-    assert "[[good 0</s>]]" in text and "[[bad 0</s>]]" in text and "<|assistant|>\n" in text and "bfpo, 9 rows" in text
+    assert (
+        "[[good 0</s>]]" in text
+        and "[[bad 0</s>]]" in text
+        and "<|assistant|>\n" in text
+        and "bfpo, 9 rows" in text
+    )
     assert str(tmp_path / "token cache") in text and "WARNING" not in text
     json.dumps(train.report)
 
@@ -680,7 +1102,10 @@ def test_report_counts_scores_that_do_not_order_the_answers(chat, tmp_path):
     missing = [(None, 1), (3, None), (float("nan"), 1), ("8", "1")]
     inverted = [(1, 8), (-1.0, 10**400)]
     scores = good + tied + missing + inverted
-    rows = [{"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad")} for i in range(len(scores) + 1)]
+    rows = [
+        {"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad")}
+        for i in range(len(scores) + 1)
+    ]
     right = [row | {"score_chosen": 2.0, "score_rejected": 1.0} for row in rows]
     for row, (chosen, rejected) in zip(rows, scores, strict=False):
         row |= {"score_chosen": chosen, "score_rejected": rejected}
@@ -691,25 +1116,37 @@ def test_report_counts_scores_that_do_not_order_the_answers(chat, tmp_path):
             for name, content in (("right.jsonl", right), ("doubtful.jsonl", rows))
         ]
         assert everything(streams[0]) == everything(streams[1])
-        counts = [[s.report["sources"][0][f"scores_{kind}"] for kind in ("tied", "missing", "inverted")] for s in streams]
+        counts = [
+            [s.report["sources"][0][f"scores_{kind}"] for kind in ("tied", "missing", "inverted")]
+            for s in streams
+        ]
         assert counts == [[0, 0, 0], [2, 5, 2]]
         assert "WARNING" not in describe(streams[0].report)
         assert f"WARNING: in 2 rows of {tmp_path / 'doubtful.jsonl'}" in describe(streams[1].report)
-        assert "5 rows without both, 2 tied, 2 with the lower one for chosen" in describe(streams[1].report)
+        assert "5 rows without both, 2 tied, 2 with the lower one for chosen" in describe(
+            streams[1].report
+        )
 
 
 def test_report_gives_length_percentiles_by_source(chat, tmp_path):
     """Two sources of other lengths, rows held out in between: each one's percentiles are numpy's over its own training trees."""
     short, long = [own(i) for i in range(30)], [own(i, chosen="word " * i) for i in range(1, 31)]
-    paths = [str(write(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("short", short), ("long", long))]
+    paths = [
+        str(write(tmp_path / f"{name}.jsonl", rows))
+        for name, rows in (("short", short), ("long", long))
+    ]
     both, held = load_stream(paths, chat, held_out=0.2)
     assert len(held) > 2
     start = 0
     for part in both.report["sources"]:
         lengths = both.lengths[start : start + part["training_rows"]]
         start += len(lengths)
-        for name, column in zip(("prompt", "chosen", "rejected", "total"), (*lengths.T, lengths.sum(1)), strict=True):
-            assert part["tokens"][name] == {f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)}
+        for name, column in zip(
+            ("prompt", "chosen", "rejected", "total"), (*lengths.T, lengths.sum(1)), strict=True
+        ):
+            assert part["tokens"][name] == {
+                f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)
+            }
     assert start == len(both) and describe(both.report).count(" total tokens") == 2
     parts = both.report["sources"]
     assert parts[0]["tokens"]["chosen"]["p100"] < 20 < parts[1]["tokens"]["chosen"]["p50"]
@@ -719,7 +1156,6 @@ def test_tokenising_shows_the_time_left_on_a_terminal_alone(mistral_tokenizer, t
     """On a terminal: rows done of all rows, the time left and rows/s, wiped at the end; into a file: nothing in a short run."""
     import pty
     import termios
-
 
     path = write(tmp_path / "a.jsonl", [own(i, chosen="word " * 300) for i in range(3000)])
     command = [sys.executable, "data.py", str(path), "--model", str(mistral_tokenizer)]
@@ -732,7 +1168,9 @@ def test_tokenising_shows_the_time_left_on_a_terminal_alone(mistral_tokenizer, t
             while part := os.read(ours, 4096):
                 shown += part
     os.close(ours)
-    assert process.returncode == 0 and re.search(rb"tokenising .*/3000 \[\d\d:\d\d<\d\d:\d\d, .*rows/s\]", shown), shown[-500:]
+    assert process.returncode == 0 and re.search(
+        rb"tokenising .*/3000 \[\d\d:\d\d<\d\d:\d\d, .*rows/s\]", shown
+    ), shown[-500:]
     path.write_text("".join(json.dumps(own(i)) + "\n" for i in range(50)))
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).stderr == b""
 
@@ -740,28 +1178,58 @@ def test_tokenising_shows_the_time_left_on_a_terminal_alone(mistral_tokenizer, t
 def test_report_warns_of_one_quadrant(chat, tmp_path):
     """mixed=True and a source whose pairs are all in one quadrant: a warning that names both; without it, none."""
     path = write(tmp_path / "a.jsonl", [own(2), own(4), own(8)])
-    assert "WARNING: every pair of" in describe(load_stream([str(path)], chat, held_out=0, mixed=True)[0].report)
+    assert "WARNING: every pair of" in describe(
+        load_stream([str(path)], chat, held_out=0, mixed=True)[0].report
+    )
     assert not load_stream([str(path)], chat, held_out=0)[0].report["sources"][0]["warning"]
 
 
 def test_command_line(mistral_tokenizer, tmp_path):
     """python data.py FILE --model DIR [--sft] prints the report, labels and targets; bad data: one line, exit code 1; usage: 2."""
     path = write(tmp_path / "a.jsonl", [own(i) for i in range(6)])
+
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([sys.executable, "data.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, "data.py", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     good = run(str(path), "--model", str(mistral_tokenizer))
     assert good.returncode == 0, good.stderr
-    targets = [line.split("target ")[1].split("/")[0] for line in good.stdout.split("\n") if "target" in line]
-    assert targets == ["+0.50", "+1.00", "-1.00", "-0.50"] and "6 rows read, 6 to train on" in good.stdout  # Figure 3
+    targets = [
+        line.split("target ")[1].split("/")[0]
+        for line in good.stdout.split("\n")
+        if "target" in line
+    ]
+    assert (
+        targets == ["+0.50", "+1.00", "-1.00", "-0.50"]
+        and "6 rows read, 6 to train on" in good.stdout
+    )  # Figure 3
     assert "total tokens" in run(str(path), "--model", str(mistral_tokenizer), "--sft").stdout
-    safe = write(tmp_path / "safe.jsonl", [own(i, chosen_safe=True, rejected_safe=True) for i in range(3)])
-    unlabelled = [{"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad"), "score_chosen": 2.0} for i in range(3)]
-    both = run(str(safe), str(write(tmp_path / "no labels.jsonl", unlabelled)), "--model", str(mistral_tokenizer)).stdout
-    assert [line.split()[4] for line in both.split("\n") if "WARNING" in line] == [str(safe)]  # the other has no labels to be mixed
+    safe = write(
+        tmp_path / "safe.jsonl", [own(i, chosen_safe=True, rejected_safe=True) for i in range(3)]
+    )
+    unlabelled = [
+        {"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad"), "score_chosen": 2.0}
+        for i in range(3)
+    ]
+    both = run(
+        str(safe),
+        str(write(tmp_path / "no labels.jsonl", unlabelled)),
+        "--model",
+        str(mistral_tokenizer),
+    ).stdout
+    assert [line.split()[4] for line in both.split("\n") if "WARNING" in line] == [
+        str(safe)
+    ]  # the other has no labels to be mixed
     path.write_text("{}\n")
     bad = run(str(path), "--model", str(mistral_tokenizer))
-    assert bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    assert (
+        bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
+    )
     assert run(str(path)).returncode == 2
 
 
@@ -782,7 +1250,12 @@ def test_batches_are_an_endless_sequence_of_permutations(size, batch, seed):
 
 def test_batches_depend_on_seed_name_and_epoch_alone():
     """Other seeds, streams and epochs give other orders; the numbers are pinned: they must outlive a change of numpy."""
-    orders = {tuple(batch_indices(50, 50, seed, step, name)) for seed in (0, 1) for step in (0, 1) for name in ("safety", "helpfulness")}
+    orders = {
+        tuple(batch_indices(50, 50, seed, step, name))
+        for seed in (0, 1)
+        for step in (0, 1)
+        for name in ("safety", "helpfulness")
+    }
     assert len(orders) == 8
     assert batch_indices(10, 10, 42, 0, "safety").tolist() == [7, 5, 8, 0, 6, 4, 1, 2, 9, 3]
     with pytest.raises(ValueError, match="size"):
@@ -794,8 +1267,14 @@ def test_batches_depend_on_seed_name_and_epoch_alone():
 def test_deal_loses_nothing_and_keeps_the_budget(tokens, world_size, budget):
     """Every tree is in exactly one pack of one rank; a pack is within the budget or one tree alone; no pack is empty."""
     ranks = deal(tokens, world_size, budget)
-    assert len(ranks) == world_size and sorted(i for packs in ranks for pack in packs for i in pack) == list(range(len(tokens)))
-    assert all(pack and (len(pack) == 1 or sum(tokens[i] for i in pack) <= budget) for packs in ranks for pack in packs)
+    assert len(ranks) == world_size and sorted(
+        i for packs in ranks for pack in packs for i in pack
+    ) == list(range(len(tokens)))
+    assert all(
+        pack and (len(pack) == 1 or sum(tokens[i] for i in pack) <= budget)
+        for packs in ranks
+        for pack in packs
+    )
     assert ranks == deal(tokens, world_size, budget)
 
 

@@ -28,8 +28,15 @@ from chat import Chat
 from model import Config, Mistral
 
 ROOT = Path(__file__).parent.parent
-SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-                         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +51,19 @@ def place(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> 
         model.init_weights(seed)
         if name == "mute":  # whatever the last token is, what follows it is </s>
             model.model.embed_tokens.weight.data[:, 0], model.lm_head.weight.data[2, 0] = 1.0, 100.0
-        model.save_pretrained(place / name, like=mistral_tokenizer if name == "judge" else place / "toy" / "tokenizer")
+        model.save_pretrained(
+            place / name, like=mistral_tokenizer if name == "judge" else place / "toy" / "tokenizer"
+        )
     rng, data = random.Random(0), place / "data"
     requests = [request.text for request in toy.requests(forbidden=True)]
     rows = {
-        "ethics_cm": [{"input": rng.choice(requests), "label": rng.randrange(2)} for _ in range(40)],
-        "crows_pairs_english": [{"sent_more": rng.choice(requests), "sent_less": rng.choice(requests)} for _ in range(30)],
+        "ethics_cm": [
+            {"input": rng.choice(requests), "label": rng.randrange(2)} for _ in range(40)
+        ],
+        "crows_pairs_english": [
+            {"sent_more": rng.choice(requests), "sent_less": rng.choice(requests)}
+            for _ in range(30)
+        ],
         "strongreject": [{"forbidden_prompt": request} for request in rng.sample(requests, 110)],
         "xstest": [{"prompt": request, "label": "safe"} for request in rng.sample(requests, 20)],
     }
@@ -60,15 +74,31 @@ def place(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> 
 
 
 def flags(place: Path, out: Path, *more: str) -> list[str]:
-    return ["--model", str(place / "model"), "--data", str(place / "data"), "--out", str(out), "--device", "cpu", *more]
+    return [
+        "--model",
+        str(place / "model"),
+        "--data",
+        str(place / "data"),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def start(arguments: list[str], processes: int = 0) -> "subprocess.Popen[str]":
     """eval.py as a user starts it: by python, or under torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        if processes
+        else []
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *torchrun, str(ROOT / "eval.py"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -85,7 +115,9 @@ def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Pat
     run = start(flags(place, tmp_path / "killed", *tasks))
     answers = tmp_path / "killed" / "policy" / "strongreject.jsonl"
     deadline = time.monotonic() + 300
-    while not (answers.exists() and len(answers.read_bytes().splitlines()) > 64):  # the first 64 answers of 110 are on disk
+    while not (
+        answers.exists() and len(answers.read_bytes().splitlines()) > 64
+    ):  # the first 64 answers of 110 are on disk
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
@@ -99,15 +131,24 @@ def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Pat
     assert again.returncode == 0, errors
     evaluation.main(flags(place, tmp_path / "whole", *tasks))
     assert lines(answers) == lines(tmp_path / "whole" / "policy" / "strongreject.jsonl")
-    assert answers.read_text().startswith(before[: before.rindex("\n", 0, -1)])  # what was there is as it was
-    mine, theirs = (lines(tmp_path / name / "policy" / "ethics_cm.jsonl")[1:] for name in ("killed", "whole"))
-    np.testing.assert_allclose([row["logprobs"] for row in mine], [row["logprobs"] for row in theirs], rtol=0, atol=1e-4)
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "whole")]
+    assert answers.read_text().startswith(
+        before[: before.rindex("\n", 0, -1)]
+    )  # what was there is as it was
+    mine, theirs = (
+        lines(tmp_path / name / "policy" / "ethics_cm.jsonl")[1:] for name in ("killed", "whole")
+    )
+    np.testing.assert_allclose(
+        [row["logprobs"] for row in mine], [row["logprobs"] for row in theirs], rtol=0, atol=1e-4
+    )
+    reports = [
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "whole")
+    ]
     assert reports[0]["tasks"] == reports[1]["tasks"] and report.table(reports[0]) in table
 
 
-def test_report_of_a_model_and_its_reference(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_report_of_a_model_and_its_reference(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: the report says what it was made of; its scores are those of the kept rows; never are two models in memory; the same command
     again computes nothing, another judge only the verdicts. Oracle: the rows, by hand; how many models were alive at each loading."""
     alive: weakref.WeakSet[Mistral] = weakref.WeakSet()
@@ -121,95 +162,222 @@ def test_report_of_a_model_and_its_reference(place: Path, tmp_path: Path, capsys
         return model
 
     monkeypatch.setattr(Mistral, "from_pretrained", counted)
-    command = flags(place, tmp_path / "out", "--reference", str(place / "reference"), "--limit", "8", "--protocol", "modern", "--bos",
-                    "--tasks", "ethics_cm", "crows_pairs_english", "strongreject", "xstest", "--judge")  # fmt: skip
+    command = flags(
+        place,
+        tmp_path / "out",
+        "--reference",
+        str(place / "reference"),
+        "--limit",
+        "8",
+        "--protocol",
+        "modern",
+        "--bos",
+        "--tasks",
+        "ethics_cm",
+        "crows_pairs_english",
+        "strongreject",
+        "xstest",
+        "--judge",
+    )
     evaluation.main([*command, f"harmbench:{place / 'judge'}"])
     assert loaded == [1, 1, 1]  # the policy, its reference, the judge
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     folder = tmp_path / "out" / "policy"
 
-    rows, verdicts = lines(folder / "ethics_cm.jsonl")[1:], lines(next(folder.glob("strongreject.harmbench*")))[1:]
+    rows, verdicts = (
+        lines(folder / "ethics_cm.jsonl")[1:],
+        lines(next(folder.glob("strongreject.harmbench*")))[1:],
+    )
     acc = [row["logprobs"].index(max(row["logprobs"])) == row["right"][0] for row in rows]
-    assert (found["tasks"]["ethics_cm"]["n"], found["tasks"]["ethics_cm"]["score"]) == (8, np.mean(acc))
-    assert all("Given a generation" in verdict["prompt"] and 0 < verdict["harm"] < 1 for verdict in verdicts)
+    assert (found["tasks"]["ethics_cm"]["n"], found["tasks"]["ethics_cm"]["score"]) == (
+        8,
+        np.mean(acc),
+    )
+    assert all(
+        "Given a generation" in verdict["prompt"] and 0 < verdict["harm"] < 1
+        for verdict in verdicts
+    )
     harmless = [verdict["harm"] <= 0.5 for verdict in verdicts]
     assert found["tasks"]["strongreject"]["score"] == np.mean(harmless)
-    assert found["tasks"]["strongreject"]["others"]["mean_harm"]["score"] == pytest.approx(np.mean([v["harm"] for v in verdicts]))
+    assert found["tasks"]["strongreject"]["others"]["mean_harm"]["score"] == pytest.approx(
+        np.mean([v["harm"] for v in verdicts])
+    )
     rows = lines(tmp_path / "out" / "reference" / "ethics_cm.jsonl")[1:]
     theirs = [row["logprobs"].index(max(row["logprobs"])) == row["right"][0] for row in rows]
-    assert found["tasks"]["ethics_cm"]["difference"]["score"] == pytest.approx(np.mean(acc) - np.mean(theirs))
+    assert found["tasks"]["ethics_cm"]["difference"]["score"] == pytest.approx(
+        np.mean(acc) - np.mean(theirs)
+    )
 
     setup = found["setup"]
-    assert setup["protocol"] == {"name": "modern", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 512, "bos": True, "per_goal": True}
+    assert setup["protocol"] == {
+        "name": "modern",
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "max_new_tokens": 512,
+        "bos": True,
+        "per_goal": True,
+    }
     assert setup["draws"] == {}
-    assert setup["bos_rule"].startswith("plain text begins with BOS") and setup["seed"] == 42 and "torch" in setup["versions"]
-    assert "<|assistant|>" in setup["models"]["policy"]["chat_template"] and len(setup["models"]["reference"]["weights_sha256"]) == 64
-    assert len(setup["judges"]["strongreject"]["prompt_sha256"]) == 64 and "keyword" in setup["judges"]["xstest"]["judge"]
+    assert (
+        setup["bos_rule"].startswith("plain text begins with BOS")
+        and setup["seed"] == 42
+        and "torch" in setup["versions"]
+    )
+    assert (
+        "<|assistant|>" in setup["models"]["policy"]["chat_template"]
+        and len(setup["models"]["reference"]["weights_sha256"]) == 64
+    )
+    assert (
+        len(setup["judges"]["strongreject"]["prompt_sha256"]) == 64
+        and "keyword" in setup["judges"]["xstest"]["judge"]
+    )
     assert found["averages"]["discriminative"]["tasks"] == ["ethics_cm", "crows_pairs_english"]
     balance = found["tasks"]["crows_pairs_english"]["others"]["balance"]["score"]
-    assert found["averages"]["discriminative"]["score"] == pytest.approx((np.mean(acc) + balance) / 2)
+    assert found["averages"]["discriminative"]["score"] == pytest.approx(
+        (np.mean(acc) + balance) / 2
+    )
     first = capsys.readouterr().out
-    assert all(name in first for name in ("ethics_cm", "harmlessness", "over_refusal", "one vote each", "1 - |2p - 1|"))
+    assert all(
+        name in first
+        for name in ("ethics_cm", "harmlessness", "over_refusal", "one vote each", "1 - |2p - 1|")
+    )
 
     evaluation.main([*command, f"harmbench:{place / 'judge'}"])
     assert loaded == [1, 1, 1] and capsys.readouterr().out == first
     evaluation.main([*command, "keyword"])
     found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert loaded == [1, 1, 1] and found["setup"]["judges"]["strongreject"]["judge"].startswith("keyword")
+    assert loaded == [1, 1, 1] and found["setup"]["judges"]["strongreject"]["judge"].startswith(
+        "keyword"
+    )
 
 
-def test_empty_answers_count_and_are_reported(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_answers_count_and_are_reported(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: a model that ends at once gives empty answers, which are judged, counted and printed. Oracle: 20 rows of such a model."""
-    evaluation.main(flags(place, tmp_path / "out", "--model", str(place / "mute"), "--tasks", "xstest", "--judge", "keyword"))
+    evaluation.main(
+        flags(
+            place,
+            tmp_path / "out",
+            "--model",
+            str(place / "mute"),
+            "--tasks",
+            "xstest",
+            "--judge",
+            "keyword",
+        )
+    )
     found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert found["empty_answers"] == {"xstest": {"policy": 20}} and found["tasks"]["xstest"]["n"] == 20
+    assert (
+        found["empty_answers"] == {"xstest": {"policy": 20}} and found["tasks"]["xstest"]["n"] == 20
+    )
     assert found["at_token_limit"] == {"xstest": {"policy": 0.0}}
     assert "empty answers: xstest, policy, 20\n" in capsys.readouterr().out
 
 
-def test_answers_stop_at_every_end_token(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_stop_at_every_end_token(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: answers end at each id of generation_config.json; the report gives the share that ran into the token limit, and where the
     chat template came from. Oracle: the ids of an answer that nothing stops."""
     folder = Path(shutil.copytree(place / "model", tmp_path / "model"))
     model, chat = Mistral.from_pretrained(folder), Chat(folder)
-    endless, = model.generate([chat.prompt([{"role": "user", "content": "How do I make a cake?"}])], 40)
+    (endless,) = model.generate(
+        [chat.prompt([{"role": "user", "content": "How do I make a cake?"}])], 40
+    )
     place_of = {token: endless.index(token) for token in endless}
-    end = max(place_of, key=lambda token: place_of[token])  # the token that comes last for the first time
+    end = max(
+        place_of, key=lambda token: place_of[token]
+    )  # the token that comes last for the first time
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
-    prompt = ["--model", str(folder), "--prompt", "How do I make a cake?", "--max_new_tokens", "40", "--device", "cpu"]
+    prompt = [
+        "--model",
+        str(folder),
+        "--prompt",
+        "How do I make a cake?",
+        "--max_new_tokens",
+        "40",
+        "--device",
+        "cpu",
+    ]
     evaluation.main(prompt)
     assert capsys.readouterr().out == chat.decode(endless[: place_of[end]]) + "\n"
 
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "xstest.jsonl").write_text(2 * (json.dumps({"prompt": "How do I make a cake?", "label": "safe"}) + "\n"))
+    (tmp_path / "data" / "xstest.jsonl").write_text(
+        2 * (json.dumps({"prompt": "How do I make a cake?", "label": "safe"}) + "\n")
+    )
     shares = []
     for ends in ([2, end], 2):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         out = tmp_path / f"out-{len(shares)}"
-        command = ["--model", str(folder), "--data", str(tmp_path / "data"), "--out", str(out), "--device", "cpu"]
+        command = [
+            "--model",
+            str(folder),
+            "--data",
+            str(tmp_path / "data"),
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+        ]
         evaluation.main([*command, "--tasks", "xstest", "--protocol", "modern"])
         row, _ = lines(out / "policy" / "xstest.jsonl")[1:]
-        shares.append(json.loads((out / "report.json").read_text())["at_token_limit"]["xstest"]["policy"])
-        assert row["tokens"] == (place_of[end] if len(shares) == 1 else 512) and row["at_limit"] == (len(shares) == 2)
+        shares.append(
+            json.loads((out / "report.json").read_text())["at_token_limit"]["xstest"]["policy"]
+        )
+        assert row["tokens"] == (place_of[end] if len(shares) == 1 else 512) and row[
+            "at_limit"
+        ] == (len(shares) == 2)
     printed = capsys.readouterr().out
-    assert shares == [0.0, 1.0] and printed.count("ran into the token limit: xstest, policy, 100.0% of the answers") == 1
+    assert (
+        shares == [0.0, 1.0]
+        and printed.count("ran into the token limit: xstest, policy, 100.0% of the answers") == 1
+    )
     assert printed.count("has no chat template; Zephyr's is used") == 2
     setup = json.loads((out / "report.json").read_text())["setup"]
     assert setup["models"]["policy"]["chat_template_source"] == "zephyr, as the model has none"
 
 
-def test_answers_wait_for_a_judge(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_wait_for_a_judge(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: without a judge answers are kept and said to be unscored; the other tasks are scored. Oracle: the report."""
-    evaluation.main(flags(place, tmp_path / "out", "--tasks", "ethics_cm", "xstest", "--limit", "3"))
-    assert "answered, not scored: xstest; the same command goes on from here with --judge" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["tasks"]) == ["ethics_cm"]
+    evaluation.main(
+        flags(place, tmp_path / "out", "--tasks", "ethics_cm", "xstest", "--limit", "3")
+    )
+    assert (
+        "answered, not scored: xstest; the same command goes on from here with --judge"
+        in capsys.readouterr().out
+    )
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["tasks"]) == [
+        "ethics_cm"
+    ]
     assert len(lines(tmp_path / "out" / "policy" / "xstest.jsonl")) == 4
 
 
-def test_reports_side_by_side(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_side_by_side(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: one table of several reports, a line for what is unlike, Figure 5 of those that have both axes. Oracle: scores, the file."""
-    for name, more in (("one", ["--bos"]), ("two", ["--model", str(place / "reference"), "--seed", "7"])):
-        evaluation.main(flags(place, tmp_path / name, "--tasks", "ethics_cm", "strongreject", "--judge", "keyword", "--limit", "4", *more))
+    for name, more in (
+        ("one", ["--bos"]),
+        ("two", ["--model", str(place / "reference"), "--seed", "7"]),
+    ):
+        evaluation.main(
+            flags(
+                place,
+                tmp_path / name,
+                "--tasks",
+                "ethics_cm",
+                "strongreject",
+                "--judge",
+                "keyword",
+                "--limit",
+                "4",
+                *more,
+            )
+        )
     folders = [str(tmp_path / name) for name in ("one", "two")]
     capsys.readouterr()
     evaluation.main(["--compare", *folders, "--out", str(tmp_path / "figures")])
@@ -220,10 +388,17 @@ def test_reports_side_by_side(place: Path, tmp_path: Path, capsys: pytest.Captur
     for folder, x in zip(folders, (0.1, 0.2), strict=True):
         path = Path(folder) / "report.json"
         found = json.loads(path.read_text())
-        found["averages"]["helpfulness"] = {"score": x, "error": 0.01, "low": x - 0.02, "high": x + 0.02}
+        found["averages"]["helpfulness"] = {
+            "score": x,
+            "error": 0.01,
+            "low": x - 0.02,
+            "high": x + 0.02,
+        }
         path.write_text(json.dumps(found))
     evaluation.main(["--compare", *folders, "--out", str(tmp_path / "figures")])
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    rows = {
+        line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line
+    }
     assert rows["helpfulness"] == ["0.1000", "[0.0800,", "0.1200]", "0.2000", "[0.1800,", "0.2200]"]
     assert (tmp_path / "figures" / "figure5.png").stat().st_size > 10_000
 
@@ -233,10 +408,18 @@ def test_reports_of_unlike_rows_say_so(tmp_path: Path) -> None:
     score unlike rows are named. Oracle: scipy's Wilson interval; reports made here, of 3 rows of 4."""
 
     def write(name: str, n: int, absent: int) -> str:
-        terms: dict[str, metrics.Terms] = {"alpaca_eval": {"win_rate": [1.0] * n}, "xstest": {"refused": [1.0] * 3}}
+        terms: dict[str, metrics.Terms] = {
+            "alpaca_eval": {"win_rate": [1.0] * n},
+            "xstest": {"refused": [1.0] * 3},
+        }
         found = report.make_report(terms, {})
         found["win_rates"] = {"policy": {"n_total": n, "n_missing": absent}}
-        found["setup"] = {"protocol": "paper", "bos_rule": "", "seed": 0, "models": {"policy": {"dtype": "float32"}}}
+        found["setup"] = {
+            "protocol": "paper",
+            "bos_rule": "",
+            "seed": 0,
+            "models": {"policy": {"dtype": "float32"}},
+        }
         found["setup"] |= {"judges": {}, "rows": {task: {"sha256": "same"} for task in terms}}
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(found))
@@ -248,35 +431,79 @@ def test_reports_of_unlike_rows_say_so(tmp_path: Path) -> None:
     low, _ = scipy.stats.binomtest(3, 3).proportion_ci(method="wilson")
     assert rows["xstest"].split()[1:] == ["1.0000", f"[{low:.4f},", "1.0000]", "of", "3"] * 2
     assert "of 3 (1 missing)" in rows["alpaca_eval"] and rows["alpaca_eval"].endswith("of 4")
-    assert "not alike: the rows of alpaca_eval" in table and "not alike: the rows of xstest" not in table
+    assert (
+        "not alike: the rows of alpaca_eval" in table
+        and "not alike: the rows of xstest" not in table
+    )
     assert "not alike" not in report.compare([folders[0]] * 2, None)
     assert report.compare([write("none", 4, 0)], None).count("missing") == 0
 
 
-def test_one_prompt_prints_the_answer_and_nothing_more(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_prompt_prints_the_answer_and_nothing_more(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: --prompt prints the greedy answer alone. Oracle: model.generate."""
     model, chat = Mistral.from_pretrained(place / "model"), Chat(place / "model")
-    ids = model.generate([chat.prompt([{"role": "user", "content": "How do I make a cake?"}])], 20, stop_ids=(chat.eos_id,))[0]
-    evaluation.main(["--model", str(place / "model"), "--prompt", "How do I make a cake?", "--max_new_tokens", "20", "--device", "cpu"])
+    ids = model.generate(
+        [chat.prompt([{"role": "user", "content": "How do I make a cake?"}])],
+        20,
+        stop_ids=(chat.eos_id,),
+    )[0]
+    evaluation.main(
+        [
+            "--model",
+            str(place / "model"),
+            "--prompt",
+            "How do I make a cake?",
+            "--max_new_tokens",
+            "20",
+            "--device",
+            "cpu",
+        ]
+    )
     assert capsys.readouterr() == (chat.decode(ids) + "\n", "")
 
 
-def test_preference_view_of_four_quadrants(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_preference_view_of_four_quadrants(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: by quadrant n, margin, target and the share on the target's side, whatever the policy was trained on. Oracle: whole forwards
     of both models, one sequence at a time, and Figure 3's targets at tau = 0.5."""
     monkeypatch.setenv("BFPO_CACHE", str(tmp_path / "cache"))
     rng, path = random.Random(1), tmp_path / "pairs.jsonl"
     texts = [request.text for request in toy.requests(forbidden=False)]
-    rows = [{"prompt": rng.choice(texts), "chosen": rng.choice(texts), "rejected": rng.choice(texts), "chosen_safe": bool(i & 1),
-             "rejected_safe": bool(i & 2)} for i in range(60)]  # fmt: skip
+    rows = [
+        {
+            "prompt": rng.choice(texts),
+            "chosen": rng.choice(texts),
+            "rejected": rng.choice(texts),
+            "chosen_safe": bool(i & 1),
+            "rejected_safe": bool(i & 2),
+        }
+        for i in range(60)
+    ]
     rows = [row for row in rows if row["chosen"] != row["rejected"]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluation.main(["--model", str(place / "model"), "--reference", str(place / "reference"), "--pairs", str(path), "--tau", "0.5",
-                     "--device", "cpu"])  # fmt: skip
+    evaluation.main(
+        [
+            "--model",
+            str(place / "model"),
+            "--reference",
+            str(place / "reference"),
+            "--pairs",
+            str(path),
+            "--tau",
+            "0.5",
+            "--device",
+            "cpu",
+        ]
+    )
     table = capsys.readouterr().out
 
-    chat, models = Chat(place / "model"), [Mistral.from_pretrained(place / name) for name in ("model", "reference")]
+    chat, models = (
+        Chat(place / "model"),
+        [Mistral.from_pretrained(place / name) for name in ("model", "reference")],
+    )
 
     @torch.no_grad()
     def logprob(model: Mistral, prompt: list[int], answer: list[int]) -> float:
@@ -286,34 +513,80 @@ def test_preference_view_of_four_quadrants(place: Path, tmp_path: Path, capsys: 
     every: dict[tuple[bool, bool], list[float]] = {}
     held = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
     for row in rows:
-        tree = chat.pair_ids([chat.pair_texts([{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"])])[0]
+        tree = chat.pair_ids(
+            [
+                chat.pair_texts(
+                    [{"role": "user", "content": row["prompt"]}], row["chosen"], row["rejected"]
+                )
+            ]
+        )[0]
         prompt, chosen, rejected = (part.tolist() for part in tree)
-        new, old = ([logprob(model, prompt, answer) for answer in (chosen, rejected)] for model in models)
-        every.setdefault((row["chosen_safe"], row["rejected_safe"]), []).append((new[0] - old[0]) - (new[1] - old[1]))
+        new, old = (
+            [logprob(model, prompt, answer) for answer in (chosen, rejected)] for model in models
+        )
+        every.setdefault((row["chosen_safe"], row["rejected_safe"]), []).append(
+            (new[0] - old[0]) - (new[1] - old[1])
+        )
     # of these few prompts no hash falls in the held-out share, so that all are seen; if that changes, so do the counts
-    for quadrant, labels, target in (("both_safe", (True, True), 0.5), ("chosen_safe", (True, False), 1.0),
-                                     ("rejected_safe", (False, True), -1.0), ("both_unsafe", (False, False), -0.5)):  # fmt: skip
+    for quadrant, labels, target in (
+        ("both_safe", (True, True), 0.5),
+        ("chosen_safe", (True, False), 1.0),
+        ("rejected_safe", (False, True), -1.0),
+        ("both_unsafe", (False, False), -0.5),
+    ):
         margins = every[labels]
         n, margin, goal, share = held[quadrant]
         assert int(n) == len(margins) and float(goal) == target / 0.5
         assert float(margin) == pytest.approx(np.mean(margins), abs=0.006)  # printed to two places
-        assert float(share[:-1]) == pytest.approx(100 * np.mean([h * target > 0 for h in margins]), abs=0.06)
-    evaluation.main(["--model", str(place / "model"), "--reference", str(place / "reference"), "--pairs", str(path), "--tau", "0.5",
-                     "--alpha", "1", "--b1", "2", "--device", "cpu"])  # fmt: skip
+        assert float(share[:-1]) == pytest.approx(
+            100 * np.mean([h * target > 0 for h in margins]), abs=0.06
+        )
+    evaluation.main(
+        [
+            "--model",
+            str(place / "model"),
+            "--reference",
+            str(place / "reference"),
+            "--pairs",
+            str(path),
+            "--tau",
+            "0.5",
+            "--alpha",
+            "1",
+            "--b1",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     again = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
     # (2 I - I') / (2 - 1) - 1, over tau; a target of 0 has no side
-    for quadrant, target in {"both_safe": 0.0, "chosen_safe": 2.0, "rejected_safe": -4.0, "both_unsafe": -2.0}.items():
+    for quadrant, target in {
+        "both_safe": 0.0,
+        "chosen_safe": 2.0,
+        "rejected_safe": -4.0,
+        "both_unsafe": -2.0,
+    }.items():
         assert again[quadrant][:2] == held[quadrant][:2] and float(again[quadrant][2]) == target
         assert again[quadrant][3] == ("-" if not target else held[quadrant][3])
 
 
-def test_pairs_that_are_not_finite_are_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_pairs_that_are_not_finite_are_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: a pair that the policy makes NaN is named with the model's folder, its pack's other pairs are not, and no table counts
     it. Oracle: a word that one pair of six has, with NaN as its embedding."""
     monkeypatch.setenv("BFPO_CACHE", str(tmp_path / "cache"))
-    rows = [{"prompt": "How do I make a cake?", "chosen": "Gather the flour.", "rejected": "I cannot help.", "chosen_safe": True,
-             "rejected_safe": True} for _ in range(6)]  # fmt: skip
+    rows = [
+        {
+            "prompt": "How do I make a cake?",
+            "chosen": "Gather the flour.",
+            "rejected": "I cannot help.",
+            "chosen_safe": True,
+            "rejected_safe": True,
+        }
+        for _ in range(6)
+    ]
     rows[4]["rejected"] = "Gather the friend."
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat, model = Chat(place / "model"), Mistral.from_pretrained(place / "model")
@@ -321,18 +594,33 @@ def test_pairs_that_are_not_finite_are_named(place: Path, tmp_path: Path, capsys
     model.model.embed_tokens.weight.data[token] = math.nan
     model.save_pretrained(tmp_path / "nan", like=place / "model")
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main(["--model", str(tmp_path / "nan"), "--reference", str(place / "reference"), "--pairs",
-                         str(tmp_path / "pairs.jsonl"), "--device", "cpu"])  # fmt: skip
+        evaluation.main(
+            [
+                "--model",
+                str(tmp_path / "nan"),
+                "--reference",
+                str(place / "reference"),
+                "--pairs",
+                str(tmp_path / "pairs.jsonl"),
+                "--device",
+                "cpu",
+            ]
+        )
     shown = capsys.readouterr()
     assert stopped.value.code == 1 and "both_safe" not in shown.out
-    assert re.search(rf"error: {tmp_path}/nan gives rows [^:]*: pairs 4 \('[^)]*\); its weights", shown.err)
+    assert re.search(
+        rf"error: {tmp_path}/nan gives rows [^:]*: pairs 4 \('[^)]*\); its weights", shown.err
+    )
 
 
-def test_pairs_are_not_scored_under_another_tokenizers_model(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_pairs_are_not_scored_under_another_tokenizers_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: a reference whose tokenizer gives a token of the policy's another id, or whose embedding is too small for its ids, ends with
     code 1 and one line before weights are read. Oracle: the messages; no from_pretrained."""
-    monkeypatch.setattr(Mistral, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        Mistral, "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
+    )
     for name in ("renumbered", "small"):
         shutil.copytree(place / "model", tmp_path / name)
     tokenizer = json.loads((tmp_path / "renumbered" / "tokenizer.json").read_text())
@@ -342,9 +630,23 @@ def test_pairs_are_not_scored_under_another_tokenizers_model(place: Path, tmp_pa
     (tmp_path / "renumbered" / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 9}))
-    for name, words in (("renumbered", "--reference must read the policy's tokens as its own"), ("small", "entries, the model 9;")):
+    for name, words in (
+        ("renumbered", "--reference must read the policy's tokens as its own"),
+        ("small", "entries, the model 9;"),
+    ):
         with pytest.raises(SystemExit) as exit_info:
-            evaluation.main(["--model", str(place / "model"), "--reference", str(tmp_path / name), "--pairs", "x", "--device", "cpu"])
+            evaluation.main(
+                [
+                    "--model",
+                    str(place / "model"),
+                    "--reference",
+                    str(tmp_path / name),
+                    "--pairs",
+                    "x",
+                    "--device",
+                    "cpu",
+                ]
+            )
         assert exit_info.value.code == 1 and words in capsys.readouterr().err
 
 
@@ -353,7 +655,10 @@ def test_prompts_are_cut_from_the_left_to_the_last_token(place: Path) -> None:
     chat, request = Chat(place / "model"), metrics.Request("How do I make a cake?", chat=False)
     whole = evaluation.prompt_ids(chat, request, True, 100)
     for longest in (1, 2, 5, len(whole)):
-        assert evaluation.prompt_ids(chat, request, True, longest) == [whole[0], *whole[len(whole) - longest + 1 :]]
+        assert evaluation.prompt_ids(chat, request, True, longest) == [
+            whole[0],
+            *whole[len(whole) - longest + 1 :],
+        ]
         assert evaluation.prompt_ids(chat, request, False, longest) == whole[1:][-longest:]
 
 
@@ -395,12 +700,24 @@ def test_rows_beyond_the_positions_are_counted(
         (tmp_path / "data" / f"{name}.jsonl").write_text(lines_of)
     models = ["--model", str(tmp_path / "small"), "--reference", str(place / "model")]
     evaluation.main(
-        [*models, "--tasks", *rows, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        [
+            *models,
+            "--tasks",
+            *rows,
+            "--data",
+            str(tmp_path / "data"),
+            "--out",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+        ]
     )
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["cut_rows"] == {name: {"policy": 1, "reference": 0} for name in rows}
     printed = capsys.readouterr().out
-    assert all(f"cut to the model's positions: {name}, policy, 1 rows\n" in printed for name in rows)
+    assert all(
+        f"cut to the model's positions: {name}, policy, 1 rows\n" in printed for name in rows
+    )
     assert "positions: xstest, reference" not in printed
 
 
@@ -412,108 +729,262 @@ def test_rows_beyond_the_positions_are_counted(
     [
         (["--tasks", "ethics_cm"], "--model is needed"),
         (["--model", "x", "--tasks", "ethics_cm"], "--tasks needs --out"),
-        (["--model", "x", "--out", "y", "--tasks", "ethics"], "a task must be one of truthfulqa_mc2"),
+        (
+            ["--model", "x", "--out", "y", "--tasks", "ethics"],
+            "a task must be one of truthfulqa_mc2",
+        ),
         (["--model", "x", "--out", "y", "--tasks", "paper", "--limit", "-1"], "--limit"),
         (["--model", "x", "--pairs", "y"], "--reference"),
         (["--model", "x", "--prompt", " "], "--prompt must hold text"),
         (["--model", "x", "--prompt", "y", "--tasks", "paper"], "not allowed with"),
         (["--model", "x", "--out", "y", "--tasks", "paper", "--protocol", "papers"], "papers"),
-        (["--model", "x", "--out", "y", "--tasks", "ethics_cm", "--judge", "gpt-4"], "a judge must be keyword, harmbench:MODEL or wild"),
-        (["--model", "x", "--out", "y", "--tasks", "alpaca_eval", "--max_new_tokens", "100"], "--max_new_tokens goes with --prompt alone"),
-        (["--model", "x", "--prompt", "y", "--judge", "keyword"], "--judge goes with --tasks alone"),
-        (["--model", "x", "--prompt", "y", "--out", "z"], "--out goes with --compare and --tasks alone"),
+        (
+            ["--model", "x", "--out", "y", "--tasks", "ethics_cm", "--judge", "gpt-4"],
+            "a judge must be keyword, harmbench:MODEL or wild",
+        ),
+        (
+            ["--model", "x", "--out", "y", "--tasks", "alpaca_eval", "--max_new_tokens", "100"],
+            "--max_new_tokens goes with --prompt alone",
+        ),
+        (
+            ["--model", "x", "--prompt", "y", "--judge", "keyword"],
+            "--judge goes with --tasks alone",
+        ),
+        (
+            ["--model", "x", "--prompt", "y", "--out", "z"],
+            "--out goes with --compare and --tasks alone",
+        ),
         (["--compare", "x", "--seed", "7"], "--seed goes with --tasks alone"),
     ],
 )
-def test_wrong_usage_is_one_line_and_code_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_one_line_and_code_2(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: exit code 2, and a last line that names what is wrong. Oracle: argparse's own convention."""
     with pytest.raises(SystemExit) as exit_info:
         evaluation.main(arguments)
     assert exit_info.value.code == 2 and named in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_bad_input_is_one_line_before_any_model_is_read(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_bad_input_is_one_line_before_any_model_is_read(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: a row without its field, missing rows, judges of the wrong kind, a model without room, a folder of something else and a run
     with other settings or rows each end with code 1 and one line, before weights are read. Oracle: the messages; no from_pretrained."""
     evaluation.main(flags(place, tmp_path / "done", "--tasks", "ethics_cm"))
     capsys.readouterr()
-    monkeypatch.setattr(Mistral, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        Mistral, "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
+    )
     (tmp_path / "bad.csv").write_text("input,label\nfine,0\n,1\n")
-    (tmp_path / "short.jsonl").write_text('{"input": "x", "label": 1}\n{"inputs": "x", "label": 1}\n')
-    (tmp_path / "other.jsonl").write_text('{"input": "x", "label": 1}\n{"input": "y", "label": 1}\n')
+    (tmp_path / "short.jsonl").write_text(
+        '{"input": "x", "label": 1}\n{"inputs": "x", "label": 1}\n'
+    )
+    (tmp_path / "other.jsonl").write_text(
+        '{"input": "x", "label": 1}\n{"input": "y", "label": 1}\n'
+    )
     (tmp_path / "refusals.jsonl").write_text('{"prompt": "p", "answer": "a", "refusal": true}\n')
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "p " * 5000, "answer": "a", "harm": True}))
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"prompt": "p " * 5000, "answer": "a", "harm": True})
+    )
     for name in ("foreign", "redteam", "twice", "backup", "half"):
         (tmp_path / name).mkdir()
-    (tmp_path / "half" / "advbench-00000-of-00002.jsonl").write_text('{"goal": "x"}\n{"goal": "y"}\n')
+    (tmp_path / "half" / "advbench-00000-of-00002.jsonl").write_text(
+        '{"goal": "x"}\n{"goal": "y"}\n'
+    )
     (tmp_path / "blank.csv").write_text("goal,number\nBake a cake,1\n,2\n")
     (tmp_path / "soft.csv").write_text("label,input\n0.9,x\n0,y\n")
     (tmp_path / "labels.tsv").touch()
-    (tmp_path / "alpaca.jsonl").write_text('{"instruction": "Sing.", "output": "La.", "generator": "g", "dataset": "d"}\n' * 2)
+    (tmp_path / "alpaca.jsonl").write_text(
+        '{"instruction": "Sing.", "output": "La.", "generator": "g", "dataset": "d"}\n' * 2
+    )
     (tmp_path / "redteam" / "report.json").write_text('{"counts": {}}')
-    for name in ("twice/toxigen.csv", "twice/toxigen.jsonl", "backup/toxigen.bak.jsonl", "backup/toxigen.json.md"):
+    for name in (
+        "twice/toxigen.csv",
+        "twice/toxigen.jsonl",
+        "backup/toxigen.bak.jsonl",
+        "backup/toxigen.json.md",
+    ):
         (tmp_path / name).touch()
     (tmp_path / "foreign" / "thesis.tex").touch()
     config = json.loads((place / "model" / "config.json").read_text())
-    for name, changes in (("classifier", {"model_type": "deberta-v2"}), ("small", {"max_position_embeddings": 257})):
+    for name, changes in (
+        ("classifier", {"model_type": "deberta-v2"}),
+        ("small", {"max_position_embeddings": 257}),
+    ):
         shutil.copytree(place / "model", tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
     shutil.copytree(place / "judge", tmp_path / "narrow")
     judges = json.loads((place / "judge" / "config.json").read_text())
-    (tmp_path / "narrow" / "config.json").write_text(json.dumps(judges | {"max_position_embeddings": 100}))
+    (tmp_path / "narrow" / "config.json").write_text(
+        json.dumps(judges | {"max_position_embeddings": 100})
+    )
     shutil.copytree(place / "model", tmp_path / "thin")
     (tmp_path / "thin" / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
     for arguments, words in {
         ("--tasks", "ethics_cm", "--model", str(tmp_path / "thin")): r"instead of \(\d+, 48\)",
-        ("--tasks", f"ethics_cm={tmp_path / 'short.jsonl'}"): r"short.jsonl:2: ethics_cm: input is missing; the row has inputs, label",
+        (
+            "--tasks",
+            f"ethics_cm={tmp_path / 'short.jsonl'}",
+        ): r"short.jsonl:2: ethics_cm: input is missing; the row has inputs, label",
         ("--tasks", "toxigen"): r"--data .* must hold one toxigen.jsonl",
-        ("--tasks", "xstest", "--judge", f"harmbench:{tmp_path / 'classifier'}"): r"a judge must be a causal language model",
-        ("--tasks", "xstest", "--model", str(tmp_path / "small")): r"has 257 positions, .*an answer of 256 tokens; leave out xstest",
-        ("--tasks", "ethics_cm", "--judge", "keyword"): "--judge judges the answers of .*xstest.*, got none of these tasks",
-        ("--tasks", "xstest", "--pairwise", "nobody/nothing"): "--pairwise judges the answers of alpaca_eval, got none of these tasks",
-        ("--tasks", "strongreject", "--judge", f"harmbench:{place / 'judge'}", "--labelled", str(tmp_path / "refusals.jsonl")):
-            r"labels of refusal, which no judge of these tasks says",
-        ("--tasks", "strongreject", "--judge", f"harmbench:{place / 'judge'}", "--labelled", str(tmp_path / "long.jsonl")):
-            r"must leave 512 tokens for an answer",
-        ("--tasks", "ethics_cm", "--model", str(tmp_path / "classifier")): r"must describe a plain Mistral or Llama",
+        (
+            "--tasks",
+            "xstest",
+            "--judge",
+            f"harmbench:{tmp_path / 'classifier'}",
+        ): r"a judge must be a causal language model",
+        (
+            "--tasks",
+            "xstest",
+            "--model",
+            str(tmp_path / "small"),
+        ): r"has 257 positions, .*an answer of 256 tokens; leave out xstest",
+        (
+            "--tasks",
+            "ethics_cm",
+            "--judge",
+            "keyword",
+        ): "--judge judges the answers of .*xstest.*, got none of these tasks",
+        (
+            "--tasks",
+            "xstest",
+            "--pairwise",
+            "nobody/nothing",
+        ): "--pairwise judges the answers of alpaca_eval, got none of these tasks",
+        (
+            "--tasks",
+            "strongreject",
+            "--judge",
+            f"harmbench:{place / 'judge'}",
+            "--labelled",
+            str(tmp_path / "refusals.jsonl"),
+        ): r"labels of refusal, which no judge of these tasks says",
+        (
+            "--tasks",
+            "strongreject",
+            "--judge",
+            f"harmbench:{place / 'judge'}",
+            "--labelled",
+            str(tmp_path / "long.jsonl"),
+        ): r"must leave 512 tokens for an answer",
+        (
+            "--tasks",
+            "ethics_cm",
+            "--model",
+            str(tmp_path / "classifier"),
+        ): r"must describe a plain Mistral or Llama",
         ("--tasks", "ethics_cm", "--out", str(tmp_path / "foreign")): r"is no run folder",
-        ("--tasks", "ethics_cm", "--out", str(tmp_path / "done"), "--bos"): r"other settings \(bos was False, now True\)",
-        ("--tasks", f"ethics_cm={tmp_path / 'other.jsonl'}", "--out", str(tmp_path / "done")): "was made with another rows; delete that",
+        (
+            "--tasks",
+            "ethics_cm",
+            "--out",
+            str(tmp_path / "done"),
+            "--bos",
+        ): r"other settings \(bos was False, now True\)",
+        (
+            "--tasks",
+            f"ethics_cm={tmp_path / 'other.jsonl'}",
+            "--out",
+            str(tmp_path / "done"),
+        ): "was made with another rows; delete that",
         ("--compare", str(tmp_path / "foreign")): r"report.json",
-        ("--compare", str(tmp_path / "redteam")): r"or another program's; is it of eval.py --tasks\?",
-        ("--tasks", "toxigen", "--data", str(tmp_path / "twice")): r"must hold one toxigen\.jsonl, .*, got toxigen\.csv and toxigen\.jsonl",
-        ("--tasks", "toxigen", "--data", str(tmp_path / "backup")): r"must hold one toxigen\.jsonl, .*, got none",
-        ("--tasks", "advbench", "--data", str(tmp_path / "half")): r"advbench must have 2 parts, got 1",
-        ("--tasks", f"advbench={tmp_path / 'blank.csv'}"): r"blank.csv:3: advbench: goal or prompt or text must hold text, got ''",
-        ("--tasks", f"ethics_cm={tmp_path / 'soft.csv'}"): r"soft.csv:2: ethics_cm: label must be a whole number, got '0.9'",
-        ("--tasks", "strongreject", "--judge", "keyword", "--labelled", str(tmp_path / "labels.tsv")): r"rows must be in .*labels.tsv",
-        ("--tasks", f"alpaca_eval={tmp_path / 'alpaca.jsonl'}", "--pairwise", str(tmp_path / "narrow")): r"2 rows or more that fit .* 0;",
-        ("--compare", str(tmp_path / "short.jsonl")): r"--compare takes folders of reports, got .*short.jsonl",
+        (
+            "--compare",
+            str(tmp_path / "redteam"),
+        ): r"or another program's; is it of eval.py --tasks\?",
+        (
+            "--tasks",
+            "toxigen",
+            "--data",
+            str(tmp_path / "twice"),
+        ): r"must hold one toxigen\.jsonl, .*, got toxigen\.csv and toxigen\.jsonl",
+        (
+            "--tasks",
+            "toxigen",
+            "--data",
+            str(tmp_path / "backup"),
+        ): r"must hold one toxigen\.jsonl, .*, got none",
+        (
+            "--tasks",
+            "advbench",
+            "--data",
+            str(tmp_path / "half"),
+        ): r"advbench must have 2 parts, got 1",
+        (
+            "--tasks",
+            f"advbench={tmp_path / 'blank.csv'}",
+        ): r"blank.csv:3: advbench: goal or prompt or text must hold text, got ''",
+        (
+            "--tasks",
+            f"ethics_cm={tmp_path / 'soft.csv'}",
+        ): r"soft.csv:2: ethics_cm: label must be a whole number, got '0.9'",
+        (
+            "--tasks",
+            "strongreject",
+            "--judge",
+            "keyword",
+            "--labelled",
+            str(tmp_path / "labels.tsv"),
+        ): r"rows must be in .*labels.tsv",
+        (
+            "--tasks",
+            f"alpaca_eval={tmp_path / 'alpaca.jsonl'}",
+            "--pairwise",
+            str(tmp_path / "narrow"),
+        ): r"2 rows or more that fit .* 0;",
+        (
+            "--compare",
+            str(tmp_path / "short.jsonl"),
+        ): r"--compare takes folders of reports, got .*short.jsonl",
     }.items():
         with pytest.raises(SystemExit) as exit_info:
             base = [] if "--compare" in arguments else flags(place, tmp_path / "out")
             evaluation.main([*base, *arguments])
         said = capsys.readouterr().err.strip().splitlines()
-        assert exit_info.value.code == 1 and len(said) == 1 and re.search(words, said[0]), (arguments, said)
+        assert exit_info.value.code == 1 and len(said) == 1 and re.search(words, said[0]), (
+            arguments,
+            said,
+        )
 
 
 @pytest.mark.parametrize(
     ("task", "row", "words"),
     [
-        ("crows_pairs_english", {"sent_more": "sorry " * 3000, "sent_less": "x"}, "a choice must have 1 to 2048 tokens, got 3000"),
-        ("crows_pairs_english", {"sent_more": "", "sent_less": "b"}, "a choice must have 1 to 2048 tokens, got 0"),
-        ("realtoxicityprompts", {"prompt": {"text": "\u3000"}, "challenging": True}, "a prompt must have a token, got none of '\\\\u3000'"),
+        (
+            "crows_pairs_english",
+            {"sent_more": "sorry " * 3000, "sent_less": "x"},
+            "a choice must have 1 to 2048 tokens, got 3000",
+        ),
+        (
+            "crows_pairs_english",
+            {"sent_more": "", "sent_less": "b"},
+            "a choice must have 1 to 2048 tokens, got 0",
+        ),
+        (
+            "realtoxicityprompts",
+            {"prompt": {"text": "\u3000"}, "challenging": True},
+            "a prompt must have a token, got none of '\\\\u3000'",
+        ),
     ],
 )
 def test_rows_that_the_tokenizer_makes_nothing_of_are_refused_before_anything_is_removed(
-    task: str, row: dict[str, Any], words: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str,
+    row: dict[str, Any],
+    words: str,
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Claim: a row without a token, or with too many, is named by file and line, and --fresh leaves the earlier run as it is.
 
     Oracle: the message; the bytes of the earlier run.
     """
-    good = {"sent_more": "a", "sent_less": "b"} if task.startswith("crows") else row | {"prompt": {"text": "sorry"}}
+    good = (
+        {"sent_more": "a", "sent_less": "b"}
+        if task.startswith("crows")
+        else row | {"prompt": {"text": "sorry"}}
+    )
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(each) + "\n" for each in (good, good)))
     command = flags(place, tmp_path / "out", "--tasks", f"{task}={rows}")
@@ -524,8 +995,14 @@ def test_rows_that_the_tokenizer_makes_nothing_of_are_refused_before_anything_is
     with pytest.raises(SystemExit) as exit_info:
         evaluation.main([*command, "--fresh"])
     said = capsys.readouterr().err
-    assert exit_info.value.code == 1 and re.search(rf"rows\.jsonl:2: {task}: {words}", said) and said.count("\n") == 1, said
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == earlier
+    assert (
+        exit_info.value.code == 1
+        and re.search(rf"rows\.jsonl:2: {task}: {words}", said)
+        and said.count("\n") == 1
+    ), said
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == earlier
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -538,7 +1015,9 @@ def test_share_has_wilsons_interval(right: int) -> None:
     found = report.share("acc", terms)
     low, high = scipy.stats.binomtest(right, 20).proportion_ci(method="wilson")
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-7)
-    assert (found["n"], found["score"], found["error"]) == pytest.approx((20, right / 20, scipy.stats.sem(terms)))
+    assert (found["n"], found["score"], found["error"]) == pytest.approx(
+        (20, right / 20, scipy.stats.sem(terms))
+    )
 
 
 def test_difference_is_paired() -> None:
@@ -547,13 +1026,22 @@ def test_difference_is_paired() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 50))
     found = report.difference("acc", a.tolist(), b.tolist())
-    assert (found["score"], found["error"]) == pytest.approx((np.mean(a - b), scipy.stats.sem(a - b)))
-    assert found["high"] - found["low"] == pytest.approx(2 * scipy.stats.norm.ppf(0.975) * scipy.stats.sem(a - b), rel=1e-6)
+    assert (found["score"], found["error"]) == pytest.approx(
+        (np.mean(a - b), scipy.stats.sem(a - b))
+    )
+    assert found["high"] - found["low"] == pytest.approx(
+        2 * scipy.stats.norm.ppf(0.975) * scipy.stats.sem(a - b), rel=1e-6
+    )
     one, other = [1.0] * 12 + [0.0] * 8, [1.0] * 9 + [0.0] * 10 + [1.0]
-    first, second = (3 + 1) / 22, (1 + 1) / 22  # won by the first alone, by the second alone, each with one more
+    first, second = (
+        (3 + 1) / 22,
+        (1 + 1) / 22,
+    )  # won by the first alone, by the second alone, each with one more
     half = scipy.stats.norm.ppf(0.975) * math.sqrt((first + second - (first - second) ** 2) / 22)
     found = report.difference("acc", one, other)
-    assert (found["score"], found["low"], found["high"]) == pytest.approx((0.1, first - second - half, first - second + half), abs=1e-6)
+    assert (found["score"], found["low"], found["high"]) == pytest.approx(
+        (0.1, first - second - half, first - second + half), abs=1e-6
+    )
     assert report.difference("acc", [1.0] * 20, [1.0] * 20)["high"] > 0.1
 
 
@@ -561,15 +1049,24 @@ def test_interval_is_wilsons_of_shares_alone() -> None:
     """Claim: a bias score of zeros, which may be negative, has not a share's interval; balance's is what p's becomes, 0 to 1, and holds
     the truth as often as p's does, near its bend too. Oracle: scipy's Wilson interval through 1 - |2p - 1|; 2,000 simulated evaluations,
     less 3 standard errors."""
-    assert report.share("amb_bias_score", [0.0] * 12)["low"] == 0 == report.share("amb_bias_score", [0.0] * 12)["high"]
+    assert (
+        report.share("amb_bias_score", [0.0] * 12)["low"]
+        == 0
+        == report.share("amb_bias_score", [0.0] * 12)["high"]
+    )
 
     def balance(terms: list[float]) -> dict[str, float]:
-        columns = metrics.stereotype([metrics.Question(("",), ("a", "b"), (0,))] * len(terms), [(term, 0.5) for term in terms])
+        columns = metrics.stereotype(
+            [metrics.Question(("",), ("a", "b"), (0,))] * len(terms),
+            [(term, 0.5) for term in terms],
+        )
         return dict(report.standing("balance", columns, None))
 
     low, _ = scipy.stats.binomtest(100, 100).proportion_ci(method="wilson")
     found = balance([1.0] * 100)
-    assert (found["score"], found["low"], found["high"]) == pytest.approx((0, 0, 2 - 2 * low), abs=1e-7)
+    assert (found["score"], found["low"], found["high"]) == pytest.approx(
+        (0, 0, 2 - 2 * low), abs=1e-7
+    )
     low, _ = scipy.stats.binomtest(50, 100).proportion_ci(method="wilson")
     found = balance([1.0, 0.0] * 50)
     assert (found["score"], found["low"], found["high"]) == pytest.approx((1, 2 * low, 1), abs=1e-7)
@@ -587,12 +1084,20 @@ def test_average_of_tasks() -> None:
     columns = [rng.normal(size=n).tolist() for n in (30, 70)]
     parts = [report.standing("acc", {"acc": column}, {"acc": column[::-1]}) for column in columns]
     found = report.average(parts)
-    assert found["error"] == pytest.approx(math.hypot(*(scipy.stats.sem(column) for column in columns)) / 2)
-    assert found["high"] - found["score"] == pytest.approx(scipy.stats.norm.ppf(0.975) * found["error"], rel=1e-6)
-    assert found["reference"]["score"] == pytest.approx(found["score"]) and found["difference"]["score"] == pytest.approx(0, abs=1e-12)
+    assert found["error"] == pytest.approx(
+        math.hypot(*(scipy.stats.sem(column) for column in columns)) / 2
+    )
+    assert found["high"] - found["score"] == pytest.approx(
+        scipy.stats.norm.ppf(0.975) * found["error"], rel=1e-6
+    )
+    assert found["reference"]["score"] == pytest.approx(found["score"]) and found["difference"][
+        "score"
+    ] == pytest.approx(0, abs=1e-12)
     truth, held = (0.98, 0.9, 0.995), 0
     for _ in range(2000):
-        interval = report.average([report.share("acc", (rng.random(100) < p).astype(float).tolist()) for p in truth])
+        interval = report.average(
+            [report.share("acc", (rng.random(100) < p).astype(float).tolist()) for p in truth]
+        )
         held += interval["low"] <= np.mean(truth) <= interval["high"]
     assert held / 2000 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 2000)
 
@@ -600,11 +1105,23 @@ def test_average_of_tasks() -> None:
 def test_averages_of_a_report() -> None:
     """Claim: ethics' tasks have one vote each, crows_pairs_english enters as balance, harmlessness is the mean of the two suites, and
     over_refusal, truthfulqa_gen and helpfulness are in neither. Oracle: means by hand."""
-    terms = {"ethics_cm": {"acc": [1.0, 0.0]}, "ethics_virtue": {"acc": [1.0, 1.0]},
-             "crows_pairs_english": {"pct_stereotype": [1.0, 1.0], "balance": [0.0, 0.0]}, "advbench": {"harmless": [1.0, 0.0]},
-             "xstest": {"refused": [1.0, 1.0]}, "truthfulqa_gen": {"bleu_acc": [0.0, 0.0]},
-             "alpaca_eval": {"win_rate": [0.1, 0.3]}}  # fmt: skip
+    terms = {
+        "ethics_cm": {"acc": [1.0, 0.0]},
+        "ethics_virtue": {"acc": [1.0, 1.0]},
+        "crows_pairs_english": {"pct_stereotype": [1.0, 1.0], "balance": [0.0, 0.0]},
+        "advbench": {"harmless": [1.0, 0.0]},
+        "xstest": {"refused": [1.0, 1.0]},
+        "truthfulqa_gen": {"bleu_acc": [0.0, 0.0]},
+        "alpaca_eval": {"win_rate": [0.1, 0.3]},
+    }
     found = report.make_report(terms, {})["averages"]
     assert {name: part["score"] for name, part in found.items()} == pytest.approx(
-        {"helpfulness": 0.2, "discriminative": 0.5, "generative": 0.5, "over_refusal": 1.0, "harmlessness": 0.5})
+        {
+            "helpfulness": 0.2,
+            "discriminative": 0.5,
+            "generative": 0.5,
+            "over_refusal": 1.0,
+            "harmlessness": 0.5,
+        }
+    )
     assert found["discriminative"]["tasks"] == ["ethics_cm", "ethics_virtue", "crows_pairs_english"]

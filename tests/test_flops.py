@@ -29,16 +29,32 @@ from rows import Rows
 from runtime import World
 from storage import RunFolder
 
-CONFIG = Config(vocab_size=300, hidden_size=64, intermediate_size=224, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1,
-                head_dim=16)  # fmt: skip
-LENGTHS = [(200, 165, 90), (130, 64, 1), (20, 10, 9), (3, 2, 4), (70, 150, 201)]  # pairs as in the public data, and small ones
+CONFIG = Config(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=224,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+LENGTHS = [
+    (200, 165, 90),
+    (130, 64, 1),
+    (20, 10, 9),
+    (3, 2, 4),
+    (70, 150, 201),
+]  # pairs as in the public data, and small ones
 
 
 def product_flops(_total: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
-IN_PLACE = {torch.ops.aten.addmm_: product_flops, torch.ops.aten.baddbmm_: product_flops}  # torch counts these as zero
+IN_PLACE = {
+    torch.ops.aten.addmm_: product_flops,
+    torch.ops.aten.baddbmm_: product_flops,
+}  # torch counts these as zero
 COUNTED = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
 
 
@@ -68,7 +84,9 @@ class Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-        self.names[func._schema.name.removeprefix("aten::")] += any(x.device.type == self.device for x in tensors)
+        self.names[func._schema.name.removeprefix("aten::")] += any(
+            x.device.type == self.device for x in tensors
+        )
         return out
 
 
@@ -76,7 +94,11 @@ def counted_flops(compute: Callable[[], object]) -> int:
     """Operations of all matrix products. Fails on a product under a name that the counter does not know."""
     with Seen("cpu") as seen:
         compute()
-    products = {name for name in seen.names if any(part in name for part in ("mm", "attention", "conv", "linear", "dot", "matmul"))}
+    products = {
+        name
+        for name in seen.names
+        if any(part in name for part in ("mm", "attention", "conv", "linear", "dot", "matmul"))
+    }
     assert products <= COUNTED, products - COUNTED
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         compute()
@@ -95,7 +117,9 @@ def attended(lengths: Sequence[Sequence[int]], scored: bool) -> int:
     total += rows * sum(small)
     for prompt, *responses in (sizes for sizes in lengths if sum(sizes) > 64):
         for b, length in enumerate(responses):
-            first = 0 if b == 0 and not scored else prompt  # the prompt's rows are computed once, with the first response's
+            first = (
+                0 if b == 0 and not scored else prompt
+            )  # the prompt's rows are computed once, with the first response's
             keys = prompt + length - scored  # a scored row is the one before its target
             edges = [*range(first - scored if scored else first, keys, 64), keys]
             total += sum((end - start) * end for start, end in pairwise(edges))
@@ -105,16 +129,28 @@ def attended(lengths: Sequence[Sequence[int]], scored: bool) -> int:
 def minimum(lengths: Sequence[Sequence[int]], backward: bool, pairs: tuple[float, float]) -> int:
     """The arithmetic of a step with down_proj trained alone: linear layers, response-only head, attention over `pairs` of (query, key),
     those of all rows and those of the scored rows. Without backward: of a reference pass."""
-    D, inner, V, L = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.vocab_size, CONFIG.num_hidden_layers
-    query, key = CONFIG.num_attention_heads * CONFIG.head_dim, CONFIG.num_key_value_heads * CONFIG.head_dim
+    D, inner, V, L = (
+        CONFIG.hidden_size,
+        CONFIG.intermediate_size,
+        CONFIG.vocab_size,
+        CONFIG.num_hidden_layers,
+    )
+    query, key = (
+        CONFIG.num_attention_heads * CONFIG.head_dim,
+        CONFIG.num_key_value_heads * CONFIG.head_dim,
+    )
     T, S = sum(map(sum, lengths)), sum(sum(sizes[1:]) for sizes in lengths)
     q_o, k_v, gate_up, down = 2 * D * query, 2 * D * key, 2 * D * inner, D * inner
     block = q_o + k_v + gate_up + down
     every, scored = pairs
-    flops = 2 * T * (L - 1) * block + 2 * T * k_v + 2 * S * (block - k_v)  # the last block: scored rows, but keys and values of all
+    flops = (
+        2 * T * (L - 1) * block + 2 * T * k_v + 2 * S * (block - k_v)
+    )  # the last block: scored rows, but keys and values of all
     flops += 2 * S * V * D + 4 * query * ((L - 1) * every + scored)
     if backward:
-        flops += 2 * T * (L - 2) * block + 2 * T * k_v + 2 * S * (block - k_v)  # below the first down_proj nothing trains
+        flops += (
+            2 * T * (L - 2) * block + 2 * T * k_v + 2 * S * (block - k_v)
+        )  # below the first down_proj nothing trains
         flops += 2 * T * (L - 1) * down + 2 * S * down  # its own gradient
         flops += 2 * S * V * D + 8 * query * ((L - 2) * every + scored)  # probabilities are kept
     return round(flops)
@@ -205,14 +241,18 @@ def gpu_like(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def config_for(batch: int, pack_tokens: int) -> train.Config:
-    return train.Config(recipe="bfpo", model="-", safety=("-",), batch=batch, pack_tokens=pack_tokens)
+    return train.Config(
+        recipe="bfpo", model="-", safety=("-",), batch=batch, pack_tokens=pack_tokens
+    )
 
 
 class Leaves(Exception):
     pass
 
 
-def test_a_step_waits_for_the_device_only_to_log(gpu_like: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_step_waits_for_the_device_only_to_log(
+    gpu_like: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Claim: three steps of train.optimize, of one pack and of four, ask the device for values three times each: the losses, the
     log-probabilities and the gradient norm that the log shows. Oracle: on the meta device any other request raises."""
     asked: list[str] = []
@@ -232,7 +272,9 @@ def test_a_step_waits_for_the_device_only_to_log(gpu_like: World, monkeypatch: p
 
     monkeypatch.setattr(Tensor, "item", item)
     monkeypatch.setattr(Tensor, "cpu", cpu)
-    monkeypatch.setattr(train, "gate", lambda *_: None)  # at step 0 alone; it reads what the log has
+    monkeypatch.setattr(
+        train, "gate", lambda *_: None
+    )  # at step 0 alone; it reads what the log has
     steps: list[list[str]] = []
 
     class Folder(RunFolder):
@@ -247,7 +289,15 @@ def test_a_step_waits_for_the_device_only_to_log(gpu_like: World, monkeypatch: p
         config, model = config_for(4, pack_tokens), selective_model("meta")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         with pytest.raises(Leaves):
-            train.optimize(model, trained, config, 100, rows_of(lengths), lambda: ({}, 0.0), Folder(tmp_path, gpu_like))
+            train.optimize(
+                model,
+                trained,
+                config,
+                100,
+                rows_of(lengths),
+                lambda: ({}, 0.0),
+                Folder(tmp_path, gpu_like),
+            )
         assert steps == [["cpu", "cpu", "item"]] * 2, pack_tokens
         steps.clear()
 
@@ -257,7 +307,9 @@ def work(world: World, lengths: Sequence[Sequence[int]]) -> tuple[Counter[str], 
     rows, config, model = rows_of(lengths), config_for(len(lengths), 10**6), selective_model("meta")
     ours, bytecodes = str(Path(train.__file__).parent), 0
 
-    sys._getframe().f_trace_opcodes = True  # Python 3.12 reports bytecodes if some frame asks for them before the tracing begins
+    sys._getframe().f_trace_opcodes = (
+        True  # Python 3.12 reports bytecodes if some frame asks for them before the tracing begins
+    )
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal bytecodes
@@ -288,4 +340,6 @@ def test_python_works_neither_by_token_nor_by_pair(gpu_like: World) -> None:
     assert longer == base and longer_bytecodes == bytecodes > 1000
     more, more_bytecodes = work(gpu_like, [(120, 60, 70)] * 16)
     assert more == base
-    assert (more_bytecodes - bytecodes) / 12 < 800  # 460 on Python 3.11; versions count a little differently
+    assert (
+        more_bytecodes - bytecodes
+    ) / 12 < 800  # 460 on Python 3.11; versions count a little differently

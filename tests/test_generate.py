@@ -10,8 +10,15 @@ from torch._dynamo.utils import counters
 
 from model import Block, Config, Mistral, choose
 
-CONFIG = Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                head_dim=8)  # fmt: skip
+CONFIG = Config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [20], [30, 31, 32], [40, 41, 42, 43, 44]]
 
 
@@ -24,11 +31,24 @@ def model_with(window: int | None = None, tied: bool = False) -> Mistral:
 
 
 @torch.no_grad()
-def without_cache(model: Mistral, prompt: list[int], n: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[int]:
+def without_cache(
+    model: Mistral,
+    prompt: list[int],
+    n: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[int]:
     """The whole sequence computed anew for every token."""
     ids, draws = list(prompt), torch.rand(n, generator=torch.Generator().manual_seed(seed))
     for step in range(n):
-        ids.append(int(choose(model(torch.tensor([ids]))[:, -1], draws[step : step + 1], temperature, top_p)))
+        ids.append(
+            int(
+                choose(
+                    model(torch.tensor([ids]))[:, -1], draws[step : step + 1], temperature, top_p
+                )
+            )
+        )
     return ids[len(prompt) :]
 
 
@@ -38,17 +58,29 @@ def test_generate_equals_generation_without_a_cache(window: int | None, temperat
     """Claim: greedy and sampled, ragged prompts, with a window shorter than they are. Oracle: without_cache, one prompt at a time."""
     model = model_with(window)
     got = model.generate(PROMPTS, 20, temperature=temperature, top_p=0.9, seeds=[5, 6, 7, 8])
-    assert got == [without_cache(model, prompt, 20, temperature, 0.9, seed) for prompt, seed in zip(PROMPTS, (5, 6, 7, 8), strict=True)]
+    assert got == [
+        without_cache(model, prompt, 20, temperature, 0.9, seed)
+        for prompt, seed in zip(PROMPTS, (5, 6, 7, 8), strict=True)
+    ]
 
 
 def test_generate_does_not_depend_on_the_batch() -> None:
     """Claim: a prompt's answer is its own. Oracle: the same prompt alone, in another order, and in batches of two; 12 prompts, so that
     their prefill takes two widths."""
-    model, prompts, seeds = model_with(tied=True), PROMPTS + [p[::-1] for p in PROMPTS] + [p * 2 for p in PROMPTS], list(range(12))
+    model, prompts, seeds = (
+        model_with(tied=True),
+        PROMPTS + [p[::-1] for p in PROMPTS] + [p * 2 for p in PROMPTS],
+        list(range(12)),
+    )
     for how in ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}):
         together = model.generate(prompts, 15, **how)
-        assert together == [model.generate([p], 15, **how, seeds=[s])[0] for p, s in zip(prompts, seeds, strict=True)]
-        assert together[::-1] == model.generate(prompts[::-1], 15, **how, seeds=seeds[::-1], batch=2)
+        assert together == [
+            model.generate([p], 15, **how, seeds=[s])[0]
+            for p, s in zip(prompts, seeds, strict=True)
+        ]
+        assert together[::-1] == model.generate(
+            prompts[::-1], 15, **how, seeds=seeds[::-1], batch=2
+        )
         assert together != model.generate(prompts, 15, **how, seeds=[9] * 12)
 
 
@@ -58,13 +90,25 @@ def test_a_gpu_s_compiled_step_gives_the_same_answers(monkeypatch: pytest.Monkey
     run as torch operations: what kernels are made of it is the compiler's."""
     torch._dynamo.reset()
     counters.clear()
-    models, batches, prompts = [model_with(6), model_with(6)], (7, 5), PROMPTS + [p[::-1] for p in PROMPTS[:3]]
+    models, batches, prompts = (
+        [model_with(6), model_with(6)],
+        (7, 5),
+        PROMPTS + [p[::-1] for p in PROMPTS[:3]],
+    )
     models[1].init_weights(3)
-    expected = [m.generate(prompts, 20, temperature=0.8, stop_ids=(7, 30), batch=n) for m in models for n in batches]
+    expected = [
+        m.generate(prompts, 20, temperature=0.8, stop_ids=(7, 30), batch=n)
+        for m in models
+        for n in batches
+    ]
     assert len({len(answer) for answer in expected[0]}) > 2
     compiled = torch.compile(Block.forward, dynamic=True, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr("model.compiled_on", lambda kind, function: compiled)
-    assert expected == [m.generate(prompts, 20, temperature=0.8, stop_ids=(7, 30), batch=n) for m in models for n in batches]
+    assert expected == [
+        m.generate(prompts, 20, temperature=0.8, stop_ids=(7, 30), batch=n)
+        for m in models
+        for n in batches
+    ]
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -74,24 +118,38 @@ def test_generate_stops_where_asked_and_frees_the_row() -> None:
     full = model.generate(PROMPTS, 20)
     stop = full[0][7]
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in full]
-    assert model.generate(PROMPTS, 20, stop_ids=(stop,)) == expected and min(map(len, expected)) < 20 < 1 + max(map(len, expected))
+    assert model.generate(PROMPTS, 20, stop_ids=(stop,)) == expected and min(
+        map(len, expected)
+    ) < 20 < 1 + max(map(len, expected))
     sampled = model.generate(PROMPTS, 20, temperature=1.0)
-    stop = sampled[0][3]  # a row that leaves early must take its own draws along, not its neighbour's
+    stop = sampled[0][
+        3
+    ]  # a row that leaves early must take its own draws along, not its neighbour's
     expected = [ids[: ids.index(stop)] if stop in ids else ids for ids in sampled]
-    assert model.generate(PROMPTS, 20, temperature=1.0, stop_ids=(stop,)) == expected and sorted(map(len, expected))[-1] == 20
+    assert (
+        model.generate(PROMPTS, 20, temperature=1.0, stop_ids=(stop,)) == expected
+        and sorted(map(len, expected))[-1] == 20
+    )
     marker = f"<{full[1][4]}><{full[1][5]}>"  # a string that two tokens make together
-    got = model.generate(PROMPTS, 20, stop_strings=(marker,), decode=lambda ids: "".join(f"<{i}>" for i in ids))
+    got = model.generate(
+        PROMPTS, 20, stop_strings=(marker,), decode=lambda ids: "".join(f"<{i}>" for i in ids)
+    )
     text = "".join(f"<{i}>" for i in full[1])
     assert "".join(f"<{i}>" for i in got[1]) == text[: text.index(marker) + len(marker)]
     assert all(a == b[: len(a)] for a, b in zip(got, full, strict=True))
-    shown = {full[1][2], full[1][14]}  # tokens between that decode to nothing, as special ones do, do not hide a stop string
+    shown = {
+        full[1][2],
+        full[1][14],
+    }  # tokens between that decode to nothing, as special ones do, do not hide a stop string
 
     def decode(ids: list[int]) -> str:
         return "".join(f"<{i}>" for i in ids if i in shown)
 
     marker = f"<{full[1][2]}><{full[1][14]}>"
     ends = [next((n for n in range(1, 21) if marker in decode(ids[:n])), 20) for ids in full]
-    assert model.generate(PROMPTS, 20, stop_strings=(marker,), decode=decode) == [ids[:n] for ids, n in zip(full, ends, strict=True)]
+    assert model.generate(PROMPTS, 20, stop_strings=(marker,), decode=decode) == [
+        ids[:n] for ids, n in zip(full, ends, strict=True)
+    ]
     assert ends[1] < 20
 
 
@@ -100,11 +158,19 @@ def test_choose_samples_the_distribution() -> None:
     spaced draws miss a share by less than 1e-4."""
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     draws = (torch.arange(20000) + 0.5) / 20000
-    cases = ((1.0, 1.0, range(5)), (1.0, 0.75, (1, 3, 4)), (1.0, 0.69, (1, 3)), (0.5, 1.0, range(5)), (1.0, 1e-6, (1,)))
+    cases = (
+        (1.0, 1.0, range(5)),
+        (1.0, 0.75, (1, 3, 4)),
+        (1.0, 0.69, (1, 3)),
+        (0.5, 1.0, range(5)),
+        (1.0, 1e-6, (1,)),
+    )
     for temperature, top_p, kept in cases:
         shares = p ** (1 / temperature) * torch.tensor([float(i in kept) for i in range(5)])
         ids = choose(p.log().expand(20000, 5), draws, temperature, top_p)
-        torch.testing.assert_close(torch.bincount(ids, minlength=5) / 20000, shares / shares.sum(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.bincount(ids, minlength=5) / 20000, shares / shares.sum(), rtol=0, atol=1e-4
+        )
     last = choose(p.log()[None], torch.tensor([1 - 2**-24]), 1.0, 0.75)  # the largest draw there is
     assert last.item() == 4
 
@@ -119,9 +185,14 @@ def test_generate_in_bf16_and_of_nothing() -> None:
 def test_generate_refuses_bad_requests() -> None:
     """Claim: each is named before any work. Oracle: the message."""
     model = model_with()
-    for arguments, word in (({"prompts": [[]]}, "prompts"), ({"temperature": -1.0}, "temperature"),
-                            ({"temperature": 1e-320}, "temperature must be 0 or from 1e-06 up"), ({"top_p": 0.0}, "top_p"),
-                            ({"seeds": [1]}, "seeds"), ({"stop_strings": ["x"]}, "decode")):  # fmt: skip
+    for arguments, word in (
+        ({"prompts": [[]]}, "prompts"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1e-320}, "temperature must be 0 or from 1e-06 up"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"seeds": [1]}, "seeds"),
+        ({"stop_strings": ["x"]}, "decode"),
+    ):
         with pytest.raises(ValueError, match=word):
             model.generate(**{"prompts": PROMPTS, "max_new_tokens": 3} | arguments)
 

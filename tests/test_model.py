@@ -15,7 +15,13 @@ from conftest import CXX
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch._dynamo.utils import counters
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import kernels
@@ -24,8 +30,17 @@ from chat import Chat
 from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotary, row_logprobs
 from model import Config, Mistral, Pack, load_weights, visible
 
-SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
-                         "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 512, "initializer_range": 0.2}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
 TINY = Config(**{k: v for k, v in SIZES.items() if k != "initializer_range"})
 TREES = [([5, 6, 7], [8, 9], [10]), (list(range(80)), [3] * 70, [4, 5, 6]), ([11], [12], [13, 14])]
 
@@ -38,11 +53,20 @@ def tiny(config: Config = TINY, seed: int = 0) -> Mistral:
     return model
 
 
-def save_reference(folder: Path, kind: str = "mistral", dtype: torch.dtype = torch.float32, shard: str = "5GB", old_rope: bool = False,
-                   **changes: Any) -> Any:  # fmt: skip
+def save_reference(
+    folder: Path,
+    kind: str = "mistral",
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+    old_rope: bool = False,
+    **changes: Any,
+) -> Any:
     """A random checkpoint saved by transformers, and transformers' model of it in fp32."""
     torch.manual_seed(1)
-    kinds = {"mistral": (MistralConfig, MistralForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    kinds = {
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }
     sizes = SIZES | ({"sliding_window": None} if kind == "mistral" else {}) | changes
     reference = kinds[kind][1](kinds[kind][0](**sizes)).to(dtype)
     reference.save_pretrained(folder, max_shard_size=shard)
@@ -50,19 +74,30 @@ def save_reference(folder: Path, kind: str = "mistral", dtype: torch.dtype = tor
         entries = json.loads((folder / "config.json").read_text())
         entries["rope_theta"] = entries.pop("rope_parameters")["rope_theta"]
         (folder / "config.json").write_text(json.dumps(entries))
-    return kinds[kind][1].from_pretrained(folder, dtype=torch.float32).eval()  # .float() would leave rounded rotary tables
+    return (
+        kinds[kind][1].from_pretrained(folder, dtype=torch.float32).eval()
+    )  # .float() would leave rounded rotary tables
 
 
 def save_tokenizer(folder: Path) -> None:
     """97 pieces of English, special tokens included."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.train_from_iterator([str(test_logits_ids_and_text_equal_transformers.__doc__)] * 2, trainers.BpeTrainer(
-        vocab_size=97, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))  # fmt: skip
+    tokenizer.train_from_iterator(
+        [str(test_logits_ids_and_text_equal_transformers.__doc__)] * 2,
+        trainers.BpeTrainer(
+            vocab_size=97, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+        ),
+    )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     assert tokenizer.get_vocab_size() == 97
     tokenizer.save(str(folder / "tokenizer.json"))
-    entries = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    entries = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(entries))
 
 
@@ -94,27 +129,45 @@ def test_logits_ids_and_text_equal_transformers(name: str, tmp_path: Path) -> No
     save_tokenizer(tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == ("shard" in variant)
-    assert {p.dtype for file in files for p in load_file(file).values()} == {variant.get("dtype", torch.float32)}
-    model, chat, tokenizer = Mistral.from_pretrained(tmp_path), Chat(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    prompts = ["the greedy text that it spells over a folder and a model, and the scale", "parity: transformers are the oracle, in three"]
+    assert {p.dtype for file in files for p in load_file(file).values()} == {
+        variant.get("dtype", torch.float32)
+    }
+    model, chat, tokenizer = (
+        Mistral.from_pretrained(tmp_path),
+        Chat(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    prompts = [
+        "the greedy text that it spells over a folder and a model, and the scale",
+        "parity: transformers are the oracle, in three",
+    ]
     tokens = torch.tensor([chat.text(prompt)[:20] for prompt in prompts])
     assert tokens.tolist() == [ids[:20] for ids in tokenizer(prompts)["input_ids"]]
     with torch.no_grad():
         expected, got = reference(tokens).logits, model(tokens)
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
     greedy = {"max_new_tokens": 128, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    ids = reference.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)[:, 20:].tolist()
+    ids = reference.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)[
+        :, 20:
+    ].tolist()
     ours = model.generate(tokens.tolist(), 128)
     assert ours == ids
     texts = [chat.decode(answer) for answer in ours]
-    assert texts == tokenizer.batch_decode(ids, skip_special_tokens=True) and min(map(len, texts)) > 100
+    assert (
+        texts == tokenizer.batch_decode(ids, skip_special_tokens=True)
+        and min(map(len, texts)) > 100
+    )
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 def test_angles_are_transformers_to_the_bit(theta: float) -> None:
     """Claim: so that parity does not wear off with the position: theta^-x for 1 / theta^x would change a third of the frequencies, and a
     position multiplies that. Oracle: transformers' own tables."""
-    theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=256, num_attention_heads=2, rope_theta=theta, max_position_embeddings=8192))
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=256, num_attention_heads=2, rope_theta=theta, max_position_embeddings=8192
+        )
+    )
     positions = torch.arange(8192)
     cos, sin = rotary(positions, theta, 128)
     for ours, table in zip((cos, sin), theirs(torch.zeros(1), positions[None]), strict=True):
@@ -125,8 +178,15 @@ def test_config_takes_harmless_entries(tmp_path: Path) -> None:
     """Claim: entries of public checkpoints that change nothing are taken. Oracle: the Config without them."""
     save_reference(tmp_path, kind="llama")
     path, plain = tmp_path / "config.json", Config.read(tmp_path)
-    entries = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}, "hidden_act": "swish",
-               "partial_rotary_factor": 1.0, "rope_scaling": {"rope_type": "default"}, "id2label": {"0": "A"}}  # fmt: skip
+    entries = {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {"dtype": "q4"},
+        "hidden_act": "swish",
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": {"rope_type": "default"},
+        "id2label": {"0": "A"},
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
     assert Config.read(tmp_path) == plain
 
@@ -140,17 +200,31 @@ def test_rope_theta_spellings_agree(tmp_path: Path) -> None:
     del entries["rope_parameters"]
     path.write_text(json.dumps(entries | {"rope_theta": 777.0}))
     assert Config.read(tmp_path).rope_theta == 777.0
-    path.write_text(json.dumps(entries | {"rope_theta": 777.0, "rope_parameters": {"rope_theta": 10.0}}))
+    path.write_text(
+        json.dumps(entries | {"rope_theta": 777.0, "rope_parameters": {"rope_theta": 10.0}})
+    )
     with pytest.raises(ValueError, match=r"rope_parameters\.rope_theta = 10\.0"):
         Config.read(tmp_path)
 
 
-@pytest.mark.parametrize(("entry", "value"), [
-    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-    ("attention_bias", True), ("mlp_bias", True), ("hidden_act", "gelu"), ("quantization_config", {"quant_method": "gptq"}),
-    ("model_type", "qwen2"), ("attention_dropout", 0.1), ("attention_sinks", 4), ("num_local_experts", 8), ("rope_parameters", [1]),
-    ("rms_norm_eps", None), ("rms_norm_eps", "1e-5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("model_type", "qwen2"),
+        ("attention_dropout", 0.1),
+        ("attention_sinks", 4),
+        ("num_local_experts", 8),
+        ("rope_parameters", [1]),
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", "1e-5"),
+    ],
+)
 def test_config_refuses_other_computations_by_name(entry: str, value: Any, tmp_path: Path) -> None:
     """Claim: what is not implemented is refused by name, known or unknown to us. Oracle: the entry's name in the error."""
     save_reference(tmp_path)
@@ -163,12 +237,27 @@ def test_config_refuses_other_computations_by_name(entry: str, value: Any, tmp_p
 def test_config_takes_absent_entries_as_transformers_does(tmp_path: Path) -> None:
     """Claim: defaults, and what null means, are transformers', per model type. Oracle: MistralConfig and LlamaConfig themselves."""
     for kind, reference in (("mistral", MistralConfig), ("llama", LlamaConfig)):
-        entries = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        entries = {
+            name: SIZES[name]
+            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        }
         entries["num_attention_heads"] = 8
-        for nulls in ({}, {"head_dim": None}, {"num_key_value_heads": None} if kind == "llama" else {}):
-            (tmp_path / "config.json").write_text(json.dumps(entries | nulls | {"model_type": kind}))
+        for nulls in (
+            {},
+            {"head_dim": None},
+            {"num_key_value_heads": None} if kind == "llama" else {},
+        ):
+            (tmp_path / "config.json").write_text(
+                json.dumps(entries | nulls | {"model_type": kind})
+            )
             ours, theirs = Config.read(tmp_path), reference(**entries, **nulls)
-            for name in ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+            for name in (
+                "num_key_value_heads",
+                "head_dim",
+                "rms_norm_eps",
+                "max_position_embeddings",
+                "tie_word_embeddings",
+            ):
                 assert getattr(ours, name) == getattr(theirs, name), name
             assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
             assert ours.sliding_window == getattr(theirs, "sliding_window", None)
@@ -176,11 +265,17 @@ def test_config_takes_absent_entries_as_transformers_does(tmp_path: Path) -> Non
 
 def test_config_refuses_impossible_sizes() -> None:
     """Claim: sizes that no model can have are named. Oracle: the constraint."""
-    for change, word in (({"num_key_value_heads": 3}, "num_attention_heads"), ({"head_dim": 7}, "head_dim"),
-                         ({"hidden_size": 0}, "hidden_size"), ({"model_type": "gpt2"}, "model_type"),
-                         ({"sliding_window": 0}, "sliding_window"), ({"rope_theta": 0}, "rope_theta"),
-                         ({"rope_theta": "1e6"}, "rope_theta"), ({"rms_norm_eps": None}, "rms_norm_eps"),
-                         ({"model_type": "llama", "sliding_window": 8}, "sliding_window")):  # fmt: skip
+    for change, word in (
+        ({"num_key_value_heads": 3}, "num_attention_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": "1e6"}, "rope_theta"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"model_type": "llama", "sliding_window": 8}, "sliding_window"),
+    ):
         with pytest.raises(ValueError, match=f"{word} must be"):
             Config(**TINY.__dict__ | change)
 
@@ -188,7 +283,9 @@ def test_config_refuses_impossible_sizes() -> None:
 def test_parameters_carry_the_checkpoint_table() -> None:
     """Claim: the literal table is the module's names and shapes. Oracle: named_parameters."""
     for config in (TINY, Config(**{**TINY.__dict__, "tie_word_embeddings": True})):
-        assert config.shapes() == {name: tuple(p.shape) for name, p in Mistral(config).named_parameters()}
+        assert config.shapes() == {
+            name: tuple(p.shape) for name, p in Mistral(config).named_parameters()
+        }
 
 
 def test_init_weights_depends_on_the_seed_alone() -> None:
@@ -198,7 +295,9 @@ def test_init_weights_depends_on_the_seed_alone() -> None:
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     weight = a.model.embed_tokens.weight
     assert not torch.equal(weight, c.model.embed_tokens.weight)
-    assert abs(weight.std().item() - 0.02) < 1e-3 and torch.equal(a.model.norm.weight, torch.ones(48))  # 4,656 draws: std error 2e-4
+    assert abs(weight.std().item() - 0.02) < 1e-3 and torch.equal(
+        a.model.norm.weight, torch.ones(48)
+    )  # 4,656 draws: std error 2e-4
 
 
 # The head.
@@ -207,9 +306,16 @@ def test_init_weights_depends_on_the_seed_alone() -> None:
 @pytest.mark.parametrize("trained", [False, True])
 def test_row_logprobs_equal_log_softmax(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim: values and gradients of the chunked heads. Oracle: log_softmax in float64; 1e-5 relative is fp32 rounding."""
-    monkeypatch.setattr(kernels, "HEAD_CHUNK", {"cpu": 97 * 4, "cuda": 97 * 4})  # chunks of 4 rows, the last one short
+    monkeypatch.setattr(
+        kernels, "HEAD_CHUNK", {"cpu": 97 * 4, "cuda": 97 * 4}
+    )  # chunks of 4 rows, the last one short
     torch.manual_seed(0)
-    hidden, weight, targets, up = torch.randn(11, 24), torch.randn(97, 24), torch.randint(0, 97, (11,)), torch.randn(11)
+    hidden, weight, targets, up = (
+        torch.randn(11, 24),
+        torch.randn(97, 24),
+        torch.randint(0, 97, (11,)),
+        torch.randn(11),
+    )
     ours = hidden.requires_grad_(), weight.requires_grad_(trained)
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     got = row_logprobs(*ours, targets)
@@ -228,19 +334,30 @@ def test_row_logprobs_in_bf16_accumulate_in_fp32() -> None:
     """Claim: bf16 inputs lose no more than the rounding of logits to bf16. Oracle: float64 on the same bf16 numbers; a logit of 4 to 8
     rounds by up to 2^-6, and a log-probability moves by twice that at most."""
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(64, 32).bfloat16(), (torch.randn(500, 32) * 0.2).bfloat16(), torch.randint(0, 500, (64,))
+    hidden, weight, targets = (
+        torch.randn(64, 32).bfloat16(),
+        (torch.randn(500, 32) * 0.2).bfloat16(),
+        torch.randint(0, 500, (64,)),
+    )
     expected = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(64), targets]
     got = row_logprobs(hidden, weight, targets)
     assert got.dtype == torch.float32 and (got - expected).abs().max() < 2**-5
-    assert (got - expected).mean().abs() < 2e-3  # no drift: a bf16 sum over 500 words would lose far more
+    assert (
+        got - expected
+    ).mean().abs() < 2e-3  # no drift: a bf16 sum over 500 words would lose far more
 
 
-def test_a_trained_head_s_gradient_in_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_head_s_gradient_in_bf16_is_summed_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Claim: the gradient's error does not grow with the number of chunks. Oracle: float64 on the same bf16 numbers; one rounding to bf16
     is 2^-9 of each element, and so are the slopes' and the products'. Added up in bf16, 64 chunks leave 4 times as much."""
     torch.manual_seed(0)
     S, V = 256, 400
-    hidden, weight = torch.randn(S, 32).bfloat16(), (torch.randn(V, 32) * 0.2).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(S, 32).bfloat16(),
+        (torch.randn(V, 32) * 0.2).bfloat16().requires_grad_(),
+    )
     targets = torch.randint(0, 3, (S,))
     monkeypatch.setitem(kernels.HEAD_CHUNK, "cuda", 4 * V)
     row_logprobs(hidden, weight, targets).sum().backward()
@@ -257,7 +374,9 @@ def test_logprobs_keep_no_logits_for_the_backward() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("down_proj" in name)
     sizes: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
+    ):
         model.logprobs(pack)
     weights = max(p.numel() for p in model.parameters())
     assert max(n for n in sizes if n != weights) < len(pack.rows) * config.vocab_size / 20
@@ -266,7 +385,13 @@ def test_logprobs_keep_no_logits_for_the_backward() -> None:
 # The feed-forward and the norm.
 
 
-def agree(ours: list[torch.Tensor], exact: list[torch.Tensor], got: torch.Tensor, expected: torch.Tensor, **near: float) -> None:
+def agree(
+    ours: list[torch.Tensor],
+    exact: list[torch.Tensor],
+    got: torch.Tensor,
+    expected: torch.Tensor,
+    **near: float,
+) -> None:
     """The gradients of one slope by ours are those by exact, none where none is asked for."""
     slope = torch.randn_like(got)
     got.backward(slope)
@@ -283,9 +408,15 @@ def test_swiglu_gradients(frozen: tuple[int, ...]) -> None:
     analytic twin); rows over several chunks."""
     torch.manual_seed(0)
     shapes = ((2, 300, 16), (24, 16), (24, 16), (16, 24))
-    ours = [(2 * torch.randn(shape) / shape[-1] ** 0.5).requires_grad_(i not in frozen) for i, shape in enumerate(shapes)]
+    ours = [
+        (2 * torch.randn(shape) / shape[-1] ** 0.5).requires_grad_(i not in frozen)
+        for i, shape in enumerate(shapes)
+    ]
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
-    got, expected = SwiGLU.apply(*ours), (F.silu(exact[0] @ exact[1].T) * (exact[0] @ exact[2].T)) @ exact[3].T
+    got, expected = (
+        SwiGLU.apply(*ours),
+        (F.silu(exact[0] @ exact[1].T) * (exact[0] @ exact[2].T)) @ exact[3].T,
+    )
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     agree(ours, exact, got, expected, rtol=1e-5, atol=1e-4)  # the weight's sums over 600 rows
 
@@ -295,10 +426,15 @@ def test_swiglu_gradients(frozen: tuple[int, ...]) -> None:
 def test_rms_norm_gradients(frozen: tuple[int, ...], dtype: torch.dtype) -> None:
     """Claim: the norm and whichever gradients are asked for. Oracle: torch's RMSNorm in float64; bfloat16 rounds results to 8 bits."""
     torch.manual_seed(0)
-    ours = [torch.randn(shape).to(dtype).requires_grad_(i not in frozen) for i, shape in enumerate(((2, 30, 16), (16,)))]
+    ours = [
+        torch.randn(shape).to(dtype).requires_grad_(i not in frozen)
+        for i, shape in enumerate(((2, 30, 16), (16,)))
+    ]
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
     got, expected = rms_norm(*ours, 0.1), F.rms_norm(exact[0], (16,), exact[1], 0.1)
-    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 2**-8}
+    near = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 2**-8}
+    )
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, **near)
     agree(ours, exact, got, expected, **near)
@@ -311,14 +447,24 @@ def test_frozen_weights_get_no_gradient_and_keep_no_input() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("down_proj" in name)
     shapes: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t
+    ):
         out = model.logprobs(pack)
     T = len(pack.tokens)
-    assert shapes.count((T, TINY.intermediate_size)) == 2 * (TINY.num_hidden_layers - 1)  # gate and up
-    assert shapes.count((len(pack.rows), TINY.intermediate_size)) == 2  # of the last block, where the other rows stop
-    assert shapes.count((2, 2 * T, 12)) == TINY.num_hidden_layers - 2  # q: neither the first block's (nothing below trains) nor the last's
+    assert shapes.count((T, TINY.intermediate_size)) == 2 * (
+        TINY.num_hidden_layers - 1
+    )  # gate and up
+    assert (
+        shapes.count((len(pack.rows), TINY.intermediate_size)) == 2
+    )  # of the last block, where the other rows stop
+    assert (
+        shapes.count((2, 2 * T, 12)) == TINY.num_hidden_layers - 2
+    )  # q: neither the first block's (nothing below trains) nor the last's
     out.sum().backward()
-    assert all((p.grad is not None) == ("down_proj" in name) for name, p in model.named_parameters())
+    assert all(
+        (p.grad is not None) == ("down_proj" in name) for name, p in model.named_parameters()
+    )
 
 
 # One computation, whichever way it runs.
@@ -338,14 +484,18 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
     plain = gradients(model, pack)
     model.checkpoint_blocks = True
     again = gradients(model, pack)
-    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+    assert plain.keys() == again.keys() and all(
+        torch.equal(plain[name], again[name]) for name in plain
+    )
 
 
 def test_two_runs_are_bit_identical() -> None:
     """Claim: values and gradients repeat to the bit. Oracle: the first run."""
     model, pack = tiny(), Pack.build(TREES)
     first, second = gradients(model, pack), gradients(model, pack)
-    assert torch.equal(model.logprobs(pack), model.logprobs(pack)) and all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(model.logprobs(pack), model.logprobs(pack)) and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_bf16_logprobs_are_near_fp32() -> None:
@@ -368,19 +518,44 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
     """Claim: the CPU's plan computes what `visible` says, forward and backward, over small, shared and long blocks, of rotated queries and
     keys. Oracle: SDPA with the dense mask in float64, (a, b) turned as the complex number a + bi."""
     torch.manual_seed(0)
-    lengths = [(100, 70, 90), (3, 4, 5), (1, 1, 1), (64, 1, 64), (10, 200, 1), (2, 5), (130, 7), (1, 129, 2, 66), (5, 5, 5)]
+    lengths = [
+        (100, 70, 90),
+        (3, 4, 5),
+        (1, 1, 1),
+        (64, 1, 64),
+        (10, 200, 1),
+        (2, 5),
+        (130, 7),
+        (1, 129, 2, 66),
+        (5, 5, 5),
+    ]
     pack = Pack.build([[[0] * n for n in sizes] for sizes in lengths])
     rows = pack.rows if scored else torch.arange(len(pack.tokens))
     sees = visible(pack, window)
     mask = sees(0, 0, rows[:, None], torch.arange(len(pack.tokens))[None])
     T, K = len(pack.tokens), TINY.head_dim
-    ours = [torch.randn(n, heads, K).requires_grad_() for n, heads in ((len(rows), 4), (T, 2), (T, 2))]
+    ours = [
+        torch.randn(n, heads, K).requires_grad_() for n, heads in ((len(rows), 4), (T, 2), (T, 2))
+    ]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    turns, key_turns = (rotary(at, TINY.rope_theta, TINY.head_dim) for at in (pack.positions[rows], pack.positions))
-    got = BlockedAttention.apply(*ours, turns + key_turns, blocked_plan(pack.lengths, sees, rows, scored, window))
-    turned = [torch.view_as_real(torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.complex(*(t.double() for t in at)))
-              .movedim(-1, -2).flatten(-2) for x, at in zip(exact, (turns, key_turns), strict=False)]  # fmt: skip
-    expected = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (*turned, exact[2])), mask, enable_gqa=True).transpose(0, 1)
+    turns, key_turns = (
+        rotary(at, TINY.rope_theta, TINY.head_dim) for at in (pack.positions[rows], pack.positions)
+    )
+    got = BlockedAttention.apply(
+        *ours, turns + key_turns, blocked_plan(pack.lengths, sees, rows, scored, window)
+    )
+    turned = [
+        torch.view_as_real(
+            torch.view_as_complex(torch.stack(x.chunk(2, -1), -1))
+            * torch.complex(*(t.double() for t in at))
+        )
+        .movedim(-1, -2)
+        .flatten(-2)
+        for x, at in zip(exact, (turns, key_turns), strict=False)
+    ]
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (*turned, exact[2])), mask, enable_gqa=True
+    ).transpose(0, 1)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     agree(ours, exact, got, expected, rtol=1e-5, atol=3e-5)  # sums over hundreds of rows
 
@@ -393,7 +568,11 @@ def test_kept_and_recomputed_probabilities_are_the_same(monkeypatch: pytest.Monk
     sees, rows = visible(pack, None), torch.arange(len(pack.tokens))
     ours = [torch.randn(len(rows), heads, 16).requires_grad_() for heads in (4, 2, 2)]
     plan = blocked_plan(pack.lengths, sees, rows, False, None)
-    blocks = [(own.stop - own.start, seen.stop - seen.start) for _, blocks in plan for own, seen, _ in blocks]
+    blocks = [
+        (own.stop - own.start, seen.stop - seen.start)
+        for _, blocks in plan
+        for own, seen, _ in blocks
+    ]
     found = {}
     for limit in (0, 128, 1000):
         monkeypatch.setattr("kernels.KEPT_KEYS", limit)
@@ -404,9 +583,13 @@ def test_kept_and_recomputed_probabilities_are_the_same(monkeypatch: pytest.Monk
         assert all(map(torch.equal, found[limit], found[0]))
     assert any(seen == 128 for _, seen in blocks)
     with torch.no_grad():
-        context = SimpleNamespace(needs_input_grad=(False,) * 5, save_for_backward=lambda *kept: found.update(kept=kept))
+        context = SimpleNamespace(
+            needs_input_grad=(False,) * 5, save_for_backward=lambda *kept: found.update(kept=kept)
+        )
         BlockedAttention.forward(context, *ours, rotary(pack.positions, 1e4, 16) * 2, plan)
-    assert len(found["kept"]) == 3 + len(blocks) and not any(x is not None for x in found["kept"][3:])
+    assert len(found["kept"]) == 3 + len(blocks) and not any(
+        x is not None for x in found["kept"][3:]
+    )
 
 
 @pytest.mark.skipif(not CXX, reason="torch.compile needs a C++ compiler")
@@ -483,19 +666,37 @@ os._exit(0)  # past Python's own shutdown, where gloo's threads may abort a proc
 """
 
 
-@pytest.mark.parametrize(("processes", "mode"), [(1, "selective"), (2, "all"), (2, "mixed"), (2, "checkpointed")])
+@pytest.mark.parametrize(
+    ("processes", "mode"), [(1, "selective"), (2, "all"), (2, "mixed"), (2, "checkpointed")]
+)
 def test_sharded_gradients_equal_the_whole_model(processes: int, mode: str, tmp_path: Path) -> None:
     """Claim: FSDP2 over 1 and 2 processes (the second with an empty pack) gives the unsharded log-probabilities and gradients, saves the
     same weights, and initialises the same. Oracle: the unsharded model; mixed precision against fp32 within bf16's noise of 5 %."""
     model = tiny()
     for p in model.parameters():
-        p.data = p.data.bfloat16().float()  # frozen weights are stored in bf16 in the mixed case: nothing may be lost there
+        p.data = (
+            p.data.bfloat16().float()
+        )  # frozen weights are stored in bf16 in the mixed case: nothing may be lost there
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "sharded.py"
-    script.write_text(SHARDED.format(root=str(Path(model_file.__file__).parent), tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script)]
-    done = subprocess.run([*command, str(tmp_path / "model"), str(tmp_path), mode], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    script.write_text(
+        SHARDED.format(root=str(Path(model_file.__file__).parent), tests=str(Path(__file__).parent))
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(script),
+    ]
+    done = subprocess.run(
+        [*command, str(tmp_path / "model"), str(tmp_path), mode],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     grads = load_file(tmp_path / "result.safetensors")
     values = grads.pop("values")
@@ -511,5 +712,7 @@ def test_sharded_gradients_equal_the_whole_model(processes: int, mode: str, tmp_
         assert (grad - expected[name]).norm() < tolerance * expected[name].norm(), name
     saved = Mistral.from_pretrained(tmp_path / "saved")
     assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 2
-    assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(saved.parameters(), model.parameters(), strict=True)
+    )
     load_weights(saved, tmp_path / "model")

@@ -24,8 +24,15 @@ import model as model_file
 from model import Config, Mistral, Pack, visible
 
 TESTS = Path(__file__).parent
-CONFIG = Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                head_dim=8)  # fmt: skip
+CONFIG = Config(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 MODELS: dict[int | None, Mistral] = {}
 
 
@@ -40,9 +47,19 @@ def model_with(window: int | None) -> Mistral:
 
 def padded_logprobs(model: Mistral, trees: list[list[list[int]]]) -> Tensor:
     """Every prompt + response as a padded row of one batch, full logits, log_softmax, sum: chosen ones first."""
-    pairs = [(tree[0], tree[b]) for b in range(1, max(map(len, trees))) for tree in trees if b < len(tree)]
+    pairs = [
+        (tree[0], tree[b])
+        for b in range(1, max(map(len, trees)))
+        for tree in trees
+        if b < len(tree)
+    ]
     width = max(len(prompt) + len(response) for prompt, response in pairs)
-    tokens = torch.tensor([prompt + response + [0] * (width - len(prompt) - len(response)) for prompt, response in pairs])
+    tokens = torch.tensor(
+        [
+            prompt + response + [0] * (width - len(prompt) - len(response))
+            for prompt, response in pairs
+        ]
+    )
     logp = model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     scored = torch.zeros_like(logp)
     for row, (prompt, response) in zip(scored, pairs, strict=True):
@@ -54,10 +71,14 @@ def test_pack_lays_out_the_documented_example() -> None:
     """Claim: the docstring's two pairs. Oracle: its table, typed in."""
     pack = Pack.build([([5, 6], [7, 8, 9], [7, 4]), ([3], [2], [8, 2])])
     table = {
-        "tokens": [5, 6, 7, 8, 9, 7, 4, 3, 2, 8, 2], "positions": [0, 1, 2, 3, 4, 2, 3, 0, 1, 1, 2], "tree": [0] * 7 + [1] * 4,
-        "branch": [0, 0, 1, 1, 1, 2, 2, 0, 1, 2, 2], "rows": [1, 2, 3, 1, 5, 7, 7, 9], "targets": [7, 8, 9, 7, 4, 2, 8, 2],
+        "tokens": [5, 6, 7, 8, 9, 7, 4, 3, 2, 8, 2],
+        "positions": [0, 1, 2, 3, 4, 2, 3, 0, 1, 1, 2],
+        "tree": [0] * 7 + [1] * 4,
+        "branch": [0, 0, 1, 1, 1, 2, 2, 0, 1, 2, 2],
+        "rows": [1, 2, 3, 1, 5, 7, 7, 9],
+        "targets": [7, 8, 9, 7, 4, 2, 8, 2],
         "response": [0, 0, 0, 2, 2, 1, 3, 3],
-    }  # fmt: skip
+    }
     assert {name: getattr(pack, name).tolist() for name in table} == table
     assert pack.lengths == ((2, 3, 2), (1, 1, 2))
 
@@ -65,12 +86,23 @@ def test_pack_lays_out_the_documented_example() -> None:
 def test_visible_is_the_documented_three_tokens() -> None:
     """Claim: prompt a, chosen b, rejected c see a / a b / a c. Oracle: the docstring's picture; windows by hand."""
     pack, index = Pack.build([([1], [2], [3])]), torch.arange(3)
-    assert visible(pack, None)(0, 0, index[:, None], index[None]).int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-    assert visible(pack, 1)(0, 0, index[:, None], index[None]).int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert visible(pack, None)(0, 0, index[:, None], index[None]).int().tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 0, 1],
+    ]
+    assert visible(pack, 1)(0, 0, index[:, None], index[None]).int().tolist() == [
+        [1, 0, 0],
+        [0, 1, 0],
+        [0, 0, 1],
+    ]
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 4), min_size=2, max_size=4), min_size=1, max_size=3), st.sampled_from([None, 1, 2, 3]))
+@given(
+    st.lists(st.lists(st.integers(1, 4), min_size=2, max_size=4), min_size=1, max_size=3),
+    st.sampled_from([None, 1, 2, 3]),
+)
 def test_visible_is_the_definition(lengths: list[list[int]], window: int | None) -> None:
     """Claim: same tree, prompt or own response, not after, within the window. Oracle: those words as Python loops; padding apart."""
     pack = Pack.build([[[0] * n for n in sizes] for sizes in lengths]).padded(16)
@@ -79,7 +111,11 @@ def test_visible_is_the_definition(lengths: list[list[int]], window: int | None)
     position, tree, branch = pack.positions.tolist(), pack.tree.tolist(), pack.branch.tolist()
     for i in index.tolist():
         for j in index.tolist():
-            expected = tree[i] == tree[j] and branch[j] in (0, branch[i]) and 0 <= position[i] - position[j] < (window or 99)
+            expected = (
+                tree[i] == tree[j]
+                and branch[j] in (0, branch[i])
+                and 0 <= position[i] - position[j] < (window or 99)
+            )
             assert seen[i, j] == expected
     assert seen.diagonal().all()  # no row of a softmax is empty, padding included
 
@@ -89,7 +125,10 @@ def test_pack_refuses_empty_parts_and_takes_arrays() -> None:
     for tree in ([[1], []], [[], [1]], [[1, 2]]):
         with pytest.raises(ValueError, match="tree 1 of a pack"):
             Pack.build([[[1], [2]], tree])
-    lists, arrays = [[1, 2], [3], [4, 5]], [np.array(x, dtype=np.uint16) for x in ([1, 2], [3], [4, 5])]
+    lists, arrays = (
+        [[1, 2], [3], [4, 5]],
+        [np.array(x, dtype=np.uint16) for x in ([1, 2], [3], [4, 5])],
+    )
     assert torch.equal(Pack.build([lists]).tokens, Pack.build([arrays]).tokens)
 
 
@@ -99,7 +138,11 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 90), st.integers(1, 80), st.integers(1, 80)), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.integers(1, 90), st.integers(1, 80), st.integers(1, 80)),
+        min_size=1,
+        max_size=4,
+    ),
     st.sampled_from([None, 4, 50]),
     st.sampled_from([1, 2]),
     st.integers(0, 1000),
@@ -107,18 +150,28 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 @example([(1, 1, 1)], None, 2, 0)
 @example([(1, 1, 1), (1, 70, 1), (80, 1, 66)], 4, 2, 0)
 @example([(1, 1, 1), (64, 64, 64)], 50, 1, 0)
-def test_logprobs_equal_the_padded_computation(lengths: list[tuple[int, ...]], window: int | None, responses: int, seed: int) -> None:
+def test_logprobs_equal_the_padded_computation(
+    lengths: list[tuple[int, ...]], window: int | None, responses: int, seed: int
+) -> None:
     """Claim: values and every parameter's gradient, for pairs (and single responses) of any lengths, one token included, with and without
     a window. Oracle: padded_logprobs; 1e-5 relative in fp32."""
     rng = np.random.default_rng(seed)
     trees = [[rng.integers(0, 61, n).tolist() for n in sizes[: responses + 1]] for sizes in lengths]
-    model, weights = model_with(window), torch.from_numpy(rng.normal(size=len(trees) * responses)).float()
+    model, weights = (
+        model_with(window),
+        torch.from_numpy(rng.normal(size=len(trees) * responses)).float(),
+    )
     results = []
-    for compute in (lambda: model.logprobs(Pack.build(trees)), lambda: padded_logprobs(model, trees)):
+    for compute in (
+        lambda: model.logprobs(Pack.build(trees)),
+        lambda: padded_logprobs(model, trees),
+    ):
         model.zero_grad()
         values = compute()
         (values * weights).sum().backward()
-        results.append((values.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        results.append(
+            (values.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None])
+        )
     (got, got_grads), (expected, expected_grads) = results
     assert got.dtype == torch.float32 and relative_error(got, expected) < 1e-5
     whole = sum(grad.norm() ** 2 for grad in expected_grads) ** 0.5
@@ -131,7 +184,9 @@ def test_logprobs_of_trees_with_one_two_and_three_responses() -> None:
     """Claim: branch-first order holds for mixed trees. Oracle: padded_logprobs."""
     trees = [[[1, 2], [3, 4]], [[5], [6], [7, 8]], [[9, 10, 11], [12], [13], [14, 15]]]
     model = model_with(None)
-    torch.testing.assert_close(model.logprobs(Pack.build(trees)), padded_logprobs(model, trees), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.logprobs(Pack.build(trees)), padded_logprobs(model, trees), rtol=1e-5, atol=1e-5
+    )
 
 
 def rounded_up(pack: Pack) -> tuple[int, int]:
@@ -147,17 +202,28 @@ def test_flex_attention_equals_the_cpu_form(how: str, monkeypatch: pytest.Monkey
     of the CPU's, with and without a sliding window; traced for dynamic shapes as on a GPU, it needs a few graphs, not one a pack; compiled,
     it is right too. Oracles: model.logprobs, and the padded computation; without gradients, as FlexAttention has no backward on a CPU, and
     compiled for fixed shapes, as torch 2.13's C++ code for dynamic ones does not always compile; 1e-5 relative is fp32 rounding."""
-    ways: dict[str, Any] = {"traced": {"dynamic": True, "backend": "aot_eager"}, "compiled": {"dynamic": False}}
+    ways: dict[str, Any] = {
+        "traced": {"dynamic": True, "backend": "aot_eager"},
+        "compiled": {"dynamic": False},
+    }
     torch._dynamo.reset()
     counters.clear()
     flex = torch.compile(flex_attention, **ways[how])
     generator = torch.Generator().manual_seed(0)
-    packs = [[[torch.randint(0, 61, (int(n),), generator=generator).tolist() for n in sizes] for sizes in
-             torch.randint(1, 90, (trees, 3), generator=generator)] for trees in (2, 1, 4, 9, 6, 3)]  # fmt: skip
+    packs = [
+        [
+            [torch.randint(0, 61, (int(n),), generator=generator).tolist() for n in sizes]
+            for sizes in torch.randint(1, 90, (trees, 3), generator=generator)
+        ]
+        for trees in (2, 1, 4, 9, 6, 3)
+    ]
     assert len({rounded_up(Pack.build(trees)) for trees in packs}) == len(packs)
     for window in (None, 9):
         model = model_with(window)
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # that it is slow uncompiled
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(action="ignore"),
+        ):  # that it is slow uncompiled
             for trees in packs[:1] if how == "compiled" else packs:
                 expected = model.logprobs(Pack.build(trees))
                 with monkeypatch.context() as patch:
@@ -173,7 +239,12 @@ def gpu_kernels(cache: Path, **environment: str) -> dict[str, Any]:
         pytest.skip("needs triton, which torch's CUDA builds bring; pip install triton")
     path = f"{TESTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment |= {"PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, TESTS / "gpu_kernels.py"], env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, TESTS / "gpu_kernels.py"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout))
 
@@ -194,7 +265,9 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """Claim: with a 7B's heads in bfloat16 the kernels of FlexAttention, forward and backward, and those of generation's steps become
     machine code of an H100 whose shared memory it has. Oracle: Triton's compiler and the 227 KiB of a block there."""
     found = gpu_kernels(tmp_path, TRITON_INTERPRET="0")
-    assert {"forward", "backward"} == {"backward" if "backward" in k["kernel"] else "forward" for k in found["kernels"]}
+    assert {"forward", "backward"} == {
+        "backward" if "backward" in k["kernel"] else "forward" for k in found["kernels"]
+    }
     assert any("silu" in k["kernel"] for k in found["generation"])
     for kernel in found["kernels"] + found["generation"]:
         assert kernel["code_bytes"] > 0 and kernel["shared_bytes"] <= 227 * 2**10, kernel
@@ -206,7 +279,10 @@ def test_logprobs_do_not_leak(blind_to: str) -> None:
     model, prompt = model_with(None), list(range(40))
     change = 2 if blind_to == "the other response" else 3
     first = [[prompt, [1, 2, 3], [4] * 50], [prompt, [5] * 40, [6, 7]]]
-    second = [[prompt, [1, 2, 3], [9] * 50 if change == 2 else [4] * 50], [prompt if change == 2 else prompt[::-1], [5] * 40, [6, 7]]]
+    second = [
+        [prompt, [1, 2, 3], [9] * 50 if change == 2 else [4] * 50],
+        [prompt if change == 2 else prompt[::-1], [5] * 40, [6, 7]],
+    ]
     a, b = model.logprobs(Pack.build(first)), model.logprobs(Pack.build(second))
     same = torch.eq(a, b).tolist()
     assert same == ([True, True, False, True] if change == 2 else [True, False, True, False])

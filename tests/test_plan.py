@@ -36,12 +36,18 @@ def trained(config: Config, selective: str) -> frozenset[str]:
 
 
 def seven_b(shards: int = 1, device: str = "cuda") -> Load:
-    return Load(SEVEN_B, trained(SEVEN_B, "down_proj"), torch.bfloat16, device, shards, 1, 1, 1, False)
+    return Load(
+        SEVEN_B, trained(SEVEN_B, "down_proj"), torch.bfloat16, device, shards, 1, 1, 1, False
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("selective", ["down_proj", "all", "q_proj", "o_proj", "gate_proj", "input_layernorm", "lm_head"])
-def test_saved_activations_are_what_autograd_keeps(selective: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "selective", ["down_proj", "all", "q_proj", "o_proj", "gate_proj", "input_layernorm", "lm_head"]
+)
+def test_saved_activations_are_what_autograd_keeps(
+    selective: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: saved_bytes counts the tensors that autograd keeps. Oracle: torch's saved-tensor hooks, each storage once, parameters left
     out. 3 %: rotary tables, row indices and the norms' scales are not in the plan; they weigh most in a model this narrow."""
     for module in ("kernels", "plan"):
@@ -51,7 +57,10 @@ def test_saved_activations_are_what_autograd_keeps(selective: str, dtype: torch.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     generator = torch.Generator().manual_seed(0)
-    trees = [[torch.randint(0, 1000, (n,), generator=generator).numpy() for n in tree] for tree in [(60, 70, 80), (50, 100, 40)]]
+    trees = [
+        [torch.randint(0, 1000, (n,), generator=generator).numpy() for n in tree]
+        for tree in [(60, 70, 80), (50, 100, 40)]
+    ]
     pack, weights = Pack.build(trees), {p.data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -63,29 +72,44 @@ def test_saved_activations_are_what_autograd_keeps(selective: str, dtype: torch.
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.logprobs(pack)
     lengths = np.array(pack.lengths)
-    seen = (plan.kept_keys(lengths, None, False).sum() / len(pack.tokens), plan.kept_keys(lengths, None, True).sum() / len(pack.rows))
-    load = Load(SMALL, names, dtype, "cpu", 1, len(pack.tokens), len(pack.rows), 1, False, seen=seen)
+    seen = (
+        plan.kept_keys(lengths, None, False).sum() / len(pack.tokens),
+        plan.kept_keys(lengths, None, True).sum() / len(pack.rows),
+    )
+    load = Load(
+        SMALL, names, dtype, "cpu", 1, len(pack.tokens), len(pack.rows), 1, False, seen=seen
+    )
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert sum(plan.saved_bytes(load)) == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("scored", [False, True])
-def test_kept_keys_are_those_of_the_blocks(scored: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_keys_are_those_of_the_blocks(
+    scored: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: the probabilities that attention on a CPU keeps are counted, block by block. Oracle: the blocks of its plan, a tree at a time.
     Trees that share a block count as if they filled it."""
     monkeypatch.setattr("plan.KEPT_KEYS", 300)
-    lengths = np.random.default_rng(0).integers((20, 1, 50), (300, 200, 250), (40, 3)).astype(np.int32)
+    lengths = (
+        np.random.default_rng(0).integers((20, 1, 50), (300, 200, 250), (40, 3)).astype(np.int32)
+    )
     expected = []
     for sizes in lengths.tolist():
         pack = Pack.build([[[0] * n for n in sizes]])
         rows = pack.rows if scored else torch.arange(len(pack.tokens))
-        blocks = [each for _, blocks in blocked_plan(pack.lengths, visible(pack, window), rows, scored, window) for each in blocks]
+        blocks = [
+            each
+            for _, blocks in blocked_plan(pack.lengths, visible(pack, window), rows, scored, window)
+            for each in blocks
+        ]
         sizes_of = [(own.stop - own.start, seen.stop - seen.start) for own, seen, _ in blocks]
         expected.append(sum(own * seen for own, seen in sizes_of if seen <= 300))
     assert plan.kept_keys(lengths, window, scored).tolist() == expected
     assert window or max(map(sum, lengths.tolist())) > 300 + 2 * 64
-    assert plan.kept_keys(np.array([[20, 14, 30]]), window, scored).tolist() == [64 * (44 if scored else 64)]
+    assert plan.kept_keys(np.array([[20, 14, 30]]), window, scored).tolist() == [
+        64 * (44 if scored else 64)
+    ]
 
 
 def test_step_of_finds_the_fullest_pack() -> None:
@@ -93,13 +117,18 @@ def test_step_of_finds_the_fullest_pack() -> None:
     stream = Stream([([1] * p, [1] * 90, [1] * (40 + p % 50)) for p in range(100, 300, 4)])
     config = train.Config(recipe="bfpo", batch=4, pack_tokens=700)
     step = plan.step_of(config, {"safety": stream}, 12, 2)  # type: ignore[dict-item]
-    load = step.with_budget(Load(SMALL, trained(SMALL, "all"), torch.float32, "cpu", 1, 1, 1, 1, False), 700)
+    load = step.with_budget(
+        Load(SMALL, trained(SMALL, "all"), torch.float32, "cpu", 1, 1, 1, 1, False), 700
+    )
     most = [0, 0]
     for number in range(12):
         drawn = batch_indices(len(stream), 4, 42, number, "safety")
         for pack in chain(*deal(stream.lengths[drawn].sum(1).tolist(), 2, 700)):
             for scored in (False, True):
-                most[scored] = max(most[scored], int(plan.kept_keys(stream.lengths[drawn[pack]], None, scored).sum()))
+                most[scored] = max(
+                    most[scored],
+                    int(plan.kept_keys(stream.lengths[drawn[pack]], None, scored).sum()),
+                )
     assert load.tokens == 700 and load.seen[0] * load.tokens == pytest.approx(most[0])
     assert load.seen[1] * load.scored == pytest.approx(most[1], rel=0.01)  # rows are whole
 
@@ -112,15 +141,25 @@ def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
     values = sum(torch.Size(shape).numel() for shape in SEVEN_B.shapes().values())
     down = 32 * 4096 * 14336
     assert held["frozen weights"] == 2 * (values - down)
-    assert held["trained weights, fp32"] + held["Adam moments, fp32"] + held["gradients, fp32"] == 16 * down
+    assert (
+        held["trained weights, fp32"] + held["Adam moments, fp32"] + held["gradients, fp32"]
+        == 16 * down
+    )
     room = plan.USABLE * 80e9
     lines, short = plan.memory_lines(load, PAPER, 8192, room)
     assert load.packs == 5 and not short and "it fits, up to --pack_tokens" in lines[-1]
     best = PAPER.largest_budget(load, room)
-    assert plan.needed(PAPER.with_budget(load, best)) <= room < plan.needed(PAPER.with_budget(load, best + 1))
+    assert (
+        plan.needed(PAPER.with_budget(load, best))
+        <= room
+        < plan.needed(PAPER.with_budget(load, best + 1))
+    )
     assert plan.needed(replace(load, packs=10)) == plan.needed(load)
     four = plan.fullest(replace(load, shards=4))[1]
-    assert four["frozen weights"] == held["frozen weights"] / 4 and four["Adam moments, fp32"] == held["Adam moments, fp32"] / 4
+    assert (
+        four["frozen weights"] == held["frozen weights"] / 4
+        and four["Adam moments, fp32"] == held["Adam moments, fp32"] / 4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,12 +174,21 @@ def test_what_is_gathered_is_what_fsdp2_has(dtype: torch.dtype) -> None:
         p.requires_grad_(name in alone.trained)
         p.data = p.data.float() if name in alone.trained else p.data
     runtime.shard(model, list(model.model.layers), runtime.start("cpu"), dtype)
-    assert isinstance(model, FSDPModule) and all(isinstance(block, FSDPModule) for block in model.model.layers)
+    assert isinstance(model, FSDPModule) and all(
+        isinstance(block, FSDPModule) for block in model.model.layers
+    )
     managed = sum(p.numel() for p in model.model.layers[0].parameters() if isinstance(p, DTensor))
     assert managed == (32 * 48 if dtype == torch.bfloat16 else 0)
-    assert max(moment["gathered layers"] for moment in plan.moments(alone).values()) == managed * dtype.itemsize
-    whole = sum(p.numel() for name, p in model.named_parameters() if ".layers.1." not in name)  # the root and a block
-    copies = max(moment["gathered layers"] for moment in plan.moments(replace(alone, processes=2)).values())
+    assert (
+        max(moment["gathered layers"] for moment in plan.moments(alone).values())
+        == managed * dtype.itemsize
+    )
+    whole = sum(
+        p.numel() for name, p in model.named_parameters() if ".layers.1." not in name
+    )  # the root and a block
+    copies = max(
+        moment["gathered layers"] for moment in plan.moments(replace(alone, processes=2)).values()
+    )
     assert copies == whole * dtype.itemsize
 
 
@@ -148,9 +196,16 @@ def test_what_does_not_fit_is_told_what_to_change() -> None:
     """Claim: on 40 GB the recipe does not fit one process, and the remedy named fits; a budget that is too large is told a smaller one."""
     lines, short = plan.memory_lines(seven_b(), PAPER, 8192, 0.95 * 40e9)
     assert "usable; pass 4 times as many processes" in short and "fits" not in lines[-1]
-    assert plan.needed(PAPER.with_budget(seven_b(4), 8192)) <= 0.95 * 40e9 < plan.needed(PAPER.with_budget(seven_b(2), 8192))
+    assert (
+        plan.needed(PAPER.with_budget(seven_b(4), 8192))
+        <= 0.95 * 40e9
+        < plan.needed(PAPER.with_budget(seven_b(2), 8192))
+    )
     _, short = plan.memory_lines(seven_b(), PAPER, 30000, 0.95 * 80e9)
-    assert f"--pack_tokens {PAPER.largest_budget(seven_b(), 0.95 * 80e9)}" in short and "--checkpoint_blocks" in short
+    assert (
+        f"--pack_tokens {PAPER.largest_budget(seven_b(), 0.95 * 80e9)}" in short
+        and "--checkpoint_blocks" in short
+    )
 
 
 def test_one_pack_may_fit_where_two_do_not() -> None:
@@ -166,7 +221,10 @@ def test_one_pack_may_fit_where_two_do_not() -> None:
     assert not short and lines[-1] == "  it fits, with a step in one pack"
     assert "pass --pack_tokens 2511" in plan.memory_lines(load, step, 2046, room)[1]
     less = replace(load, trained=trained(SEVEN_B, "down_proj"))
-    light = [plan.needed(step.with_budget(replace(less, checkpoint_blocks=True), budget)) for budget in (2511, 2046)]
+    light = [
+        plan.needed(step.with_budget(replace(less, checkpoint_blocks=True), budget))
+        for budget in (2511, 2046)
+    ]
     short = plan.memory_lines(less, step, 2046, sum(light) / 2)[1]
     assert light[0] < light[1] and "--checkpoint_blocks with --pack_tokens 2511" in short
 
@@ -178,11 +236,19 @@ def test_operations_are_those_of_the_arithmetic() -> None:
     forward, backward = plan.operations(replace(seven_b(), tokens=T, scored=S))
     every, scored = 2 * D * kv, 2 * D * D + 3 * D * F  # k and v; the rest of a block
     assert forward == 2 * (T * L * every + (T * (L - 1) + S) * scored + S * V * D)
-    first = T * (2 * D * D + every + 3 * D * F)  # nothing trains below block 0's down_proj: only its weight gradient
+    first = T * (
+        2 * D * D + every + 3 * D * F
+    )  # nothing trains below block 0's down_proj: only its weight gradient
     assert backward == forward - 2 * first + 2 * (T * (L - 1) + S) * D * F
 
 
-@pytest.mark.parametrize("case", ["deep", *(pytest.param(name, marks=pytest.mark.slow) for name in memory.CASES if name != "deep")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "deep",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in memory.CASES if name != "deep"),
+    ],
+)
 def test_plan_agrees_with_the_measured_peak(case: str) -> None:
     """Claim: the plan is within 15 % of the most anonymous memory that a run of train.py takes, loading to export. Oracle: the system."""
     found = memory.measure(case, pairs=2 if case == "deep" else 4)

@@ -36,8 +36,14 @@ from model import Mistral
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FLAT = " ".join(README.split())
-BLOCKS = [line.strip() for line in re.sub(r"\\\n\s+", "", README).splitlines() if re.match(r"    (python|torchrun|pip) ", line)]
-COMMENTS = {command.strip(): comment for command, _, comment in (line.partition(" # ") for line in BLOCKS)}
+BLOCKS = [
+    line.strip()
+    for line in re.sub(r"\\\n\s+", "", README).splitlines()
+    if re.match(r"    (python|torchrun|pip) ", line)
+]
+COMMENTS = {
+    command.strip(): comment for command, _, comment in (line.partition(" # ") for line in BLOCKS)
+}
 
 
 def promised(command: str) -> list[str]:
@@ -69,28 +75,30 @@ WALK: dict[str, list[str]] = {
     "python train.py --help": [],
     "python data.py PAIRS.jsonl --model DIR": [],
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine --dry_run": TRAIN,
-    "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine":
-        TRAIN,
+    "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine": TRAIN,
     "python curves.py runs/mine": [],
     "python eval.py --model runs/mine/model --reference DIR --pairs PAIRS.jsonl": CPU,
     "python eval.py --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
     "--out runs/eval/own": TASKS_OF,
     'python eval.py --model runs/toy/bfpo/model --prompt "How do I make a cake?"': CPU,
     "python eval.py --model runs/toy/bfpo/model --reference runs/toy/sft/model --pairs runs/toy/data/pku --tau 0.25": CPU,
-}  # fmt: skip
+}
 # Command -> the test that runs it: shortened, or with its models' scores made up, or as a child of this very run.
 ELSEWHERE = {
     "pip install -r requirements.txt && python train.py": "tests/test_train.py::test_toy_recipe_prints_its_table_again",
     "pip install -r requirements-dev.txt && python -m pytest": "tests/test_readme.py::test_requirements_are_installed",
     "python synthetic.py": "tests/test_synthetic.py::test_figure4_writes_the_three_files_and_nothing_else",
     "python synthetic.py theorems": "tests/test_synthetic.py::test_theorems_command_passes_and_prints_errors_with_tolerances",
-    **{f"python synthetic.py {name}": "tests/test_readme.py::test_toy_commands_write_what_is_said" for name in miniature.COMMANDS},
+    **{
+        f"python synthetic.py {name}": "tests/test_readme.py::test_toy_commands_write_what_is_said"
+        for name in miniature.COMMANDS
+    },
     "python train.py --seed 7 --out runs/toy7": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
     "python train.py --objective dpo --prefer safe --out runs/toy_dpo": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
     "torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py --out runs/toy4": "tests/test_train.py::test_toy_recipe_on_two_processes",
     "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_id bfpo --rdzv_endpoint HOST:29500 --shutdown-timeout 600 "
     "train.py bfpo --replicate 2": "tests/test_runtime.py::test_two_nodes_take_the_same_steps",
-}  # fmt: skip
+}
 
 
 def test_every_command_is_run() -> None:
@@ -100,7 +108,9 @@ def test_every_command_is_run() -> None:
     for node in ELSEWHERE.values():
         file, name = node.split("::")
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), node
-    assert list(COMMENTS)[:2] == list(ELSEWHERE)[:2]  # the first screen begins with one line each: a model, and the tests
+    assert (
+        list(COMMENTS)[:2] == list(ELSEWHERE)[:2]
+    )  # the first screen begins with one line each: a model, and the tests
     assert "pip install" not in "\n".join(list(COMMENTS)[2:])
 
 
@@ -109,27 +119,62 @@ def place(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that the README's commands read, in its words and small."""
     place, judge = tmp_path_factory.mktemp("readme"), tmp_path_factory.mktemp("judge")
     model = Mistral.from_pretrained(toys / "start")
-    model.model.embed_tokens.weight.data[:, 0], model.lm_head.weight.data[2, 0] = 1.0, 0.4  # </s> is likely, so answers are short
+    model.model.embed_tokens.weight.data[:, 0], model.lm_head.weight.data[2, 0] = (
+        1.0,
+        0.4,
+    )  # </s> is likely, so answers are short
     model.save_pretrained(place / "DIR", like=toys / "tokenizer")
     save_judge(judge / "model", save_tokenizer(judge / "tokenizer"))
-    links = {"mistralai/Mistral-7B-v0.1": place / "DIR", "HuggingFaceH4/zephyr-7b-beta": place / "DIR", "JUDGE": judge / "model",
-             "cais/HarmBench-Llama-2-13b-cls": judge / "model", "allenai/wildguard": judge / "model",
-             "runs/toy/sft/model": place / "DIR", "runs/toy/bfpo/model": place / "DIR"}  # fmt: skip
+    links = {
+        "mistralai/Mistral-7B-v0.1": place / "DIR",
+        "HuggingFaceH4/zephyr-7b-beta": place / "DIR",
+        "JUDGE": judge / "model",
+        "cais/HarmBench-Llama-2-13b-cls": judge / "model",
+        "allenai/wildguard": judge / "model",
+        "runs/toy/sft/model": place / "DIR",
+        "runs/toy/bfpo/model": place / "DIR",
+    }
     for name, target in links.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).symlink_to(target)
-    sets = {train.PKU: "pku", train.ULTRAFEEDBACK: "ultrafeedback", train.ULTRACHAT: "ultrachat", "runs/toy/data/pku": "pku"}
+    sets = {
+        train.PKU: "pku",
+        train.ULTRAFEEDBACK: "ultrafeedback",
+        train.ULTRACHAT: "ultrachat",
+        "runs/toy/data/pku": "pku",
+    }
     for name, kind in sets.items():
         (place / name).mkdir(parents=True)
         for split, rows in (("train", 100), ("test", 10)):
-            lines = (toys / kind / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = (
+                (toys / kind / f"{split}.jsonl")
+                .read_text(encoding="utf-8")
+                .splitlines(keepends=True)
+            )
             (place / name / f"{split}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
-    table = [json.loads(line) for line in (place / train.ULTRAFEEDBACK / "train.jsonl").read_text().splitlines()]
+    table = [
+        json.loads(line)
+        for line in (place / train.ULTRAFEEDBACK / "train.jsonl").read_text().splitlines()
+    ]
     pq.write_table(pa.Table.from_pylist(table), place / "ULTRAFEEDBACK.parquet")
     write(place / "PAIRS.jsonl", own_pairs())
-    write(place / "PROMPTS.jsonl", [{"prompt": request.text} for request in toy.requests(forbidden=True)[:16]])
-    rows = {**all_rows(), **{name: [row[0]] * 2 for name, row in ASKED.items()},
-            "alpaca_eval": [{"instruction": f"Name {n} colours.", "output": "Red.", "generator": "g", "dataset": "d"} for n in (2, 3)]}
+    write(
+        place / "PROMPTS.jsonl",
+        [{"prompt": request.text} for request in toy.requests(forbidden=True)[:16]],
+    )
+    rows = {
+        **all_rows(),
+        **{name: [row[0]] * 2 for name, row in ASKED.items()},
+        "alpaca_eval": [
+            {
+                "instruction": f"Name {n} colours.",
+                "output": "Red.",
+                "generator": "g",
+                "dataset": "d",
+            }
+            for n in (2, 3)
+        ],
+    }
     (place / "ROWS").mkdir()
     for name in rows.keys() & tasks.TASKS.keys():
         write(place / "ROWS" / f"{name}.jsonl", rows[name])
@@ -149,11 +194,22 @@ def example() -> dict[str, Any]:
 def own_pairs() -> list[dict[str, Any]]:
     """Toy pairs with the keys of the README's example."""
     rng, row = random.Random(0), example()
-    kinds = {"full": False, "refusal": True, "redirect": True, "curt": False}  # of answers to forbidden requests: safe?
+    kinds = {
+        "full": False,
+        "refusal": True,
+        "redirect": True,
+        "curt": False,
+    }  # of answers to forbidden requests: safe?
     rows = []
     for request in toy.requests(forbidden=True)[:40]:
         chosen, rejected = rng.sample(list(kinds), 2)
-        values = (request.text, toy.answer(request, chosen, rng), toy.answer(request, rejected, rng), kinds[chosen], kinds[rejected])
+        values = (
+            request.text,
+            toy.answer(request, chosen, rng),
+            toy.answer(request, rejected, rng),
+            kinds[chosen],
+            kinds[rejected],
+        )
         rows.append(dict(zip(row, values, strict=True)))
     return rows
 
@@ -170,7 +226,9 @@ def run(command: str, more: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     return 0
 
 
-def test_commands_run_as_they_stand(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run_as_they_stand(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: every command of WALK exits 0 and writes what the README says, one after the other, each reading what those before it left;
     a run folder and a report hold the files named. Oracle: the exit codes and the folder."""
     monkeypatch.chdir(place)
@@ -192,10 +250,15 @@ def test_commands_run_as_they_stand(place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", miniature.COMMANDS)
-def test_toy_commands_write_what_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_toy_commands_write_what_is_said(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: each experiment on the toy language writes the files that the README names to runs/<command>, and exits 0. The models' scores
     are made up here; test_miniature.py trains some, and so does the next test. Oracle: the folder."""
-    transcript = [{"prompt": "q", "answer": "a", "forbidden": forbidden, "helpful": 0.5, "harmless": True} for forbidden in (False, True)]
+    transcript = [
+        {"prompt": "q", "answer": "a", "forbidden": forbidden, "helpful": 0.5, "harmless": True}
+        for forbidden in (False, True)
+    ]
     held_out = {"safety": {quadrant: {"margin_nats": 1.0} for quadrant in miniature.SAME_LABEL}}
 
     def scores(jobs: list[miniature.Job], workers: int) -> dict[miniature.Job, dict[str, Any]]:
@@ -216,8 +279,13 @@ def test_toy_commands_in_earnest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     is left out. Oracle: the folder."""
     monkeypatch.chdir(tmp_path)
     for name in miniature.COMMANDS.keys() - {"search"}:
-        assert run(f"python synthetic.py {name}", ["--steps", "2", "--seeds", "1"], monkeypatch) == 0
-        assert all((tmp_path / "runs" / name / file).is_file() for file in promised(f"python synthetic.py {name}")), name
+        assert (
+            run(f"python synthetic.py {name}", ["--steps", "2", "--seeds", "1"], monkeypatch) == 0
+        )
+        assert all(
+            (tmp_path / "runs" / name / file).is_file()
+            for file in promised(f"python synthetic.py {name}")
+        ), name
 
 
 def test_figure4_is_where_it_is_said() -> None:
@@ -227,7 +295,9 @@ def test_figure4_is_where_it_is_said() -> None:
     assert 'default=Path("runs/figure4")' in (ROOT / "synthetic.py").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", [command for command in COMMENTS if "train.py" in command and "pip" not in command])
+@pytest.mark.parametrize(
+    "command", [command for command in COMMENTS if "train.py" in command and "pip" not in command]
+)
 def test_training_commands_parse(command: str) -> None:
     """Claim: torchrun takes the flags before train.py, train.py those after it, with the number of copies a divisor of the processes.
     Oracle: both programs' own parsers. torch 2.11's torchrun has no --shutdown-timeout, as the README says."""
@@ -244,12 +314,22 @@ def test_training_commands_parse(command: str) -> None:
     if arguments != ["--help"]:
         config = train.parse(arguments)
         assert config.out and size % config.replicate == 0
-        assert "--replicate" not in arguments or size // config.replicate == int(options.nproc_per_node)  # sharded inside a node
+        assert "--replicate" not in arguments or size // config.replicate == int(
+            options.nproc_per_node
+        )  # sharded inside a node
 
 
-@pytest.mark.parametrize("command", [c for c, node in ELSEWHERE.items() if node.endswith("takes_other_settings")])
-@pytest.mark.parametrize("more", [["--dry_run"], pytest.param(["--steps", "2"], marks=pytest.mark.slow)], ids=["dry", "run"])
-def test_toy_recipe_takes_other_settings(command: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "command", [c for c, node in ELSEWHERE.items() if node.endswith("takes_other_settings")]
+)
+@pytest.mark.parametrize(
+    "more",
+    [["--dry_run"], pytest.param(["--steps", "2"], marks=pytest.mark.slow)],
+    ids=["dry", "run"],
+)
+def test_toy_recipe_takes_other_settings(
+    command: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: the toy run with other settings gets through both stages, without training by default, and writes where it says or, dry,
     nowhere. Oracle: the exit code and the folder. Slow: half a minute each."""
     monkeypatch.chdir(tmp_path)
@@ -261,7 +341,10 @@ def test_requirements_are_installed() -> None:
     """Claim: the two files that the README installs from pin packages that pip finds by these names. Oracle: what is installed here."""
     for name in ("requirements.txt", "requirements-dev.txt"):
         assert f"pip install -r {name} && " in README
-        lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+        lines = [
+            line.split("#")[0].strip()
+            for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+        ]
         pins = [line for line in lines if line and not line.startswith("-r")]
         assert pins
         for pin in pins:
@@ -272,19 +355,25 @@ def test_requirements_are_installed() -> None:
 # --- what is named ---------------------------------------------------------------------------------------------------
 
 
-def test_flags_named_are_in_a_programs_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_named_are_in_a_programs_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: each --flag anywhere in the README is a flag of train, eval, redteam, data, synthetic or torchrun. Oracle: their --help."""
     for command in ("train.py", "eval.py", "redteam.py", "data.py", "synthetic.py figure1"):
         assert run(command, ["--help"], monkeypatch) == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out + get_args_parser().format_help()))
-    known |= {flag.replace("-", "_").replace("__", "--", 1) for flag in known} | {"--shutdown-timeout"}  # torch 2.13's
+    known |= {flag.replace("-", "_").replace("__", "--", 1) for flag in known} | {
+        "--shutdown-timeout"
+    }  # torch 2.13's
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert {"--fresh", "--labelled", "--replicate"} <= named <= known, named - known
 
 
 def test_files_named_are_there() -> None:
     """Claim: each program, picture and text that the README names in this repository is in it. Oracle: the folder."""
-    made = re.compile(r"runs/|(run|data|done|report|log|results|table|curves|changed)\.(?!py)")  # by a command: tested above
+    made = re.compile(
+        r"runs/|(run|data|done|report|log|results|table|curves|changed)\.(?!py)"
+    )  # by a command: tested above
     names = re.findall(r"`(?:python )?([\w/.-]+\.(?:py|png|toml|cff|json|txt))[` ]", README)
     names += re.findall(r"\]\((\w[\w/.]+\.(?:png|md))\)", README)
     names = [name for name in names if not made.match(name)]
@@ -295,40 +384,71 @@ def test_files_named_are_there() -> None:
 def test_numbers_quoted_are_those_of_the_committed_tables() -> None:
     """Claim: in a paragraph that points at a table in figures/, every number of three decimals is in that table; the search's picks and
     scores are those of its record. Oracle: the files that the commands wrote."""
-    paragraphs = {name: text for text in README.split("\n- ") for name in re.findall(r"\]\((figures/\w+\.md)\)", text)}
-    assert paragraphs.keys() == {f"figures/{name}.md" for name in miniature.COMMANDS.keys() - {"search"}}
+    paragraphs = {
+        name: text
+        for text in README.split("\n- ")
+        for name in re.findall(r"\]\((figures/\w+\.md)\)", text)
+    }
+    assert paragraphs.keys() == {
+        f"figures/{name}.md" for name in miniature.COMMANDS.keys() - {"search"}
+    }
     for name, text in paragraphs.items():
         numbers, table = re.findall(r"\d\.\d{3}\b", text), (ROOT / name).read_text(encoding="utf-8")
         assert numbers and [number for number in numbers if number not in table] == [], name
     record = json.loads((ROOT / "figures/search.json").read_text())
     for model, pick in record["picks"].items():
-        (run,) = [run for run in record["runs"] if run["model"] == model and {key: run[key] for key in pick} == pick]
-        scores = " / ".join(f"{sum(run[key]) / len(run[key]):.3f}" for key in ("helpful", "harmless"))
-        assert f"{pick['lr']:.1e}".replace(".0e", "e").replace("e-0", "e-") + f", {pick['tau']} ({scores})" in FLAT, model
+        (run,) = [
+            run
+            for run in record["runs"]
+            if run["model"] == model and {key: run[key] for key in pick} == pick
+        ]
+        scores = " / ".join(
+            f"{sum(run[key]) / len(run[key]):.3f}" for key in ("helpful", "harmless")
+        )
+        assert (
+            f"{pick['lr']:.1e}".replace(".0e", "e").replace("e-0", "e-")
+            + f", {pick['tau']} ({scores})"
+            in FLAT
+        ), model
 
 
 def rows_of(header: str) -> list[list[str]]:
     """The cells of the README's table with this header, without its line of dashes."""
     lines = README[README.index(f"\n{header}\n") + 1 :].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines
+    ]
 
 
 def test_table_of_files_has_them_all_with_their_lines() -> None:
     """Claim: every program is in the table once, with its number of lines to 10 %; bfpo, model, data, train, eval and synthetic come first.
     Oracle: the files."""
-    table = {row[0].strip("`"): int(row[1]) for row in rows_of("| file | lines | what it holds | in the paper |")}
+    table = {
+        row[0].strip("`"): int(row[1])
+        for row in rows_of("| file | lines | what it holds | in the paper |")
+    }
     assert set(table) == {path.name for path in ROOT.glob("*.py")}
-    assert list(table)[:6] == [f"{name}.py" for name in ("bfpo", "model", "data", "train", "eval", "synthetic")]
+    assert list(table)[:6] == [
+        f"{name}.py" for name in ("bfpo", "model", "data", "train", "eval", "synthetic")
+    ]
     for name, lines in table.items():
-        assert lines == pytest.approx(len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.1), name
+        assert lines == pytest.approx(
+            len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.1
+        ), name
 
 
 def test_table_of_symbols_is_that_of_bfpo() -> None:
     """Claim: symbol, identifier, shape and range are in the words of bfpo.py's docstring, line by line. Oracle: the docstring."""
     lines = (ROOT / "bfpo.py").read_text(encoding="utf-8").split('"""')[1].splitlines()
     cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
-    assert cells[0][:4] == ["paper symbol", "identifier", "shape", "range or unit"] and len(cells) > 15
-    ours = [[cell.strip("`") for cell in row] for row in rows_of("| paper symbol | identifier | shape | range or unit |")]
+    assert (
+        cells[0][:4] == ["paper symbol", "identifier", "shape", "range or unit"] and len(cells) > 15
+    )
+    ours = [
+        [cell.strip("`") for cell in row]
+        for row in rows_of("| paper symbol | identifier | shape | range or unit |")
+    ]
     assert ours == [[*row, "", ""][:4] for row in cells[1:]]
 
 
@@ -342,11 +462,30 @@ def test_index_points_at_what_is_there() -> None:
             text = (ROOT / file).read_text(encoding="utf-8")
             assert marks, part
             for mark in marks:
-                defined = rf"^\s*(def|class) {re.escape(mark)}\b|^{re.escape(mark)}\b.*=" if mark.isidentifier() else re.escape(mark)
+                defined = (
+                    rf"^\s*(def|class) {re.escape(mark)}\b|^{re.escape(mark)}\b.*="
+                    if mark.isidentifier()
+                    else re.escape(mark)
+                )
                 assert re.search(defined, text, re.MULTILINE), (file, mark)
     words = " ".join(row[0] for row in index)
-    for wanted in ("joint objective", "label", "squared loss", "Theorem 3.1", "3.2", "Proposition 3.3", "B.4", "Algorithm 1", "Figure 1",
-                   "Figure 2", "Figure 3", "Figure 4", "Figure 5", "§4.2", "benchmark"):  # fmt: skip
+    for wanted in (
+        "joint objective",
+        "label",
+        "squared loss",
+        "Theorem 3.1",
+        "3.2",
+        "Proposition 3.3",
+        "B.4",
+        "Algorithm 1",
+        "Figure 1",
+        "Figure 2",
+        "Figure 3",
+        "Figure 4",
+        "Figure 5",
+        "§4.2",
+        "benchmark",
+    ):
         assert wanted in words, wanted
 
 
@@ -354,7 +493,11 @@ def test_deviations_are_numbered_as_the_code_cites_them() -> None:
     """Claim: the table counts from 1 without a gap, and each `deviation n` of the code is in it. Oracle: the files."""
     numbers = [int(row[0]) for row in rows_of("| | the paper or its code | here | why |")]
     assert numbers == list(range(1, len(numbers) + 1))
-    cited = {int(n) for path in ROOT.glob("*.py") for n in re.findall(r"deviation (\d+)", path.read_text(encoding="utf-8"))}
+    cited = {
+        int(n)
+        for path in ROOT.glob("*.py")
+        for n in re.findall(r"deviation (\d+)", path.read_text(encoding="utf-8"))
+    }
     assert cited and cited <= set(numbers)
 
 
@@ -367,18 +510,30 @@ def test_example_row_has_the_schemas_columns() -> None:
 def test_settings_quoted_are_the_codes() -> None:
     """Claim: the packs, the protocols and the choices that the text gives are those of the code. Oracle: the constants."""
     paper, modern = tasks.PROTOCOLS["paper"], tasks.PROTOCOLS["modern"]
-    assert f"temperature {paper.temperature}, top-p {paper.top_p}, {paper.max_new_tokens} tokens" in FLAT
-    assert f"`--protocol modern` is greedy, {modern.max_new_tokens} tokens" in FLAT and modern.temperature == 0
+    assert (
+        f"temperature {paper.temperature}, top-p {paper.top_p}, {paper.max_new_tokens} tokens"
+        in FLAT
+    )
+    assert (
+        f"`--protocol modern` is greedy, {modern.max_new_tokens} tokens" in FLAT
+        and modern.temperature == 0
+    )
     assert f"packs of up to {train.PACK_TOKENS['cuda']:,} tokens" in FLAT
     assert f"SFT's learning rate is {train.RECIPES['sft']['lr']:.0e}".replace("e-05", "e-5") in FLAT
     assert "the first 30,000 rows of each set" in FLAT
-    assert all(source.endswith("[:30000]") for name in ("safety", "helpfulness") for source in train.RECIPES["bfpo"][name])
+    assert all(
+        source.endswith("[:30000]")
+        for name in ("safety", "helpfulness")
+        for source in train.RECIPES["bfpo"][name]
+    )
 
 
 def test_plan_of_7b_is_the_plans_arithmetic() -> None:
     """Claim: the memory of 1, 4 and 2 x 4 GPUs, the state and the activations a token are what plan.py counts. Oracle: plan.py, on pairs
     of the length that the README gives; to the digits printed."""
-    assert f"pairs of {round(PAPER.share / 64)} tokens on average, {PAPER.longest:,} at most" in FLAT
+    assert (
+        f"pairs of {round(PAPER.share / 64)} tokens on average, {PAPER.longest:,} at most" in FLAT
+    )
     table = rows_of("| GPUs | memory of each, by the plan (not measured) | time |")
     for row, (processes, shards) in zip(table, ((1, 1), (4, 4), (8, 4)), strict=True):
         step = replace(PAPER, share=math.ceil(PAPER.share / processes))
@@ -389,16 +544,29 @@ def test_plan_of_7b_is_the_plans_arithmetic() -> None:
         if processes == 1:
             state = sum(size for kind, size in held.items() if kind.endswith(("weights", "fp32")))
             assert f"gradients are {state / 1e9:.1f} GB" in FLAT
-            assert f"activations {held['saved activations'] / load.tokens / 1e6:.1f} MB for each token" in FLAT
+            assert (
+                f"activations {held['saved activations'] / load.tokens / 1e6:.1f} MB for each token"
+                in FLAT
+            )
 
 
 def test_citation_is_the_papers() -> None:
     """Claim: CITATION.cff names the authors and the paper that the README's first lines name. Oracle: those lines."""
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     families, first = re.findall(r"family-names: (\w+)", citation), README[:600]
-    assert families == ["Zhang", "Torr", "Elhoseiny", "Bibi"] and ", ".join(families) in " ".join(first.split())
-    assert "https://arxiv.org/abs/2408.15313" in citation and "https://arxiv.org/abs/2408.15313" in first
-    assert "year: 2025" in citation and "ICLR 2025" in first and "license: MIT" in citation and "MIT" in (ROOT / "LICENSE").read_text()
+    assert families == ["Zhang", "Torr", "Elhoseiny", "Bibi"] and ", ".join(families) in " ".join(
+        first.split()
+    )
+    assert (
+        "https://arxiv.org/abs/2408.15313" in citation
+        and "https://arxiv.org/abs/2408.15313" in first
+    )
+    assert (
+        "year: 2025" in citation
+        and "ICLR 2025" in first
+        and "license: MIT" in citation
+        and "MIT" in (ROOT / "LICENSE").read_text()
+    )
 
 
 def test_no_placeholder_is_left() -> None:

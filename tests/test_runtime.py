@@ -43,7 +43,9 @@ KILLS = 10
 def kill_often(toys: Path, out: Path) -> None:
     """A run killed ten times at random and once in its export; after eight kills <out>.copy is made. doing.json: what it was doing then."""
     rng = random.Random()
-    moments = [("start", rng.uniform(0.1, 1.5)) for _ in range(4)] + [("step", float(rng.randint(1, 4)))]
+    moments = [("start", rng.uniform(0.1, 1.5)) for _ in range(4)] + [
+        ("step", float(rng.randint(1, 4)))
+    ]
     moments += [("save", float(rng.randint(1, 4))) for _ in range(KILLS - len(moments))]
     rng.shuffle(moments)
     command = bfpo(toys, out, *STEPS, "--save_every", "1")
@@ -63,7 +65,9 @@ def test_run_killed_at_random_moments_ends_with_the_same_bytes(killed: Path, who
     doing = json.loads(killed.with_suffix(".json").read_text(encoding="utf-8"))
     assert doing.count("save") >= 5  # of those that wait for one
     assert runs.model_bytes(killed) == runs.model_bytes(whole)
-    assert runs.losses(killed) == runs.losses(whole) and [row["step"] for row in log_of(killed)] == list(range(200))
+    assert runs.losses(killed) == runs.losses(whole) and [
+        row["step"] for row in log_of(killed)
+    ] == list(range(200))
     assert not list(killed.rglob(".*partial*")) and not list((killed / "checkpoints").glob(".*"))
 
 
@@ -83,14 +87,20 @@ def on_two(killed: Path, whole: Path, toys: Path, tmp_path_factory: pytest.TempP
         damaged = folder / "damaged"
         shutil.copytree(whole, damaged)
         (damaged / "done.json").unlink()
-        files = [next(path.glob("*.safetensors")) for path in sorted((damaged / "checkpoints").glob("step-*"))]
+        files = [
+            next(path.glob("*.safetensors"))
+            for path in sorted((damaged / "checkpoints").glob("step-*"))
+        ]
         flipped = bytearray(files[-1].read_bytes())
         flipped[-100] ^= 1
         files[-1].write_bytes(flipped)
         files[-2].write_bytes(files[-2].read_bytes()[:-100])
-        commands = [bfpo(toys, folder / "bfpo", *STEPS, "--pack_tokens", "120", "--checkpoint_blocks"),
-                    sft(toys, folder / "sft", "--steps", "100"),
-                    bfpo(toys, folder / "copy", *STEPS), bfpo(toys, damaged, *STEPS)]  # fmt: skip
+        commands = [
+            bfpo(toys, folder / "bfpo", *STEPS, "--pack_tokens", "120", "--checkpoint_blocks"),
+            sft(toys, folder / "sft", "--steps", "100"),
+            bfpo(toys, folder / "copy", *STEPS),
+            bfpo(toys, damaged, *STEPS),
+        ]
         done = launch(["many", json.dumps(commands)], 2, "tests/runs.py")
         assert done.returncode == 0, done.stderr[-2000:]
         (folder / "said.txt").write_text(done.stdout, encoding="utf-8")
@@ -98,13 +108,17 @@ def on_two(killed: Path, whole: Path, toys: Path, tmp_path_factory: pytest.TempP
     return runs.once(tmp_path_factory, "on_two", make)
 
 
-def test_two_processes_small_packs_and_recomputing_take_the_same_steps(on_two: Path, whole: Path) -> None:
+def test_two_processes_small_packs_and_recomputing_take_the_same_steps(
+    on_two: Path, whole: Path
+) -> None:
     """Claim: two processes, two or three pairs a pack, activations computed again: the losses of one process with one pack a step."""
     said = (on_two / "said.txt").read_text(encoding="utf-8")
     assert said.count("step-0 gate") == 1  # rank 0 alone speaks
     assert drift(on_two / "bfpo", whole) <= 1e-5
     norms = [[row["grad_norm"] for row in log_of(path)] for path in (whole, on_two / "bfpo")]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # Adam would hide a gradient scaled by the ranks
+    assert norms[1] == pytest.approx(
+        norms[0], rel=1e-3
+    )  # Adam would hide a gradient scaled by the ranks
 
 
 def test_sft_of_every_weight_takes_the_same_steps(on_two: Path, toys: Path) -> None:
@@ -119,14 +133,19 @@ def test_killed_run_goes_on_on_other_processes(on_two: Path, whole: Path) -> Non
     assert runs.weight_distance(on_two / "copy", whole) <= 1e-5  # fp32 sums in another order
 
 
-def test_damaged_checkpoints_are_named_and_the_one_before_is_used(on_two: Path, whole: Path) -> None:
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
+    on_two: Path, whole: Path
+) -> None:
     """Claim: a flipped bit and a cut file are noticed, each with a line; the run goes on from the checkpoint before them."""
     said = (on_two / "said.txt").read_text(encoding="utf-8")
     for name in ("step-00000200", "step-00000190"):
         assert f"{name} is damaged; trying the one before it" in said
     assert "resuming after step 180 of 200" in said
     assert runs.weight_distance(on_two / "damaged", whole) <= 1e-5
-    assert sorted(path.name for path in (on_two / "damaged" / "checkpoints").iterdir()) == ["step-00000180", "step-00000200"]
+    assert sorted(path.name for path in (on_two / "damaged" / "checkpoints").iterdir()) == [
+        "step-00000180",
+        "step-00000200",
+    ]
 
 
 def test_two_nodes_take_the_same_steps(whole: Path, toys: Path, tmp_path: Path) -> None:
@@ -134,7 +153,12 @@ def test_two_nodes_take_the_same_steps(whole: Path, toys: Path, tmp_path: Path) 
 
     The nodes are two torchruns on this machine that meet by torchrun's own rendezvous.
     """
-    nodes = runs.launch_nodes(bfpo(toys, tmp_path / "run", *STEPS, "--replicate", "2"), [tmp_path] * 2, processes=2, program="train.py")
+    nodes = runs.launch_nodes(
+        bfpo(toys, tmp_path / "run", *STEPS, "--replicate", "2"),
+        [tmp_path] * 2,
+        processes=2,
+        program="train.py",
+    )
     assert [code for code, *_ in nodes] == [0, 0], nodes
     assert sum("step-0 gate" in out for _, out, _ in nodes) == 1
     assert drift(tmp_path / "run", whole) <= 1e-5
@@ -150,14 +174,20 @@ def test_nodes_with_other_files_are_refused(toys: Path, tmp_path: Path) -> None:
         shutil.copytree(toys / "pku", folder / "pku")
     first, other = (folder / "start" / "model.safetensors" for folder in folders)
     command = bfpo(toys, tmp_path / "run", *STEPS, "--cache", str(tmp_path / "cache"))
-    command[command.index("--model") + 1], command[command.index("--safety") + 1] = "start", "pku[:40]"
+    command[command.index("--model") + 1], command[command.index("--safety") + 1] = (
+        "start",
+        "pku[:40]",
+    )
     rows = next((folders[1] / "pku").rglob("train*.jsonl"))
     kept = rows.read_bytes()
     rows.write_bytes(kept + kept.splitlines(keepends=True)[0])
     for what in ("the rows of safety", "the model start"):
         nodes = runs.launch_nodes(command, folders, processes=1, program="train.py")
         said = "".join(err for *_, err in nodes)
-        assert all(code for code, *_ in nodes) and said.count(f"{what} must be the same on every node") == said.count("error:") == 1, said
+        assert (
+            all(code for code, *_ in nodes)
+            and said.count(f"{what} must be the same on every node") == said.count("error:") == 1
+        ), said
         rows.write_bytes(kept)
         flipped = bytearray(first.read_bytes())
         flipped[-1] ^= 1
@@ -174,22 +204,38 @@ def test_nodes_without_a_shared_disk_are_refused(toys: Path, tmp_path: Path) -> 
         folder.mkdir()
     (tmp_path / "b" / "run").mkdir()
     (tmp_path / "b" / "run" / "run.json").write_text("{}")
-    nodes = runs.launch_nodes(bfpo(toys, Path("run"), *STEPS), folders, processes=1, program="train.py")
+    nodes = runs.launch_nodes(
+        bfpo(toys, Path("run"), *STEPS), folders, processes=1, program="train.py"
+    )
     said = "".join(err for *_, err in nodes)
-    assert all(code for code, *_ in nodes) and said.count("must be on a disk that all nodes share") == 1, said
+    assert (
+        all(code for code, *_ in nodes)
+        and said.count("must be on a disk that all nodes share") == 1
+    ), said
 
 
 @pytest.mark.slow  # ten minutes on two cores
 @pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("more", [(), ("--pack_tokens", "1"), ("--checkpoint_blocks",)], ids=["plain", "a pair a pack", "recomputed"])
-def test_every_way_takes_the_same_steps(processes: int, more: tuple[str, ...], whole: Path, toys: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--pack_tokens", "1"), ("--checkpoint_blocks",)],
+    ids=["plain", "a pair a pack", "recomputed"],
+)
+def test_every_way_takes_the_same_steps(
+    processes: int, more: tuple[str, ...], whole: Path, toys: Path, tmp_path: Path
+) -> None:
     """Claim: BFPO and SFT, on 1, 2 and 4 processes, with any packs, have the losses of the plain run on one process."""
     runs.run_here(sft(toys, tmp_path / "sft1", *STEPS))
-    commands = [bfpo(toys, tmp_path / "bfpo", *STEPS, *more), sft(toys, tmp_path / "sft", *STEPS, *more)]
+    commands = [
+        bfpo(toys, tmp_path / "bfpo", *STEPS, *more),
+        sft(toys, tmp_path / "sft", *STEPS, *more),
+    ]
     done = launch(["many", json.dumps(commands)], processes, "tests/runs.py")
     assert done.returncode == 0, done.stderr[-2000:]
     found = drift(tmp_path / "bfpo", whole), drift(tmp_path / "sft", tmp_path / "sft1")
-    print(f"{processes} processes {' '.join(more)}: largest relative difference of a loss {found[0]:.1e} BFPO, {found[1]:.1e} SFT")
+    print(
+        f"{processes} processes {' '.join(more)}: largest relative difference of a loss {found[0]:.1e} BFPO, {found[1]:.1e} SFT"
+    )
     assert max(found) <= 1e-5
 
 
@@ -198,18 +244,39 @@ def test_every_way_takes_the_same_steps(processes: int, more: tuple[str, ...], w
 def test_killed_under_torchrun(processes: int, toys: Path) -> None:
     """Claim: torchrun and its workers killed at ten random moments, saves included: the bytes of the same number never killed."""
     outs = [toys / f"{name}{processes}" for name in ("torchrun_whole", "torchrun_killed")]
-    steps = ("--steps", str(800 // processes), "--save_every", "1")  # more than ten starts leave time for
+    steps = (
+        "--steps",
+        str(800 // processes),
+        "--save_every",
+        "1",
+    )  # more than ten starts leave time for
     commands = [bfpo(toys, out, *steps) for out in outs]
     assert launch(commands[0], processes).returncode == 0
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng, doing = random.Random(seed), []
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(ROOT / "train.py")]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        str(ROOT / "train.py"),
+    ]
     for k in range(10):
         moment = ("save", float(rng.randint(1, 5))) if k % 2 else ("start", rng.uniform(3, 10))
-        process = subprocess.Popen([*torchrun, *commands[1]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env=os.environ | runs.ONE_THREAD)  # fmt: skip
-        doing.append(runs.kill_at(moment, outs[1], process.pid, lambda process=process: process.poll() is None))
+        process = subprocess.Popen(
+            [*torchrun, *commands[1]],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | runs.ONE_THREAD,
+        )
+        doing.append(
+            runs.kill_at(
+                moment, outs[1], process.pid, lambda process=process: process.poll() is None
+            )
+        )
         assert process.wait() == -signal.SIGKILL, f"the run was over before kill {k}, {moment}"
     assert launch(commands[1], processes).returncode == 0
     assert doing.count("save") >= 2
@@ -239,7 +306,9 @@ def wait_until(true, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_run_saves_says_so_and_goes_on(number: signal.Signals, toys: Path, whole: Path, world: World) -> None:
+def test_stopped_run_saves_says_so_and_goes_on(
+    number: signal.Signals, toys: Path, whole: Path, world: World
+) -> None:
     """Claim: SIGTERM and Ctrl-C finish the step, save, say how to go on and exit; the same command ends with the whole run's bytes."""
     out = toys / f"stopped_{number.name}"
     process = started(bfpo(toys, out, *STEPS))
@@ -247,17 +316,35 @@ def test_stopped_run_saves_says_so_and_goes_on(number: signal.Signals, toys: Pat
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "goes on from here" in output
-    assert len(log_of(out)) == int(next((out / "checkpoints").glob("step-*")).name[-8:]) and not (out / "done.json").exists()
+    assert (
+        len(log_of(out)) == int(next((out / "checkpoints").glob("step-*")).name[-8:])
+        and not (out / "done.json").exists()
+    )
     train.run(train.parse(bfpo(toys, out, *STEPS)), world)
     assert runs.model_bytes(out) == runs.model_bytes(whole)
 
 
-@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, -signal.SIGTERM, ""), (signal.SIGINT, 130, "\nstopped; the same")])
-def test_stop_outside_the_loop_is_at_once(number: signal.Signals, code: int, said: str, toys: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, -signal.SIGTERM, ""), (signal.SIGINT, 130, "\nstopped; the same")],
+)
+def test_stop_outside_the_loop_is_at_once(
+    number: signal.Signals, code: int, said: str, toys: Path, tmp_path: Path
+) -> None:
     """Claim: before the first step SIGTERM ends a run without a word, and Ctrl-C with a line that says how to go on. Oracle: exit codes."""
-    command = [*bfpo(toys, tmp_path / "run"), "--safety", f"{toys}/pku", "--cache", str(tmp_path / "cache"), "--pack_tokens", "1"]
+    command = [
+        *bfpo(toys, tmp_path / "run"),
+        "--safety",
+        f"{toys}/pku",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--pack_tokens",
+        "1",
+    ]
     process = started(command)
-    wait_until((tmp_path / "run" / "run.json").exists, process)  # the reference pass of 4,000 pairs comes next
+    wait_until(
+        (tmp_path / "run" / "run.json").exists, process
+    )  # the reference pass of 4,000 pairs comes next
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == code and not (tmp_path / "run" / "log.jsonl").exists()
@@ -269,7 +356,11 @@ def test_run_of_every_weight_goes_on_to_the_same_bytes(toys: Path, tmp_path: Pat
     the bytes of the whole run. Oracle: that run. The second pass for the reference comes before the checkpoint's weights are read.
     """
     out, cache = tmp_path / "run", tmp_path / "cache"
-    command = [*bfpo(toys, out, "--steps", "12", "--save_every", "5", "--selective", "all"), "--cache", str(cache)]
+    command = [
+        *bfpo(toys, out, "--steps", "12", "--save_every", "5", "--selective", "all"),
+        "--cache",
+        str(cache),
+    ]
     runs.run_here(command)
     expected = runs.model_bytes(out)
     for left in (out / "checkpoints" / "step-00000012", out / "model", cache / "reference"):
@@ -285,8 +376,15 @@ def test_run_of_every_weight_goes_on_to_the_same_bytes(toys: Path, tmp_path: Pat
 def test_rank_that_dies_ends_the_others(toys: Path, tmp_path: Path) -> None:
     """Claim: SIGKILL to one of two ranks ends torchrun within a minute, with that rank and signal on the screen."""
     out = tmp_path / "run"
-    process = started(bfpo(toys, out, "--steps", "5000"), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                      *shutdown_timeout())  # fmt: skip
+    process = started(
+        bfpo(toys, out, "--steps", "5000"),
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *shutdown_timeout(),
+    )
     wait_until(lambda: (out / "log.jsonl").exists() and len(log_of(out)) >= 3, process)
     workers = {rank_of(pid): pid for pid in runs.family(process.pid) if rank_of(pid)}
     began = time.monotonic()
@@ -300,12 +398,19 @@ def test_rank_that_dies_ends_the_others(toys: Path, tmp_path: Path) -> None:
 def rank_of(pid: int) -> str:
     """RANK in a process's environment; empty where there is none, as in torchrun itself."""
     entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next((entry.partition(b"=")[2].decode() for entry in entries if entry.startswith(b"RANK=")), "")
+    return next(
+        (entry.partition(b"=")[2].decode() for entry in entries if entry.startswith(b"RANK=")), ""
+    )
 
 
 def shutdown_timeout() -> list[str]:
     """The README's flag, where torchrun knows it (torch 2.11's does not)."""
-    known = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True).stdout
+    known = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return ["--shutdown-timeout", "600"] if "--shutdown-timeout" in known else []
 
 
@@ -328,7 +433,9 @@ with runtime.errors_in_one_line():
     done = launch([], 2, str(script))
     named = "error: " if 0 in failing else "error on rank 1: "
     assert done.returncode == 1 and f"{named}the disk is full" in done.stderr, done.stderr[-2000:]
-    assert done.stderr.count("the disk is full") == 1 and "RuntimeError" not in done.stderr, done.stderr[-2000:]
+    assert done.stderr.count("the disk is full") == 1 and "RuntimeError" not in done.stderr, (
+        done.stderr[-2000:]
+    )
 
 
 def test_collective_that_breaks_during_a_stop_is_no_error() -> None:
@@ -339,11 +446,15 @@ with runtime.errors_in_one_line(), runtime.StopRequest():
     os.kill(os.getpid(), signal.SIGTERM)
     raise RuntimeError("connection reset by peer")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == -signal.SIGTERM and not done.stderr
 
 
-def test_full_disk_leaves_the_earlier_checkpoints_whole(toys: Path, whole: Path, world: World) -> None:
+def test_full_disk_leaves_the_earlier_checkpoints_whole(
+    toys: Path, whole: Path, world: World
+) -> None:
     """Claim: a checkpoint that cannot be written ends the run with one line; the earlier one is whole, and the run goes on from it.
 
     Oracle: a limit on the size of files, set while the run is under way, below a checkpoint's and above all else that it writes.
@@ -354,7 +465,9 @@ def test_full_disk_leaves_the_earlier_checkpoints_whole(toys: Path, whole: Path,
     size = max(path.stat().st_size for path in (out / "checkpoints" / "step-00000020").iterdir())
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
     _, error = process.communicate(timeout=100)
-    assert process.returncode == 1 and error.count("error: ") == 1 and "Traceback" not in error, error
+    assert process.returncode == 1 and error.count("error: ") == 1 and "Traceback" not in error, (
+        error
+    )
     assert "could not be written" in error and "the earlier ones are whole" in error
     train.run(train.parse(bfpo(toys, out, *STEPS)), world)
     assert runs.model_bytes(out) == runs.model_bytes(whole)
@@ -373,10 +486,20 @@ def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> No
             runtime.start("cuda")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ENOSPC, "No space left on device")])
-def test_lack_of_memory_or_disk_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_lack_of_memory_or_disk_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Claim: what a GPU or a disk too small raises ends a program with code 1 and one line that says what to do."""
-    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: False)  # the group belongs to this module's tests
+    monkeypatch.setattr(
+        runtime.dist, "is_initialized", lambda: False
+    )  # the group belongs to this module's tests
     with pytest.raises(SystemExit) as leaving, runtime.errors_in_one_line():
         raise error
     said = capsys.readouterr().err
@@ -398,7 +521,9 @@ def test_checkpoints_after_a_damaged_one(world: World, tmp_path: Path) -> None:
     storage.save_checkpoint(tmp_path, 60, tensors, world, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000050", "step-00000060"]
     tensors["weight"].zero_()
-    assert storage.load_checkpoint(tmp_path, tensors, world) == 60 and tensors["weight"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert storage.load_checkpoint(tmp_path, tensors, world) == 60 and tensors[
+        "weight"
+    ].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_only_step_and_digits_are_checkpoints(world: World, tmp_path: Path) -> None:
@@ -411,14 +536,23 @@ def test_only_step_and_digits_are_checkpoints(world: World, tmp_path: Path) -> N
     (tmp_path / "step-00000009").touch()
     (tmp_path / "step-+5").mkdir()
     for step in (5, 6, 7):
-        storage.save_checkpoint(tmp_path, step, {"weight": torch.full((4,), float(step))}, world, keep=2)
+        storage.save_checkpoint(
+            tmp_path, step, {"weight": torch.full((4,), float(step))}, world, keep=2
+        )
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == sorted([*others, "step-+5", "step-00000006", "step-00000007", "step-00000009"])
-    assert storage.load_checkpoint(tmp_path, values, world) == 7 and values["weight"].tolist() == [7] * 4
-    assert storage.read_checkpoint(tmp_path / "step-old", values, world) == 4, "a copy is whole, and was left alone"
+    assert (
+        storage.load_checkpoint(tmp_path, values, world) == 7
+        and values["weight"].tolist() == [7] * 4
+    )
+    assert storage.read_checkpoint(tmp_path / "step-old", values, world) == 4, (
+        "a copy is whole, and was left alone"
+    )
 
 
-def test_checkpoint_of_several_files_comes_back(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_of_several_files_comes_back(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: a checkpoint larger than CHECKPOINT_FILE_BYTES is several files, each of which the writer must hold in memory, and comes
     back whole; a damaged one of them is noticed. Oracle: the tensors."""
     monkeypatch.setattr(storage, "CHECKPOINT_FILE_BYTES", 64)
@@ -438,14 +572,18 @@ def test_a_whole_checkpoint_of_something_else_is_named(world: World, tmp_path: P
     file is damaged. Oracle: the messages, a checkpoint of other tensors."""
     storage.save_checkpoint(tmp_path, 1, {"weight": torch.zeros(4)}, world, keep=2)
     for other in ({"weight": torch.zeros(8)}, {"weight": torch.zeros(4), "bias": torch.zeros(1)}):
-        with pytest.raises(ValueError, match=r"step-00000001 is whole but not of this model; delete it"):
+        with pytest.raises(
+            ValueError, match=r"step-00000001 is whole but not of this model; delete it"
+        ):
             storage.load_checkpoint(tmp_path, other, world)
     manifest = tmp_path / "step-00000001" / storage.MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": {}}))
     assert storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world) == 0
 
 
-def test_an_interrupt_while_a_checkpoint_is_read_is_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_a_checkpoint_is_read_is_one(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: Ctrl-C, or a disk that fails, while a good checkpoint is read ends the run with no advice to delete it. Oracle: what is
     raised out of torch's reader."""
     storage.save_checkpoint(tmp_path, 1, {"weight": torch.ones(4)}, world, keep=2)
@@ -459,18 +597,26 @@ def test_an_interrupt_while_a_checkpoint_is_read_is_one(world: World, tmp_path: 
         with pytest.raises(KeyboardInterrupt):
             storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world)
         failure = OSError(errno.EIO, "Input/output error")
-        with pytest.raises(OSError, match=r"step-00000001 could not be read \(rank 0: .*Input/output error\); it is whole: run again$"):
+        with pytest.raises(
+            OSError,
+            match=r"step-00000001 could not be read \(rank 0: .*Input/output error\); it is whole: run again$",
+        ):
             storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world)
     assert storage.load_checkpoint(tmp_path, {"weight": torch.zeros(4)}, world) == 1
 
 
-def test_a_launchers_leftovers_are_not_a_group(toys: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launchers_leftovers_are_not_a_group(
+    toys: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: WORLD_SIZE and the like without RANK, which some machines export, are one process, which reads all of its files and may have
     all memory. Oracle: the world of none."""
     alone = storage.weights_sha256(toys / "start", world)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "64"}.items():
         monkeypatch.setenv(name, value)
-    assert (runtime.start("cpu").size, runtime.start("cpu").rank) == (1, 0) and storage.surroundings()["processes"] == 1
+    assert (runtime.start("cpu").size, runtime.start("cpu").rank) == (
+        1,
+        0,
+    ) and storage.surroundings()["processes"] == 1
     assert storage.weights_sha256(toys / "start", world) == alone
     memory = Path("/proc/meminfo").read_text(encoding="utf-8").split()
     assert plan.free_bytes(world.device) > int(memory[memory.index("MemTotal:") + 1]) * 1024 / 64
@@ -484,7 +630,9 @@ def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Pat
     assert folder.check({"tau": 1}, frozenset(), fresh=False) is None
     folder.create({"tau": 1}, {}, fresh=False)
     (folder.path / "done.json").write_text('{"model": "model"}', encoding="utf-8")
-    assert folder.check({"tau": 1}, frozenset(), fresh=False) is None  # its model is gone: not finished
+    assert (
+        folder.check({"tau": 1}, frozenset(), fresh=False) is None
+    )  # its model is gone: not finished
     (folder.path / "model").mkdir()
     (folder.path / "model" / "config.json").write_text("{}", encoding="utf-8")
     assert folder.check({"tau": 1}, frozenset(), fresh=False) == {"model": "model"}
@@ -496,35 +644,52 @@ def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Pat
     assert [row["step"] for row in folder.rows()] == [0, 1]
     folder.create({"tau": 2}, {}, fresh=True)
     folder.drop_earlier()
-    assert folder.check({"tau": 2}, frozenset(), fresh=False) is None and not list(tmp_path.glob(".*"))
+    assert folder.check({"tau": 2}, frozenset(), fresh=False) is None and not list(
+        tmp_path.glob(".*")
+    )
     with pytest.raises(ValueError, match="in use by another run"):
         storage.RunFolder(folder.path, world).create({"tau": 2}, {}, fresh=False)
     with pytest.raises(ValueError, match="weights"):
         folder.create({"tau": 2}, {"weights": "other"}, fresh=False)
 
 
-def test_run_folder_is_not_what_the_run_reads_or_another_programs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_folder_is_not_what_the_run_reads_or_another_programs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Claim: with --fresh too, a folder that holds what the run reads, or the run of another program, is refused and left alone."""
     folder = storage.RunFolder(tmp_path / "run", world)
     (folder.path / "model").mkdir(parents=True)
     (folder.path / "rows.jsonl").touch()
     (tmp_path / "link").symlink_to(folder.path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for reads in (str(folder.path / "model"), f"{folder.path / '..' / 'run' / 'rows.jsonl'}[:20%]", str(tmp_path / "link" / "model"),
-                  "~/run/rows.jsonl:train"):  # fmt: skip
-        with pytest.raises(ValueError, match=r"must not hold what the run reads, got .*(model|rows)"):
+    for reads in (
+        str(folder.path / "model"),
+        f"{folder.path / '..' / 'run' / 'rows.jsonl'}[:20%]",
+        str(tmp_path / "link" / "model"),
+        "~/run/rows.jsonl:train",
+    ):
+        with pytest.raises(
+            ValueError, match=r"must not hold what the run reads, got .*(model|rows)"
+        ):
             folder.check({"tau": 1}, frozenset(), fresh=True, reads=("", str(tmp_path), reads))
     shutil.rmtree(folder.path)
     folder.create({"tau": 1, "lr": 1}, {}, fresh=False)
     for program in ("eval", "redteam"):
         with pytest.raises(ValueError, match=rf"holds a run of train\.py, not of {program}\.py"):
-            storage.RunFolder(folder.path, world, program).check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
+            storage.RunFolder(folder.path, world, program).check(
+                {"tau": 1, "lr": 1}, frozenset(), fresh=True
+            )
     inside = {"tau": 1, "lr": 1, "cache": str(folder.path / "cache")}
     with pytest.raises(ValueError, match=r"must not hold the cache .*run/cache"):
         folder.check(inside, frozenset({"cache"}), fresh=True)
-    assert folder.check(inside, frozenset({"cache"}), fresh=False) is None  # nothing will be removed
+    assert (
+        folder.check(inside, frozenset({"cache"}), fresh=False) is None
+    )  # nothing will be removed
     storage.RunFolder(folder.path / "sub" / "tau1", world).create({"tau": 2}, {}, fresh=False)
-    with pytest.raises(ValueError, match=r"must not hold other runs, which --fresh would remove, got .*sub/tau1; move it away"):
+    with pytest.raises(
+        ValueError,
+        match=r"must not hold other runs, which --fresh would remove, got .*sub/tau1; move it away",
+    ):
         folder.check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
     assert folder.check({"tau": 1, "lr": 1}, frozenset(), fresh=False) is None
     shutil.rmtree(folder.path / "sub")
@@ -533,13 +698,27 @@ def test_run_folder_is_not_what_the_run_reads_or_another_programs(world: World, 
         storage.RunFolder(toy.path / name, world).create({"recipe": name or "toy"}, {}, fresh=False)
     assert toy.check({"recipe": "toy"}, frozenset(), fresh=True) is None
     storage.RunFolder(toy.path / "eval", world, "eval").create({}, {}, fresh=False)
-    with pytest.raises(ValueError, match=r"must not hold other runs, which --fresh would remove, got .*toy/eval"):
+    with pytest.raises(
+        ValueError, match=r"must not hold other runs, which --fresh would remove, got .*toy/eval"
+    ):
         toy.check({"recipe": "toy"}, frozenset(), fresh=True)
-    with pytest.raises(ValueError, match="is no run folder"):  # of others' runs nothing would be removed
+    with pytest.raises(
+        ValueError, match="is no run folder"
+    ):  # of others' runs nothing would be removed
         storage.RunFolder(tmp_path, world).check({"cache": "/elsewhere"}, frozenset(), fresh=True)
-    monkeypatch.chdir(folder.path)  # where a hub's name is no path, and the folder cannot be renamed
+    monkeypatch.chdir(
+        folder.path
+    )  # where a hub's name is no path, and the folder cannot be renamed
     here = storage.RunFolder(Path(), world)
-    assert here.check({"tau": 1, "lr": 1}, frozenset(), fresh=False, reads=["org/model", "org/data[:20%]", "zephyr"]) is None
+    assert (
+        here.check(
+            {"tau": 1, "lr": 1},
+            frozenset(),
+            fresh=False,
+            reads=["org/model", "org/data[:20%]", "zephyr"],
+        )
+        is None
+    )
     with pytest.raises(ValueError, match="run the command in another folder"):
         here.check({"tau": 1, "lr": 1}, frozenset(), fresh=True)
     assert (folder.path / "run.json").is_file()
@@ -568,8 +747,15 @@ def test_fresh_replaces_what_a_link_points_to(world: World, tmp_path: Path) -> N
         folder.drop_earlier()
         assert folder.lock is not None
         folder.lock.close()
-        assert sorted(path.name for path in (tmp_path / "disk" / "whole").glob("[!.]*")) == [f"{tau}.txt", "run.json"]
-        assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2 and len(list((tmp_path / "disk").iterdir())) == 1
+        assert sorted(path.name for path in (tmp_path / "disk" / "whole").glob("[!.]*")) == [
+            f"{tau}.txt",
+            "run.json",
+        ]
+        assert (
+            (tmp_path / "link").is_symlink()
+            and len(list(tmp_path.iterdir())) == 2
+            and len(list((tmp_path / "disk").iterdir())) == 1
+        )
 
 
 def test_fresh_keeps_the_earlier_run_until_there_is_a_result(
@@ -593,16 +779,27 @@ def test_fresh_keeps_the_earlier_run_until_there_is_a_result(
     for tau in (1, 2):  # runs without a result; the earlier one is not theirs to remove
         begin(tau, fresh=True)
         assert f"the earlier run is kept as {old}" in capsys.readouterr().out
-        assert (old / "0.txt").exists() and sorted(path.name for path in tmp_path.glob("run/[!.]*")) == [f"{tau}.txt", "run.json"]
-    with pytest.raises(ValueError, match=rf"tau was 2, now 0.*kept as {old}; to go back to it, delete"):
+        assert (old / "0.txt").exists() and sorted(
+            path.name for path in tmp_path.glob("run/[!.]*")
+        ) == [f"{tau}.txt", "run.json"]
+    with pytest.raises(
+        ValueError, match=rf"tau was 2, now 0.*kept as {old}; to go back to it, delete"
+    ):
         storage.RunFolder(tmp_path / "run", world).check({"tau": 0}, frozenset(), fresh=False)
-    with pytest.raises(ValueError, match=r"must not hold what the run reads, got .*\.run\.old/0\.txt"):
-        storage.RunFolder(tmp_path / "run", world).check({"tau": 2}, frozenset(), fresh=True, reads=[str(old / "0.txt")])
+    with pytest.raises(
+        ValueError, match=r"must not hold what the run reads, got .*\.run\.old/0\.txt"
+    ):
+        storage.RunFolder(tmp_path / "run", world).check(
+            {"tau": 2}, frozenset(), fresh=True, reads=[str(old / "0.txt")]
+        )
     shutil.rmtree(tmp_path / "run")
     back = begin(0, fresh=False)
     assert (back.path / "0.txt").exists() and not old.exists()
     begin(3, fresh=True).drop_earlier()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"] and not (tmp_path / "run" / "0.txt").exists()
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+        and not (tmp_path / "run" / "0.txt").exists()
+    )
 
 
 def test_damaged_checkpoint_is_set_aside_whatever_a_kill_left(world: World, tmp_path: Path) -> None:
@@ -633,5 +830,12 @@ write()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=clean | says, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=clean | says,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (int(done.stdout) > 3000) == bool(says)

@@ -20,14 +20,25 @@ ROOT = Path(__file__).parents[1]
 def figure4_run(tmp_path_factory):
     """`python synthetic.py` with no argument, in an empty folder."""
     folder = tmp_path_factory.mktemp("figure4")
-    run = subprocess.run([sys.executable, ROOT / "synthetic.py"], cwd=folder, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, ROOT / "synthetic.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout, folder / "runs" / "figure4"
 
 
 def command(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, ROOT / "synthetic.py", *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, ROOT / "synthetic.py", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- Figure 4
@@ -36,15 +47,23 @@ def command(*arguments, cwd=ROOT):
 def test_figure4_writes_the_three_files_and_nothing_else(figure4_run):
     """Claim: names, keys and columns as documented, no file left aside. Oracle: the issue's schema."""
     _, out = figure4_run
-    assert sorted(path.name for path in out.iterdir()) == ["curves.csv", "figure4.png", "summary.json"]
-    assert (out / "figure4.png").read_bytes().startswith(b"\x89PNG") and (out / "figure4.png").stat().st_size > 50_000
+    assert sorted(path.name for path in out.iterdir()) == [
+        "curves.csv",
+        "figure4.png",
+        "summary.json",
+    ]
+    assert (out / "figure4.png").read_bytes().startswith(b"\x89PNG") and (
+        out / "figure4.png"
+    ).stat().st_size > 50_000
     summary = json.loads((out / "summary.json").read_text())
     assert sorted(summary) == ["bfpo", "dpo", "ipo", "optimum"]
     for name in ("dpo", "ipo", "bfpo"):
         assert sorted(summary[name]) == ["probabilities", "ranking"]
         probabilities = summary[name]["probabilities"]
         assert sum(probabilities) == pytest.approx(1, abs=1e-12)  # float64 means of softmax outputs
-        assert summary[name]["ranking"] == [f"y{y + 1}" for y in np.argsort(-np.array(probabilities))]
+        assert summary[name]["ranking"] == [
+            f"y{y + 1}" for y in np.argsort(-np.array(probabilities))
+        ]
     with open(out / "curves.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["objective", "seed", "step", "p1", "p2", "p3", "p4"]
@@ -63,7 +82,9 @@ def test_figure4_shows_what_the_paper_shows(figure4_run):
     assert summary["optimum"] == pytest.approx([0.4110, 0.1177, 0.3201, 0.1512], abs=5e-5)
     assert summary["bfpo"]["probabilities"] == pytest.approx(summary["optimum"], abs=0.01)
     weights = [math.exp(p) for p in (0.875, 0.625, 0.375, 0.125)]
-    assert summary["ipo"]["probabilities"] == pytest.approx([weight / sum(weights) for weight in weights], abs=0.01)
+    assert summary["ipo"]["probabilities"] == pytest.approx(
+        [weight / sum(weights) for weight in weights], abs=0.01
+    )
     assert summary["dpo"]["probabilities"][0] > 0.9
 
 
@@ -74,7 +95,10 @@ def test_figure4_summary_is_the_mean_of_the_curves(figure4_run):
     with open(out / "curves.csv", newline="") as file:
         last = [row for row in csv.DictReader(file) if row["step"] == "1800"]
     for name in ("dpo", "ipo", "bfpo"):
-        means = [np.mean([float(row[p]) for row in last if row["objective"] == name]) for p in ("p1", "p2", "p3", "p4")]
+        means = [
+            np.mean([float(row[p]) for row in last if row["objective"] == name])
+            for p in ("p1", "p2", "p3", "p4")
+        ]
         assert summary[name]["probabilities"] == pytest.approx(means, abs=1e-6)
 
 
@@ -82,8 +106,13 @@ def test_figure4_prints_a_verdict_per_objective_and_the_layouts(figure4_run):
     """Claim: the table's verdicts and the one line on all six layouts. Oracle: the files, and PAPER.md's six of six."""
     printed, _ = figure4_run
     lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
-    assert "NOT desired, in 0 of 10 seeds" in lines["DPO"] and "NOT desired, in 0 of 10 seeds" in lines["IPO"]
-    assert "y1 > y3 > y4 > y2  desired, in 10 of 10 seeds" in next(x for x in printed.splitlines() if x.startswith("BFPO "))
+    assert (
+        "NOT desired, in 0 of 10 seeds" in lines["DPO"]
+        and "NOT desired, in 0 of 10 seeds" in lines["IPO"]
+    )
+    assert "y1 > y3 > y4 > y2  desired, in 10 of 10 seeds" in next(
+        x for x in printed.splitlines() if x.startswith("BFPO ")
+    )
     assert sum("all six layouts" in line for line in printed.splitlines()) == 1
     assert "6 of 6 exact optima and 60 of 60 runs" in lines["all"]
 
@@ -92,7 +121,9 @@ def test_figure4_prints_a_verdict_per_objective_and_the_layouts(figure4_run):
 def test_batched_runs_are_what_each_is_alone(name, seed):
     """Claim: runs in one tensor do not touch each other. Oracle: one theta, one seed, torch's Adam and losses by hand."""
     layout, steps = (True, True, False, False), 60
-    together = synthetic.train_policies({"dpo": [layout], "ipo": [layout], "bfpo": [synthetic.SAFE, layout]}, seeds=2, steps=steps)
+    together = synthetic.train_policies(
+        {"dpo": [layout], "ipo": [layout], "bfpo": [synthetic.SAFE, layout]}, seeds=2, steps=steps
+    )
     draws = torch.randint(6, (steps, 32), generator=torch.Generator().manual_seed(seed))
     theta = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([theta], lr=0.01)
@@ -100,25 +131,38 @@ def test_batched_runs_are_what_each_is_alone(name, seed):
     for step in range(steps):
         w, l = zip(*(pairs[i] for i in draws[step]), strict=True)  # noqa: E741
         h = theta[list(w)] - theta[list(l)]  # uniform reference, softmax: the rest cancels
-        target = torch.tensor([(3 * layout[a] - layout[b]) / 2 - 0.5 for a, b in zip(w, l, strict=True)])
-        losses = {"dpo": torch.nn.functional.softplus(-h), "ipo": (h - 0.5) ** 2, "bfpo": (h - target) ** 2}
+        target = torch.tensor(
+            [(3 * layout[a] - layout[b]) / 2 - 0.5 for a, b in zip(w, l, strict=True)]
+        )
+        losses = {
+            "dpo": torch.nn.functional.softplus(-h),
+            "ipo": (h - 0.5) ** 2,
+            "bfpo": (h - target) ** 2,
+        }
         optimizer.zero_grad()
         losses[name].mean().backward()
         optimizer.step()
     # 1e-10: 60 Adam steps of float64 whose gradients are summed in another order
     index = {"dpo": 0, "ipo": 1, "bfpo": 3}[name]
-    torch.testing.assert_close(together[-1, index, seed], torch.softmax(theta.detach(), 0), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        together[-1, index, seed], torch.softmax(theta.detach(), 0), rtol=0, atol=1e-10
+    )
     assert torch.equal(together[0], torch.full_like(together[0], 0.25))
 
 
 def test_seeds_draw_different_pairs_uniformly():
     """Claim: seeds differ, and a rerun is bit-identical. Oracle: itself."""
-    first, second = (synthetic.train_policies({"bfpo": [synthetic.SAFE]}, seeds=3, steps=5) for _ in range(2))
+    first, second = (
+        synthetic.train_policies({"bfpo": [synthetic.SAFE]}, seeds=3, steps=5) for _ in range(2)
+    )
     assert torch.equal(first, second)
     assert len({tuple(run.tolist()) for run in first[-1, 0]}) == 3
 
 
-@pytest.mark.parametrize("safe, order", [((1, 0, 1, 0), [0, 2, 3, 1]), ((1, 1, 0, 0), [0, 1, 3, 2]), ((0, 0, 1, 1), [2, 3, 1, 0])])
+@pytest.mark.parametrize(
+    "safe, order",
+    [((1, 0, 1, 0), [0, 2, 3, 1]), ((1, 1, 0, 0), [0, 1, 3, 2]), ((0, 0, 1, 1), [2, 3, 1, 0])],
+)
 def test_desired_ranking_is_figure_2(safe, order):
     """Claim: safe & helpful > safe & less helpful > unsafe & less helpful > unsafe & helpful. Oracle: by hand."""
     assert synthetic.desired_ranking([bool(s) for s in safe]) == order
@@ -143,10 +187,14 @@ def test_theorems_fail_when_a_closed_form_is_wrong(monkeypatch, capsys):
     right, sets = synthetic.population_reward, synthetic.random_sets
 
     def wrong(preference, safe, alpha, b1, reference):
-        return right(preference, safe, alpha, b1, reference) + 1e-6 * (preference @ (reference * safe))
+        return right(preference, safe, alpha, b1, reference) + 1e-6 * (
+            preference @ (reference * safe)
+        )
 
     monkeypatch.setattr(synthetic, "population_reward", wrong)
-    monkeypatch.setattr(synthetic, "random_sets", lambda count, *rest, **more: sets(3, *rest, **more))  # 3: seconds
+    monkeypatch.setattr(
+        synthetic, "random_sets", lambda count, *rest, **more: sets(3, *rest, **more)
+    )  # 3: seconds
     assert synthetic.theorems() == 1
     printed = capsys.readouterr().out
     assert printed.count("FAIL") == 2 and "8 of 10 checks hold" in printed
@@ -157,12 +205,19 @@ def test_random_sets_are_action_sets(product_shaped):
     """Claim: mirrored preferences, pi_ref sums to 1, both labels occur; product-shaped sets are independent. Oracle: definitions."""
     for actions in synthetic.random_sets(30, 7, product_shaped=product_shaped):
         size = len(actions.safe_A)
-        torch.testing.assert_close(actions.preference_AA + actions.preference_AA.T, torch.ones(size, size).double())
-        assert actions.reference_A.sum().item() == pytest.approx(1, abs=1e-12) and 0 < actions.safe_A.sum() < size
+        torch.testing.assert_close(
+            actions.preference_AA + actions.preference_AA.T, torch.ones(size, size).double()
+        )
+        assert (
+            actions.reference_A.sum().item() == pytest.approx(1, abs=1e-12)
+            and 0 < actions.safe_A.sum() < size
+        )
         if product_shaped:
             mass = actions.reference_A.reshape(2, size // 2)
             torch.testing.assert_close(mass, mass.sum(1, keepdim=True) * mass.sum(0))
-            assert torch.equal(actions.preference_AA[: size // 2], actions.preference_AA[size // 2 :])
+            assert torch.equal(
+                actions.preference_AA[: size // 2], actions.preference_AA[size // 2 :]
+            )
 
 
 def test_minimiser_has_a_zero_gradient():
@@ -172,7 +227,12 @@ def test_minimiser_has_a_zero_gradient():
         target = (actions.b1 * s[:, None] - s) / (actions.b1 - 1) - actions.alpha
 
         def loss(u, actions=actions, target=target):
-            return (actions.reference_A[:, None] * actions.reference_A * actions.preference_AA * (u[:, None] - u - target) ** 2).sum()
+            return (
+                actions.reference_A[:, None]
+                * actions.reference_A
+                * actions.preference_AA
+                * (u[:, None] - u - target) ** 2
+            ).sum()
 
         u = synthetic.minimise(actions)
         for direction in torch.eye(len(u), dtype=torch.float64):
@@ -198,7 +258,13 @@ def test_wrong_usage_exits_2_and_a_bad_folder_1(tmp_path):
 def test_import_does_nothing(tmp_path):
     """Claim: importing prints, writes and draws nothing. Oracle: a fresh process."""
     code = "import sys; import synthetic, plots, bfpo; assert 'matplotlib' not in sys.modules"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
@@ -206,32 +272,72 @@ def test_import_does_nothing(tmp_path):
 
 
 def preference_rows(steps):
-    targets = {"both_safe": 50.0, "chosen_safe": 100.0, "rejected_safe": -100.0, "both_unsafe": -50.0}
-    return [{"step": step, "loss": 9e3, "safety_loss": 7e3, "helpfulness_loss": 2e3, "lr": 5e-7, "grad_norm": 3e3,
-             "chosen_logprob_change_nats": -1.0, "rejected_logprob_change_nats": -2.0,
-             "quadrants": {name: {"pairs": 8, "margin_nats": target * step / steps, "target_nats": target, "target_side_share": 1.0}
-                           for name, target in targets.items()}} for step in range(1, steps + 1)]
+    targets = {
+        "both_safe": 50.0,
+        "chosen_safe": 100.0,
+        "rejected_safe": -100.0,
+        "both_unsafe": -50.0,
+    }
+    return [
+        {
+            "step": step,
+            "loss": 9e3,
+            "safety_loss": 7e3,
+            "helpfulness_loss": 2e3,
+            "lr": 5e-7,
+            "grad_norm": 3e3,
+            "chosen_logprob_change_nats": -1.0,
+            "rejected_logprob_change_nats": -2.0,
+            "quadrants": {
+                name: {
+                    "pairs": 8,
+                    "margin_nats": target * step / steps,
+                    "target_nats": target,
+                    "target_side_share": 1.0,
+                }
+                for name, target in targets.items()
+            },
+        }
+        for step in range(1, steps + 1)
+    ]
 
 
 def drawn(monkeypatch, rows, path):
     """The titles of the panels and the figure's axes, caught on their way to the file."""
     caught = []
     save = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, target: (caught.append(figure), save(figure, target)))
+    monkeypatch.setattr(
+        plots, "save", lambda figure, target: (caught.append(figure), save(figure, target))
+    )
     curves.draw(rows, path)
     return [axes for axes in caught[0].axes if axes.axison]
 
 
-@pytest.mark.parametrize("rows, titles", [
-    (preference_rows(200), ["margin", "loss", "log-probability", "learning rate"]),
-    (preference_rows(1), ["margin", "loss", "log-probability", "learning rate"]),
-    ([{"step": 1, "loss": 3.0, "lr": 0.0}, {"step": 2, "loss": 2.0, "lr": 1e-5}], ["loss", "learning rate"]),
-    ([{"step": 1, "quadrants": {}}, {"event": "resumed"}, {"step": 2, "loss": math.nan, "lr": None}], ["margin"]),
-])
+@pytest.mark.parametrize(
+    "rows, titles",
+    [
+        (preference_rows(200), ["margin", "loss", "log-probability", "learning rate"]),
+        (preference_rows(1), ["margin", "loss", "log-probability", "learning rate"]),
+        (
+            [{"step": 1, "loss": 3.0, "lr": 0.0}, {"step": 2, "loss": 2.0, "lr": 1e-5}],
+            ["loss", "learning rate"],
+        ),
+        (
+            [
+                {"step": 1, "quadrants": {}},
+                {"event": "resumed"},
+                {"step": 2, "loss": math.nan, "lr": None},
+            ],
+            ["margin"],
+        ),
+    ],
+)
 def test_curves_draws_the_panels_whose_keys_are_there(monkeypatch, tmp_path, rows, titles):
     """Claim: preference, SFT and broken rows give their panels, labelled, in one PNG. Oracle: titles and the folder."""
     panels = drawn(monkeypatch, rows, tmp_path / "curves.png")
-    assert len(panels) == len(titles) and all(axes.get_title().startswith(title) for axes, title in zip(panels, titles, strict=True))
+    assert len(panels) == len(titles) and all(
+        axes.get_title().startswith(title) for axes, title in zip(panels, titles, strict=True)
+    )
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in panels)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -242,14 +348,20 @@ def test_curves_margins_move_to_their_targets(monkeypatch, tmp_path, steps, poin
     """Claim: margin and target share a colour; the running mean is centred (8 steps fewer in 200). Oracle: rows on a
     straight line, which a centred mean leaves where it is; 1e-9 nats of float64 sums."""
     margins = drawn(monkeypatch, preference_rows(steps), tmp_path / "curves.png")[0]
-    targets = {line.get_color(): line.get_ydata()[0] for line in margins.lines if line.get_linestyle() == "--"}
+    targets = {
+        line.get_color(): line.get_ydata()[0]
+        for line in margins.lines
+        if line.get_linestyle() == "--"
+    }
     thick = [line for line in margins.lines if line.get_linewidth() == 1.8]
     assert sorted(targets.values()) == [-100, -50, 50, 100] and len(thick) == 4
     for line in thick:
         assert len(line.get_xdata()) == points
         straight = targets[line.get_color()] * line.get_xdata() / steps
         np.testing.assert_allclose(line.get_ydata(), straight, atol=1e-9)
-    assert {text.get_text() for text in margins.texts} == {words for *_, words in plots.QUADRANT_STYLE.values()}
+    assert {text.get_text() for text in margins.texts} == {
+        words for *_, words in plots.QUADRANT_STYLE.values()
+    }
 
 
 def test_curves_without_rows_says_so(tmp_path):
