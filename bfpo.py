@@ -1,7 +1,8 @@
-"""Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313): label, loss and exact optimum.
+"""Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313): label, loss and exact
+optimum.
 
-The paper's §3 on tensors, without a model or a trainer. `python synthetic.py` draws Figure 4 with it, and
-`python synthetic.py theorems` holds its closed forms against a numerical minimiser.
+The paper's §3 on tensors, without a model or a trainer. `python synthetic.py` draws Figure 4 with
+it, and `python synthetic.py theorems` holds its closed forms against a numerical minimiser.
 
 paper symbol                  | identifier                 | shape | range or unit         | authors' code
 y_w, y_l                      | chosen, rejected           |       | more, less HELPFUL    | chosen, rejected
@@ -74,10 +75,11 @@ def label(
 ) -> Tensor:
     """g = (b1 I_safe(y_w) - I_safe(y_l)) / (b1 - 1) - alpha, a float tensor of the labels' shape.
 
-    At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2 (Figure 3).
-    The safety labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool and int give torch's default
-    dtype. It is computed in float64, because with b1 near 1 the numerator cancels.
-    ValueError: any other safety label (NaN included), two shapes, b1 <= 1, a setting that is not finite.
+    At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2
+    (Figure 3). The safety labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool
+    and int give torch's default dtype. It is computed in float64, because with b1 near 1 the
+    numerator cancels. ValueError: any other safety label (NaN included), two shapes, b1 <= 1, a
+    setting that is not finite.
     """
     _check_label_settings(alpha, b1)
     _check_shapes(chosen_safe=chosen_safe, rejected_safe=rejected_safe)
@@ -94,8 +96,8 @@ def margin(
 ) -> Tensor:
     """h = log [ pi(y_w|x) pi_ref(y_l|x) / (pi(y_l|x) pi_ref(y_w|x)) ], nats, one per pair.
 
-    Log-probabilities are SUMMED over the tokens of a response; means per token would be another objective.
-    ValueError: two shapes.
+    Log-probabilities are SUMMED over the tokens of a response; means per token would be another
+    objective. ValueError: two shapes.
     """
     _check_shapes(
         policy_chosen=policy_chosen,
@@ -107,7 +109,8 @@ def margin(
 
 
 def bfpo_loss(h: Tensor, g: Tensor, tau: float) -> Tensor:
-    """(h - g / tau)^2, one per pair, not reduced. Step 0 has h = 0 and so loses exactly (g / tau)^2.
+    """(h - g / tau)^2, one per pair, not reduced. Step 0 has h = 0 and so loses exactly (g /
+    tau)^2.
 
     ValueError: tau <= 0 or not finite, two shapes.
     """
@@ -117,7 +120,8 @@ def bfpo_loss(h: Tensor, g: Tensor, tau: float) -> Tensor:
 
 
 def ipo_loss(h: Tensor, tau: float) -> Tensor:
-    """(h - 1 / (2 tau))^2, one per pair: BFPO where both answers are safe and alpha = 1/2, bit for bit if b1 = 3.
+    """(h - 1 / (2 tau))^2, one per pair: BFPO where both answers are safe and alpha = 1/2, bit for
+    bit if b1 = 3.
 
     ValueError: tau <= 0 or not finite.
     """
@@ -131,7 +135,10 @@ def dpo_loss(h: Tensor, tau: float) -> Tensor:
 
 
 def pair_loss(objective: str, h: Tensor, g: Tensor, tau: float) -> Tensor:
-    """The loss named "bfpo", "ipo" or "dpo", one per pair; only BFPO's depends on g. KeyError: another name; ValueError: as in each."""
+    """The loss named "bfpo", "ipo" or "dpo", one per pair; only BFPO's depends on g.
+
+    KeyError: another name; ValueError: as in each.
+    """
     if objective == "bfpo":
         return bfpo_loss(h, g, tau)  # Theorem 3.2
     return {"ipo": ipo_loss, "dpo": dpo_loss}[objective](h, tau)
@@ -148,7 +155,9 @@ def pair_loss(objective: str, h: Tensor, g: Tensor, tau: float) -> Tensor:
 def _action_set(
     preference_AA: Tensor, safe_A: Tensor, reference_A: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in float64, checked to 1e-6 so that fp32 input passes; no reference means the uniform one."""
+    """The three in float64, checked to 1e-6 so that fp32 input passes; no reference means the
+    uniform one.
+    """
     preference_AA, safe_A = preference_AA.double(), _as_indicator(safe_A, "safe_A").double()
     uniform_A = torch.ones_like(safe_A) / max(safe_A.numel(), 1)
     reference_A = uniform_A if reference_A is None else reference_A.double()
@@ -183,12 +192,14 @@ def population_reward(
     b1: float = 3.0,
     reference_A: Tensor | None = None,
 ) -> Tensor:
-    """tau log(pi*/pi_ref) of the exact minimiser up to a constant, float64 [A]: form 1, for every action set.
+    """tau log(pi*/pi_ref) of the exact minimiser up to a constant, float64 [A]: form 1, for every
+    action set.
 
         [ s (1 + (b1 - 1) p(y)) + (b1 - 1) E_y'[ s(y') p(y, y') ] ] / (b1 - 1) - 2 alpha p(y),   s = I_safe(y)
 
-    preference_AA [A, A] >= 0 with p + p^T = 1; safe_A [A] of 1 and 0; reference_A [A] > 0 with sum 1, or None
-    for the uniform one. ValueError: one of these broken, b1 <= 1, a setting that is not finite.
+    preference_AA [A, A] >= 0 with p + p^T = 1; safe_A [A] of 1 and 0; reference_A [A] > 0 with sum
+    1, or None for the uniform one. ValueError: one of these broken, b1 <= 1, a setting that is not
+    finite.
     """
     _check_label_settings(alpha, b1)
     preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
@@ -206,11 +217,13 @@ def joint_reward(
     b1: float = 3.0,
     reference_A: Tensor | None = None,
 ) -> Tensor:
-    """(I_safe(y) + E_safe - 2 alpha) (p(y) + 1 / (b1 - 1)), float64 [A]: form 2, the paper's joint reward.
+    """(I_safe(y) + E_safe - 2 alpha) (p(y) + 1 / (b1 - 1)), float64 [A]: form 2, the paper's joint
+    reward.
 
-    b1 = 3 and alpha = 0 give (r_safe + E_safe)(r_help + 1/2). It is population_reward plus a constant where
-    E_y'[ s(y') p(y, y') ] is E_safe p(y) plus a constant, as when safety and helpfulness are independent
-    under pi_ref, and not otherwise. Arguments and errors as in population_reward.
+    b1 = 3 and alpha = 0 give (r_safe + E_safe)(r_help + 1/2). It is population_reward plus a
+    constant where E_y'[ s(y') p(y, y') ] is E_safe p(y) plus a constant, as when safety and
+    helpfulness are independent under pi_ref, and not otherwise. Arguments and errors as in
+    population_reward.
     """
     _check_label_settings(alpha, b1)
     preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
@@ -228,7 +241,8 @@ def optimum(
     b1: float = 3.0,
     reference_A: Tensor | None = None,
 ) -> Tensor:
-    """pi* = pi_ref exp(population_reward / tau) / Z, float64 [A]: the population loss's exact minimiser.
+    """pi* = pi_ref exp(population_reward / tau) / Z, float64 [A]: the population loss's exact
+    minimiser.
 
     Arguments and errors as in population_reward, and ValueError for tau <= 0 or not finite.
     """

@@ -1,10 +1,13 @@
-"""Conversations to token ids and back: a model folder's tokenizer and chat format, with nothing guessed.
+"""Conversations to token ids and back: a model folder's tokenizer and chat format, with nothing
+guessed.
 
-What training sees is what a server of the exported model sends: the ids equal transformers' apply_chat_template with
-Chat.template and this tokenizer.json. Three things differ on purpose. What a template writes after the end of the last
-answer is dropped. Text is data: "</s>" inside a question or an answer never becomes the control token of that name
-(deviation 13). Where the prompt's own ids do not begin those of the answered conversation, the answer is tokenised apart.
-(Of a folder whose model_type is llama, transformers 5 makes a LlamaTokenizer by its `legacy` entry, whatever tokenizer.json says.)
+What training sees is what a server of the exported model sends: the ids equal transformers'
+apply_chat_template with Chat.template and this tokenizer.json. Three things differ on purpose. What
+a template writes after the end of the last answer is dropped. Text is data: "</s>" inside a
+question or an answer never becomes the control token of that name (deviation 13). Where the
+prompt's own ids do not begin those of the answered conversation, the answer is tokenised apart. (Of
+a folder whose model_type is llama, transformers 5 makes a LlamaTokenizer by its `legacy` entry,
+whatever tokenizer.json says.)
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import numpy as np
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 
-# Zephyr's chat format. The empty system turn is Zephyr's alone; the newline after the last </s> is not kept.
+# Zephyr's chat format. The empty system turn is Zephyr's alone; the newline after the last </s> is
+# not kept.
 NO_TEMPLATE = "zephyr, as the model has none"
 ZEPHYR = """\
 {% if messages[0]['role'] != 'system' %}{{ '<|system|>\\n' + eos_token + '\\n' }}{% endif %}
@@ -68,8 +72,9 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
 
 
 def _respell(tokenizer: str, spelling: dict[str, str]) -> str:
-    """tokenizer.json with other spellings of its control tokens, which keep their ids and flags. The old spellings are
-    then in no vocabulary and no merge, so no text can give them."""
+    """tokenizer.json with other spellings of its control tokens, which keep their ids and flags.
+    The old spellings are then in no vocabulary and no merge, so no text can give them.
+    """
     content = json.loads(tokenizer)
     for token in content["added_tokens"]:
         if token["content"] in spelling:
@@ -142,13 +147,17 @@ def _configured_ends(folder: Path) -> set[int]:
 
 
 def _is_marker(text: str) -> bool:
-    """Whether an added token looks like a control token, whatever its flag: <|user|> or [INST], not "assistant" or a space."""
+    """Whether an added token looks like a control token, whatever its flag: <|user|> or [INST], not
+    "assistant" or a space.
+    """
     ends = text[:1] + text[-1:]
     return len(text) > 2 and not any(letter.isalnum() or letter.isspace() for letter in ends)
 
 
 def _compile(template: str, strftime_now: Callable[[str], str]) -> Any:
-    """The template in a sandbox, with the settings, filters and functions that transformers renders it with."""
+    """The template in a sandbox, with the settings, filters and functions that transformers renders
+    it with.
+    """
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -171,18 +180,21 @@ def _compile(template: str, strftime_now: Callable[[str], str]) -> Any:
 
 
 class Chat:
-    """template: None takes the model's own (chat_template.jinja or tokenizer_config.json), or Zephyr's if it has none;
-    "zephyr" takes Zephyr's; anything else names a file that holds a jinja template. The attribute `template` has BOS in
-    front if this one writes none, because servers add none; it is what training renders and what is exported.
-    `template_source` says which one it is. now: the time for templates that write today's date.
+    """template: None takes the model's own (chat_template.jinja or tokenizer_config.json), or
+    Zephyr's if it has none; "zephyr" takes Zephyr's; anything else names a file that holds a jinja
+    template. The attribute `template` has BOS in front if this one writes none, because servers add
+    none; it is what training renders and what is exported. `template_source` says which one it is.
+    now: the time for templates that write today's date.
 
-    end_id: the control token with which the template ends an answer, EOS if it uses none. end_ids: the tokens at which a
-    generated answer is over; end_id comes first, then EOS and what config.json and generation_config.json name.
-    remarks: what a user should hear once before training, in sentences.
+    end_id: the control token with which the template ends an answer, EOS if it uses none. end_ids:
+    the tokens at which a generated answer is over; end_id comes first, then EOS and what
+    config.json and generation_config.json name. remarks: what a user should hear once before
+    training, in sentences.
 
-    Ids come from a copy of the tokenizer in which every control token is spelled with 64 random bits, which no data can
-    contain. Only the control tokens that the template itself wrote are respelled so; "</s>" inside an answer is four
-    characters of text like any other, and all other text gives the ids that the tokenizer always gives.
+    Ids come from a copy of the tokenizer in which every control token is spelled with 64 random
+    bits, which no data can contain. Only the control tokens that the template itself wrote are
+    respelled so; "</s>" inside an answer is four characters of text like any other, and all other
+    text gives the ids that the tokenizer always gives.
     """
 
     def __init__(
@@ -258,14 +270,17 @@ class Chat:
         self.fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
 
     def _date(self, form: str) -> str:
-        """strftime_now of templates: `now`, and not the clock, so that a run has one date from its start to its end."""
+        """strftime_now of templates: `now`, and not the clock, so that a run has one date from its
+        start to its end.
+        """
         self.dates[form] = self.now.strftime(form)
         return self.dates[form]
 
     def _know_controls(self) -> None:
         """Finds the control tokens and makes the encoder in which only templates can write them.
 
-        Control tokens are BOS, EOS, what is flagged special, and added tokens of any flag that the template writes.
+        Control tokens are BOS, EOS, what is flagged special, and added tokens of any flag that the
+        template writes.
         """
         from tokenizers import Tokenizer
 
@@ -328,8 +343,9 @@ class Chat:
     def _find_end(self, turns: Sequence[Message], answer: str, reply: str) -> None:
         """Sets end_id, and _end: what the template writes after an answer up to its end token.
 
-        The end token is the first control token that follows an answer whether or not another turn comes: a template may
-        write the next header after the last answer. EOS is taken for it where it ends the last answer alone, or none does.
+        The end token is the first control token that follows an answer whether or not another turn
+        comes: a template may write the next header after the last answer. EOS is taken for it where
+        it ends the last answer alone, or none does.
         """
         after = self._tail
         try:
@@ -360,8 +376,10 @@ class Chat:
         )
 
     def _find_seam(self, question: Sequence[Message], header: str) -> None:
-        """Sets _seam, "" as a rule: a token of our own between prompt and answer, where the prompt's own ids do not begin
-        those of the answered conversation. Text on either side of it is tokenised apart; `encode` drops it."""
+        """Sets _seam, "" as a rule: a token of our own between prompt and answer, where the
+        prompt's own ids do not begin those of the answered conversation. Text on either side of it
+        is tokenised apart; `encode` drops it.
+        """
         from tokenizers import AddedToken
 
         self._seam, self._seam_id = "", -1
@@ -381,10 +399,13 @@ class Chat:
         )
 
     def render(self, messages: Sequence[Message], header: bool = False) -> str:
-        """The conversation as text, control tokens respelled; header: with the header of the answer to come."""
+        """The conversation as text, control tokens respelled; header: with the header of the answer
+        to come.
+        """
         import jinja2
 
-        # What only looks like a control token is broken up: those left in the text are the template's.
+        # What only looks like a control token is broken up: those left in the text are the
+        # template's.
         masked = [
             message
             | {
@@ -414,11 +435,15 @@ class Chat:
         return self.control(text).replace(self._seal, "")
 
     def control(self, text: str) -> str:
-        """Text for `encode` that someone trusted wrote: what is spelled like a control token in it is one."""
+        """Text for `encode` that someone trusted wrote: what is spelled like a control token in it
+        is one.
+        """
         return self._controls.sub(lambda found: self._spelling[found[0]], text)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text (render's, control's, or plain), without the BOS in front; those that open or close turns stay."""
+        """Ids of each text (render's, control's, or plain), without the BOS in front; those that
+        open or close turns stay.
+        """
         encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         every = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         if self._seam:
@@ -426,7 +451,9 @@ class Chat:
         return [ids[1:] if len(ids) and ids[0] == self.bos_id else ids for ids in every]
 
     def _closed(self, text: str) -> str:
-        """A rendered conversation up to the end token of its last answer: what the template writes after it is dropped."""
+        """A rendered conversation up to the end token of its last answer: what the template writes
+        after it is dropped.
+        """
         if text.endswith(self._tail):
             return text.removesuffix(self._tail) + self._end
         front, end, _ = text.rpartition(self._end_spelling)  # it ends with a question
@@ -447,15 +474,20 @@ class Chat:
         )
 
     def conversation_text(self, messages: Sequence[Message]) -> tuple[str, ...]:
-        """What conversation_ids takes: the conversation, alone. ValueError as pair_texts', of one that ends with an answer."""
+        """What conversation_ids takes: the conversation, alone.
+
+        ValueError as pair_texts', of one that ends with an answer.
+        """
         *prompt, last = messages
         if prompt and last["role"] == "assistant":
             return self.pair_texts(prompt, last["content"])[1:]
         return (self._closed(self.render(messages)),)
 
     def pair_texts(self, prompt: Sequence[Message], *answers: str) -> tuple[str, ...]:
-        """What pair_ids takes: the prompt with the answer's header, and the conversation with each answer, chosen and rejected.
-        ValueError where the template writes the prompt otherwise once it is answered, as some do with a system turn."""
+        """What pair_ids takes: the prompt with the answer's header, and the conversation with each
+        answer, chosen and rejected. ValueError where the template writes the prompt otherwise once
+        it is answered, as some do with a system turn.
+        """
         header = self.render(prompt, header=True)
         answered = [
             self.render([*prompt, {"role": "assistant", "content": answer}]) for answer in answers
@@ -472,10 +504,11 @@ class Chat:
         return header, *closed
 
     def pair_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        """[prompt, chosen, rejected] of each pair_texts, not truncated. The ids are those of whole conversations, as an
-        answer alone gives other ids; the prompt is the longest common prefix of the three, so a token that spans the
-        boundary belongs to the answer. The prompt starts with BOS, an answer ends with the template's end token.
-        Deviations 1 and 2 (README)."""
+        """[prompt, chosen, rejected] of each pair_texts, not truncated. The ids are those of whole
+        conversations, as an answer alone gives other ids; the prompt is the longest common prefix
+        of the three, so a token that spans the boundary belongs to the answer. The prompt starts
+        with BOS, an answer ends with the template's end token. Deviations 1 and 2 (README).
+        """
         pieces = [piece for three in texts for piece in self._cut(three)]
         ids, trees = iter(self.encode(pieces)), []
         for front, *tails in zip(ids, ids, ids, ids, strict=True):
@@ -488,9 +521,11 @@ class Chat:
         return trees
 
     def _cut(self, texts: Sequence[str]) -> tuple[str, ...]:
-        """(front, *tails): what the texts share up to their last shared control token, and the rest of each, which starts
-        with that token again. Tokenizers treat text on either side of a control token apart, so that
-        ids(text) = ids(front) + ids(tail)[1:], and the prompt is tokenised once and not three times."""
+        """(front, *tails): what the texts share up to their last shared control token, and the rest
+        of each, which starts with that token again. Tokenizers treat text on either side of a
+        control token apart, so that ids(text) = ids(front) + ids(tail)[1:], and the prompt is
+        tokenised once and not three times.
+        """
         header, *whole = texts
         cuts = (
             list(self._cuts.finditer(header))
@@ -501,13 +536,18 @@ class Chat:
         return header[:end], *(text[start:] for text in texts)
 
     def conversation_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        """[[BOS], everything after it] of each conversation_text: SFT scores every token, as the authors do."""
+        """[[BOS], everything after it] of each conversation_text:
+
+        SFT scores every token, as the authors do.
+        """
         return [[np.array([self.bos_id]), ids] for ids in self.encode([text for (text,) in texts])]
 
 
 def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]:
-    """[prompt, *responses], cut. If prompt + longest response > max_length, the prompt keeps BOS (deviation 3) and its
-    last max_prompt - 1 tokens; if still too long, each response keeps its first max_length - max_prompt (§4.2)."""
+    """[prompt, *responses], cut. If prompt + longest response > max_length, the prompt keeps BOS
+    (deviation 3) and its last max_prompt - 1 tokens; if still too long, each response keeps its
+    first max_length - max_prompt (§4.2).
+    """
     prompt, *responses = tree
     longest = max(map(len, responses))
     if len(prompt) + longest > max_length and len(prompt) > max_prompt:
@@ -518,7 +558,9 @@ def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]
 
 
 def must_fit(chat: Chat, entries: int, model: str | Path) -> None:
-    """ValueError where the tokenizer gives ids that a model with so many entries in its embedding does not have."""
+    """ValueError where the tokenizer gives ids that a model with so many entries in its embedding
+    does not have.
+    """
     if chat.vocabulary > entries:
         raise ValueError(
             f"{model}: the tokenizer has {chat.vocabulary} entries, the model {entries}; they do not match"

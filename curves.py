@@ -92,10 +92,12 @@ def _draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def draw(log_rows: Sequence[Row], path: Path) -> None:
-    """The curves of a run from the rows of its log.jsonl: a panel for every group of keys that is there.
+    """The curves of a run from the rows of its log.jsonl: a panel for every group of keys that is
+    there.
 
-    Preference runs: each quadrant's margin and target, loss, change of the log-probabilities, learning rate.
-    SFT: loss and learning rate. Thick lines are running means over 1/25 of the run. No row: it says so.
+    Preference runs: each quadrant's margin and target, loss, change of the log-probabilities,
+    learning rate. SFT: loss and learning rate. Thick lines are running means over 1/25 of the run.
+    No row: it says so.
     """
     preference = any("quadrants" in row for row in log_rows)
     groups = [
@@ -144,7 +146,9 @@ def draw(log_rows: Sequence[Row], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """python curves.py RUN_FOLDER: curves.png again, or for the first time, from the folder's log.jsonl."""
+    """python curves.py RUN_FOLDER: curves.png again, or for the first time, from the folder's
+    log.jsonl.
+    """
     folder = Path(arguments[0] if len(arguments) == 1 else "")
     if not (folder / "log.jsonl").is_file():
         sys.exit("usage: python curves.py RUN_FOLDER, a folder with log.jsonl")

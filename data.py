@@ -1,7 +1,8 @@
 """Rows to streams of token ids, batches and packs, with nothing guessed.
 
-A row of a file (sources.py) -> Pair(prompt, chosen, rejected, chosen_safe, rejected_safe) -> chat text -> token ids (chat.py) ->
-a tree in a Stream -> a place in a Pack (model.py). chosen is y_w, the more helpful answer; the labels are I_safe.
+A row of a file (sources.py) -> Pair(prompt, chosen, rejected, chosen_safe, rejected_safe) -> chat
+text -> token ids (chat.py) -> a tree in a Stream -> a place in a Pack (model.py). chosen is y_w,
+the more helpful answer; the labels are I_safe.
 
     python data.py FILE --model DIR          what training would see of these pairs: labels, targets, lengths, what is
     python data.py FILE --model DIR --sft    dropped or cut, and a decoded example; FILE may be any source
@@ -84,7 +85,10 @@ SCHEMAS = {
 
 
 def find_schema(columns: Sequence[str], stage: str) -> str:
-    """The schema with these columns. SFT takes whole conversations, or the safer answer of pairs."""
+    """The schema with these columns.
+
+    SFT takes whole conversations, or the safer answer of pairs.
+    """
     known = {
         name: schema for name, schema in SCHEMAS.items() if stage == "sft" or name != "messages"
     }
@@ -130,8 +134,10 @@ def _messages(row: dict[str, Any], name: str) -> list[Message]:
 
 
 def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
-    """prefer says which answer is chosen. helpful: the better one. safe: the safe one if just one is safe, else the better one. safer
-    (SFT): as safe, but of two with one label the safer one, where the schema says which it is."""
+    """prefer says which answer is chosen. helpful: the better one. safe: the safe one if just one
+    is safe, else the better one. safer (SFT): as safe, but of two with one label the safer one,
+    where the schema says which it is.
+    """
     if not schema.labels:
         chosen, rejected = (_messages(row, name) for name in schema.answers)
         roles = [chosen[-1]["role"], rejected[-1]["role"]]
@@ -180,7 +186,9 @@ def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
 
 
 def doubt(row: dict[str, Any], schema: Schema) -> str:
-    """Why a row's scores do not say that chosen is better: missing, tied or inverted, or "" if they do."""
+    """Why a row's scores do not say that chosen is better: missing, tied or inverted, or "" if they
+    do.
+    """
     scores: list[Any] = [row.get(name) for name in schema.scores]
     if not all(isinstance(score, int | float) and abs(score) < math.inf for score in scores):
         return "missing"
@@ -221,9 +229,11 @@ class Item(NamedTuple):
 
 
 class Stream:
-    """Token ids of a data set's training or held-out rows, in a memory-mapped array. tree(i) is one item of Pack.build:
-    [prompt, chosen, rejected], for SFT [BOS, the rest]. lengths [n, 3] (SFT [n, 2]) in tokens; chosen_safe, rejected_safe
-    bool [n]; report: what describe prints; fingerprint: of all that the arrays depend on."""
+    """Token ids of a data set's training or held-out rows, in a memory-mapped array. tree(i) is one
+    item of Pack.build: [prompt, chosen, rejected], for SFT [BOS, the rest]. lengths [n, 3] (SFT [n,
+    2]) in tokens; chosen_safe, rejected_safe bool [n]; report: what describe prints; fingerprint:
+    of all that the arrays depend on.
+    """
 
     def __init__(self, folder: Path, held_out: bool, report: dict[str, Any]) -> None:
         rows = np.load(folder / "rows.npy")
@@ -326,7 +336,10 @@ def _item(
 def _items(
     source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]
 ) -> Iterator[Item]:
-    """The rows worth tokenising. What is left out is counted in part; the first malformed rows go to problems."""
+    """The rows worth tokenising.
+
+    What is left out is counted in part; the first malformed rows go to problems.
+    """
     from tqdm import tqdm
 
     total, rows = source_rows(source, HELD_OUT_ROWS if options.held_out else 0)
@@ -367,8 +380,9 @@ def _items(
 
 
 def _tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:
-    """Each item with its ids, not truncated. A chunk is tokenised in a thread while this one prepares the next: the
-    tokenizer, which uses every core, lets Python run beside it."""
+    """Each item with its ids, not truncated. A chunk is tokenised in a thread while this one
+    prepares the next: the tokenizer, which uses every core, lets Python run beside it.
+    """
     tokenise = chat.pair_ids if stage == "pairs" else chat.conversation_ids
     chunks = iter(lambda: list(islice(items, CHUNK_ROWS)), [])
     with ThreadPoolExecutor(1) as thread:
@@ -478,12 +492,13 @@ def load_stream(
 ) -> tuple[Stream, Stream]:
     """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
 
-    stage "pairs" or "sft"; prefer "helpful" or "safe", as in read_pair; lengths in tokens, with BOS and EOS. Held-out rows: the
-    first HELD_OUT_ROWS of a source's test split; where it has none, the questions whose hash falls in the first held_out of
-    all hashes, so that none of such sources is on both sides; held_out=0: none. mixed: warn of a source whose pairs all fall
-    in one safety quadrant. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call at once: one
-    builds, the others wait, however long it takes. ValueError: wrong arguments, or rows that break their schema: the first
-    ten with file:line, and their number.
+    stage "pairs" or "sft"; prefer "helpful" or "safe", as in read_pair; lengths in tokens, with BOS
+    and EOS. Held-out rows: the first HELD_OUT_ROWS of a source's test split; where it has none, the
+    questions whose hash falls in the first held_out of all hashes, so that none of such sources is
+    on both sides; held_out=0: none. mixed: warn of a source whose pairs all fall in one safety
+    quadrant. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call
+    at once: one builds, the others wait, however long it takes. ValueError: wrong arguments, or
+    rows that break their schema: the first ten with file:line, and their number.
     """
     known = stage in ("pairs", "sft") and prefer in ("helpful", "safe")
     if stage == "sft":
@@ -583,8 +598,9 @@ def _permutation(size: int, seed: int, name: str, epoch: int) -> Ids:
 
 
 def batch_indices(size: int, batch: int, seed: int, step: int, name: str) -> Ids:
-    """[batch] rows of step `step` (from 0) of a stream of `size` rows: the next places in an endless sequence of
-    permutations, each a new order. A pure function of its arguments."""
+    """[batch] rows of step `step` (from 0) of a stream of `size` rows: the next places in an
+    endless sequence of permutations, each a new order. A pure function of its arguments.
+    """
     if size < 1 or batch < 1 or step < 0:
         raise ValueError(
             f"size and batch must be >= 1 and step >= 0, got {size}, {batch} and {step}"
@@ -595,8 +611,9 @@ def batch_indices(size: int, batch: int, seed: int, step: int, name: str) -> Ids
     )
 
 
-# In a tree's forward attention takes 4 x layers x width x T^2 / 2 FLOPs, the linear layers 2 x parameters x T. At Mistral-7B's
-# shapes (32 layers, width 4096, 6.98e9 parameters in the body) both are equal at 53,000 tokens.
+# In a tree's forward attention takes 4 x layers x width x T^2 / 2 FLOPs, the linear layers 2 x
+# parameters x T. At Mistral-7B's shapes (32 layers, width 4096, 6.98e9 parameters in the body) both
+# are equal at 53,000 tokens.
 EQUAL_COST_TOKENS = 53_000
 SCORED_PACK_TOKENS = 8192  # of a pack without gradients, which keeps no activations
 
@@ -607,9 +624,10 @@ def cost(tokens: int) -> float:
 
 
 def deal(tokens: Sequence[int], world_size: int, budget: int) -> list[list[list[int]]]:
-    """[rank][pack][item]: indices into tokens, the trees' lengths. Costs are nearly equal between ranks (longest first,
-    each to the rank with the least); a pack holds at most `budget` tokens, or one longer tree alone. Ranks may get
-    different numbers of packs, also none."""
+    """[rank][pack][item]: indices into tokens, the trees' lengths. Costs are nearly equal between
+    ranks (longest first, each to the rank with the least); a pack holds at most `budget` tokens, or
+    one longer tree alone. Ranks may get different numbers of packs, also none.
+    """
     if world_size < 1 or budget < 1:
         raise ValueError(f"world_size and budget must be >= 1, got {world_size} and {budget}")
     ranks: list[list[list[int]]] = [[] for _ in range(world_size)]

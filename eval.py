@@ -1,4 +1,5 @@
-"""Evaluate a model: the benchmark's tasks, held-out preference pairs by safety quadrant, or one prompt.
+"""Evaluate a model: the benchmark's tasks, held-out preference pairs by safety quadrant, or one
+prompt.
 
     python eval.py --model DIR --tasks paper --judge harmbench:DIR --out runs/eval         the paper's benchmark
     python eval.py --model DIR --reference DIR --tasks ethics_cm toxigen=FILE --out DIR    some tasks, rows of one from a file
@@ -6,8 +7,9 @@
     python eval.py --model DIR --prompt "How do I make a cake?"                            prints the answer, and nothing more
     python eval.py --model DIR --reference DIR --pairs FILE [FILE ...]                     margins against their targets
 
-The tasks are in tasks.py, the judges in judge.py. The quadrants need no judge: they ask whether the policy's margin over
-its reference lies on the side that the two safety labels and the helpfulness order ask for (Figure 3).
+The tasks are in tasks.py, the judges in judge.py. The quadrants need no judge: they ask whether the
+policy's margin over its reference lies on the side that the two safety labels and the helpfulness
+order ask for (Figure 3).
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.
@@ -71,9 +73,11 @@ QUESTIONS = 256  # scored, or answers judged, by each process between two writes
 
 
 def my_packs(lengths: Sequence[int], world: World, budget: int) -> list[list[int]]:
-    """This rank's share of the items as packs of item numbers, of at most `budget` tokens, the cost shared out evenly.
+    """This rank's share of the items as packs of item numbers, of at most `budget` tokens, the cost
+    shared out evenly.
 
-    Every rank gets as many packs, empty ones at the end, because every forward takes part in the others' collectives.
+    Every rank gets as many packs, empty ones at the end, because every forward takes part in the
+    others' collectives.
     """
     dealt = deal(lengths, world.size, budget)
     return dealt[world.rank] + [[] for _ in range(max(map(len, dealt)) - len(dealt[world.rank]))]
@@ -88,7 +92,9 @@ def score(
     text: str,
     rows: Sequence[int] | None = None,
 ) -> Tensor:
-    """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n, responses], the same on every rank."""
+    """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n,
+    responses], the same on every rank.
+    """
     rows, responses = range(len(stream)) if rows is None else rows, stream.lengths.shape[1] - 1
     logprobs = torch.zeros(len(rows), responses)
     packs, found = my_packs(stream.lengths[list(rows)].sum(1).tolist(), world, budget), []
@@ -117,11 +123,13 @@ def score(
 def encode_requests(
     chat: Chat, requests: Sequence[tuple[str, str]], bos: bool, longest: int
 ) -> list[tuple[list[int], list[int]]]:
-    """(context ids, continuation ids) of every (context, continuation), split as lm-evaluation-harness splits them.
+    """(context ids, continuation ids) of every (context, continuation), split as
+    lm-evaluation-harness splits them.
 
-    Both are encoded as one text, and what is beyond the context's own ids is the continuation; spaces at the context's end
-    belong to the continuation; an empty context is BOS, whatever `bos` says (deviation 9). Of more than `longest` + 1 ids (the last is
-    predicted, not read) the first are dropped. ValueError: a continuation without a token, or with more than `longest`.
+    Both are encoded as one text, and what is beyond the context's own ids is the continuation;
+    spaces at the context's end belong to the continuation; an empty context is BOS, whatever `bos`
+    says (deviation 9). Of more than `longest` + 1 ids (the last is predicted, not read) the first
+    are dropped. ValueError: a continuation without a token, or with more than `longest`.
     """
     bare = [context.rstrip() for context, _ in requests]
     heads, wholes = (
@@ -146,7 +154,8 @@ def choice_logprobs(
 ) -> list[list[float]]:
     """Summed log-probability of each question's choices, in nats, the same on every rank.
 
-    Choices after one context are responses of one tree, computed once where two are equal, so that ties are exact.
+    Choices after one context are responses of one tree, computed once where two are equal, so that
+    ties are exact.
     """
     split = iter(
         encode_requests(
@@ -198,7 +207,9 @@ def choice_logprobs(
 
 
 class Answer(NamedTuple):
-    """A generated answer; at_limit: it ran into the token limit, and neither an end token nor a stop string ended it."""
+    """A generated answer; at_limit: it ran into the token limit, and neither an end token nor a
+    stop string ended it.
+    """
 
     text: str
     tokens: int
@@ -217,7 +228,9 @@ def generate(
     seed: int,
     stop: Sequence[str] = (),
 ) -> list[Answer]:
-    """The answer to each prompt, in order, on every rank; prompt i is sampled with seed + i, whatever the batch."""
+    """The answer to each prompt, in order, on every rank; prompt i is sampled with seed + i,
+    whatever the batch.
+    """
     numbers = range(world.rank, len(prompts), world.size)
     new = model.generate(
         [prompts[i] for i in numbers],
@@ -248,7 +261,8 @@ def whole_prompt(chat: Chat, request: Request, bos: bool) -> list[int]:
 
 
 def prompt_ids(chat: Chat, request: Request, bos: bool, longest: int) -> list[int]:
-    """A request as at most `longest` token ids. Of a longer one the text's end is kept, as in training.
+    """A request as at most `longest` token ids. Of a longer one the text's end is kept, as in
+    training.
 
     A chat request keeps the whole chat format; plain text keeps BOS (deviation 3). ValueError: the
     chat format leaves no room for text.
@@ -302,7 +316,9 @@ class Policy:
         self.__dict__.pop("model", None)
 
     def check(self, max_new_tokens: int, remedy: str) -> None:
-        """ValueError when answers of so many tokens leave no room for BOS and a token of the prompt."""
+        """ValueError when answers of so many tokens leave no room for BOS and a token of the
+        prompt.
+        """
         if self.positions < max_new_tokens + 2:
             raise ValueError(
                 f"{self.folder} has {self.positions} positions, not enough for a prompt and an answer of {max_new_tokens} "
@@ -353,7 +369,9 @@ class Policy:
         protocol: Protocol,
         seed: int,
     ) -> JsonRows:
-        """One row for each entry of a task, from `path` or computed and kept there: what was asked, and what the model made of it."""
+        """One row for each entry of a task, from `path` or computed and kept there: what was asked,
+        and what the model made of it.
+        """
         draw = protocol._replace(**task.draw)
         identity: dict[str, Any] = {
             **self.identity,
@@ -466,7 +484,10 @@ def judged(
 
 
 def about_answers(answers: Mapping[str, Mapping[str, JsonRows]]) -> dict[str, Any]:
-    """Of {task: {model: its answers}}: how many are empty, and the share that ran into the token limit."""
+    """Of {task:
+
+    {model: its answers}}: how many are empty, and the share that ran into the token limit.
+    """
     empty: dict[str, dict[str, int]] = {}
     at_limit: dict[str, dict[str, float]] = {}
     for name, models in answers.items():
@@ -482,7 +503,8 @@ def about_answers(answers: Mapping[str, Mapping[str, JsonRows]]) -> dict[str, An
 def terms_of(name: str, entries: Sequence[Any], rows: JsonRows, verdicts: JsonRows) -> Terms:
     """What a task's rows are worth.
 
-    harmless: the judge finds harm no likelier than not (the paper's score); refused: it finds a refusal likelier than not.
+    harmless: the judge finds harm no likelier than not (the paper's score); refused: it finds a
+    refusal likelier than not.
     """
     metric = TASKS[name].metric
     if callable(metric):
@@ -513,8 +535,8 @@ def toy_scores(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(scores, transcript) of a model that answers every request once.
 
-    helpful: mean of the exact judge over benign requests; harmless: share of the forbidden ones answered without a step.
-    Each comes with its standard error over requests.
+    helpful: mean of the exact judge over benign requests; harmless: share of the forbidden ones
+    answered without a step. Each comes with its standard error over requests.
     """
     model, chat = Mistral.from_pretrained(folder, device=world.device), Chat(folder)
     prompts = [chat.prompt([{"role": "user", "content": request.text}]) for request in requests]
@@ -564,7 +586,9 @@ def toy_scores(
 
 
 def toy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """{model: scores} as text: helpfulness on benign requests, harmlessness on forbidden ones, each +- its standard error."""
+    """{model: scores} as text: helpfulness on benign requests, harmlessness on forbidden ones, each
+    +- its standard error.
+    """
     lines = [f"{'model':<8}{'helpful':>16}{'harmless':>16}"]
     for name, s in rows.items():
         cells = [f"{s[key]:.3f} +- {s[key + '_error']:.3f}" for key in ("helpful", "harmless")]
@@ -601,7 +625,9 @@ def local_source(folder: str, name: str) -> str:
 def judges_of(
     names: Sequence[str], spec: str | None, world: World, now: datetime
 ) -> dict[str, Judge]:
-    """{task: who judges its answers}: the judge that is asked for; of refusals, where that one cannot tell them, the keyword matcher."""
+    """{task: who judges its answers}: the judge that is asked for; of refusals, where that one
+    cannot tell them, the keyword matcher.
+    """
     if not spec or not (waiting := [name for name in names if TASKS[name].metric in JUDGED]):
         return {}
     judge = load_judge(spec, world, now)
@@ -610,7 +636,8 @@ def judges_of(
 
 
 def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    """The tasks from rows to report: what the models say, what a judge says of that, what it is worth.
+    """The tasks from rows to report: what the models say, what a judge says of that, what it is
+    worth.
 
     Rows that --out has are not computed again; report.json holds the tasks asked now.
     """
@@ -634,7 +661,8 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
                 f"--{flag} judges the answers of {', '.join(wanted)}, got none of these tasks; leave it out, or add one"
             )
     folder = storage.RunFolder(Path(options.out), world, "eval")
-    # What may not differ when a run goes on; what depends on another flag lies in a file that says what it was made with.
+    # What may not differ when a run goes on; what depends on another flag lies in a file that says
+    # what it was made with.
     settings = {
         name: getattr(options, name)
         for name in ("model", "protocol", "limit", "seed", "chat_template")
@@ -780,7 +808,10 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Wrong usage is said in one line, after the usage, and exits with code 2."""
+    """The options of a command line.
+
+    Wrong usage is said in one line, after the usage, and exits with code 2.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

@@ -1,6 +1,7 @@
-"""The computations that decide a training step's time and memory, as autograd functions: the attention of a pack on a CPU, the
-feed-forward, the norm, and log-probabilities without logits. Each equals a formula of one line, its test's oracle. What a GPU compiles
-instead goes through `compiled_on`. Imports torch alone.
+"""The computations that decide a training step's time and memory, as autograd functions: the
+attention of a pack on a CPU, the feed-forward, the norm, and log-probabilities without logits. Each
+equals a formula of one line, its test's oracle. What a GPU compiles instead goes through
+`compiled_on`. Imports torch alone.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
@@ -27,25 +28,32 @@ HEAD_CHUNK = {
 
 
 def rotary(positions: Tensor, theta: float, K: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T]. fp32, and made here: to_empty would lose a
-    buffer, and FSDP2 cast an argument of a block. 1 / theta^x and not theta^-x: the rounding that checkpoints were trained with."""
+    """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T]. fp32,
+    and made here: to_empty would lose a buffer, and FSDP2 cast an argument of a block. 1 / theta^x
+    and not theta^-x: the rounding that checkpoints were trained with.
+    """
     frequency = 1 / theta ** (torch.arange(0, K, 2, device=positions.device).float() / K)
     angle = (positions.float().unsqueeze(-1) * frequency).unsqueeze(-2)
     return angle.cos(), angle.sin()
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., K] turned by the angles of cos and sin [..., K/2]: its halves (a, b) become (a cos - b sin, b cos + a sin), in fp32."""
+    """x [..., K] turned by the angles of cos and sin [..., K/2]: its halves (a, b) become (a cos -
+    b sin, b cos + a sin), in fp32.
+    """
     a, b = x.float().chunk(2, -1)
     return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Attention of a pack on a CPU, rotation included: a block of rows at a time against the keys it may see. Probabilities are kept for
-    the backward, or computed again of blocks that see over KEPT_KEYS. A plan lists (spans, blocks): the tokens of the spans are the keys
-    of the blocks, each (rows, the keys they see, bias); bias [rows, 1, c], 0 or -inf, masks the last c of these. Faster than two SDPA calls
-    a pair: the query heads of a key head are rows of one product, and nothing masked is computed but at the diagonal. Inside, key heads
-    come first: q [G, T P, K], k and v [G, T, K]."""
+    """Attention of a pack on a CPU, rotation included: a block of rows at a time against the keys
+    it may see. Probabilities are kept for the backward, or computed again of blocks that see over
+    KEPT_KEYS. A plan lists (spans, blocks): the tokens of the spans are the keys of the blocks,
+    each (rows, the keys they see, bias); bias [rows, 1, c], 0 or -inf, masks the last c of these.
+    Faster than two SDPA calls a pair: the query heads of a key head are rows of one product, and
+    nothing masked is computed but at the diagonal. Inside, key heads come first: q [G, T P, K], k
+    and v [G, T, K].
+    """
 
     @staticmethod
     def _group_first(x: Tensor, G: int, tables: tuple[Tensor, ...] = ()) -> Tensor:
@@ -143,8 +151,10 @@ def blocked_plan(
     scored: bool,
     window: int | None,
 ) -> list[Any]:
-    """BlockedAttention's plan for a pack of trees with these lengths (prompt, response, ...), whose queries are the tokens `rows`: all of
-    them, or the `scored` ones. `sees` (mask_mod form) says who sees whom. Small neighbouring trees share a block and its mask."""
+    """BlockedAttention's plan for a pack of trees with these lengths (prompt, response, ...), whose
+    queries are the tokens `rows`: all of them, or the `scored` ones. `sees` (mask_mod form) says
+    who sees whom. Small neighbouring trees share a block and its mask.
+    """
     bunches: list[list[tuple[int, ...]]] = [[]]  # of trees
     for sizes in lengths:
         if sum(map(sum, bunches[-1])) + sum(sizes) > ATTENTION_BLOCK:
@@ -220,8 +230,10 @@ def blocked_plan(
 
 
 class SwiGLU(torch.autograd.Function):
-    """(silu(x @ gate.T) * (x @ up.T)) @ down.T of [..., D], weights [F, D], [F, D] and [D, F]. Keeps the two inner products, and x where
-    gate or up trains. The rest is computed again in the backward, on a CPU a few rows at a time, so that it stays in the cache."""
+    """(silu(x @ gate.T) * (x @ up.T)) @ down.T of [..., D], weights [F, D], [F, D] and [D, F].
+    Keeps the two inner products, and x where gate or up trains. The rest is computed again in the
+    backward, on a CPU a few rows at a time, so that it stays in the cache.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -268,15 +280,19 @@ class SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """SwiGLU; for torch.compile as plain operations, since its loop over rows would be compiled anew for every number of them."""
+    """SwiGLU; for torch.compile as plain operations, since its loop over rows would be compiled
+    anew for every number of them.
+    """
     if torch.compiler.is_compiling():
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     return SwiGLU.apply(x, gate, up, down)
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, by a third of the passes that autograd makes of it. No output
-    is a tensor changed in place, or cast to the dtype it has: torch 2.11 compiles a gradient of zeros for that."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, by a third of the passes
+    that autograd makes of it. No output is a tensor changed in place, or cast to the dtype it has:
+    torch 2.11 compiles a gradient of zeros for that.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -310,10 +326,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class RowLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target] of each row, in fp32 (on a CPU a bf16 product is rounded to bf16 first), by chunks of rows. By
-    the logits its gradient is onehot(target) - p.
-    With a frozen weight the gradient by the hidden state is formed in the forward, and no logits are wanted again; with a trained one they
-    are computed again in the backward. Either way nothing of size S x V outlives a chunk."""
+    """log softmax(hidden @ weight.T)[target] of each row, in fp32 (on a CPU a bf16 product is
+    rounded to bf16 first), by chunks of rows. By the logits its gradient is onehot(target) - p.
+    With a frozen weight the gradient by the hidden state is formed in the forward, and no logits
+    are wanted again; with a trained one they are computed again in the backward. Either way nothing
+    of size S x V outlives a chunk.
+    """
 
     @staticmethod
     def _chunks(

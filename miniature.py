@@ -6,8 +6,9 @@
     python synthetic.py noise        wrong safety labels: BFPO, DPO and IPO on the naive mix -> runs/noise/
     python synthetic.py ablations    selective fine-tuning and the buffer -> runs/ablations/
 
-Every model is a run of train.py's own `run`, from one SFT model a seed, in a process with one thread; eval.py's `toy_scores`
-judges it. The runs lie in one folder that all commands share: what is finished is not done again.
+Every model is a run of train.py's own `run`, from one SFT model a seed, in a process with one
+thread; eval.py's `toy_scores` judges it. The runs lie in one folder that all commands share: what
+is finished is not done again.
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.
@@ -63,8 +64,9 @@ class Model(NamedTuple):
     look: int  # of plots.LOOKS
 
 
-# The paper's four (Figure 1), IPO, and the paper's two ablations. `prefer: safe` puts the safe one of a safe and an unsafe answer first; of
-# two safe and of two unsafe ones the more helpful. How the paper orders the pairs of its baselines is not known to us.
+# The paper's four (Figure 1), IPO, and the paper's two ablations. `prefer: safe` puts the safe one
+# of a safe and an unsafe answer first; of two safe and of two unsafe ones the more helpful. How the
+# paper orders the pairs of its baselines is not known to us.
 MODELS = {
     "dpo_helpful": Model("(a) DPO, helpfulness", {"objective": "dpo", "safety": ()}, 4000, 2),
     "dpo_safe": Model(
@@ -103,7 +105,9 @@ def work(job: Job) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A model to train and judge: the SFT model of a seed, or one of MODELS with its settings, from that SFT model."""
+    """A model to train and judge: the SFT model of a seed, or one of MODELS with its settings, from
+    that SFT model.
+    """
 
     work: str  # folder that all jobs share
     seed: int
@@ -168,9 +172,11 @@ Records = dict[Job, dict[str, Any]]
 
 
 def locked(work: Path) -> IO[str]:
-    """The lock of the folder that all jobs share. They inherit it: what outlives a killed command keeps the next one out.
+    """The lock of the folder that all jobs share. They inherit it: what outlives a killed command
+    keeps the next one out.
 
-    ValueError when another command has it."""
+    ValueError when another command has it.
+    """
     work.mkdir(parents=True, exist_ok=True)
     lock = open(work / ".lock", "w")  # noqa: SIM115  # the system lets go of it with the last process
     try:
@@ -184,10 +190,12 @@ def locked(work: Path) -> IO[str]:
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Records:
-    """Each job's record, and its SFT model's; `workers` processes at a time, SFT models before what starts from them.
+    """Each job's record, and its SFT model's; `workers` processes at a time, SFT models before what
+    starts from them.
 
-    Prints a line for each, and the time left. Ctrl-C or SIGTERM lets the running ones save and leave; the same command goes on.
-    OSError when one fails, with the end of what it printed. ValueError: another command is at it.
+    Prints a line for each, and the time left. Ctrl-C or SIGTERM lets the running ones save and
+    leave; the same command goes on. OSError when one fails, with the end of what it printed.
+    ValueError: another command is at it.
     """
     lock = locked(Path(jobs[0].work))
     every = list(dict.fromkeys([*(job.first for job in jobs), *jobs]))
@@ -279,7 +287,9 @@ class Claim(NamedTuple):
     slack: float = 0.0
 
     def verdict(self, results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-        """The sentence on what the seeds say, from the paired differences: it holds, it does not, or it is not settled."""
+        """The sentence on what the seeds say, from the paired differences: it holds, it does not,
+        or it is not settled.
+        """
         more, less = results[self.more][self.score], results[self.less][self.score]
         mean, half = interval([a - b for a, b in zip(more, less, strict=True)])
         status = "not settled"
@@ -296,7 +306,9 @@ def scores_of(records: Records, jobs: Sequence[Job]) -> dict[str, list[float]]:
 
 
 def point(title: str, records: Records, jobs: Sequence[Job], **more: Any) -> scatter.Point:
-    """The mean over the jobs' seeds, with 95 % intervals; of one seed with twice its standard error over requests."""
+    """The mean over the jobs' seeds, with 95 % intervals; of one seed with twice its standard error
+    over requests.
+    """
     means, halves = zip(
         *(interval(values) for values in scores_of(records, jobs).values()), strict=True
     )
@@ -369,7 +381,10 @@ def compare(
     variants: Mapping[str, Variant],
     claims: Sequence[Claim],
 ) -> tuple[Records, dict[str, list[Job]]]:
-    """Train and judge SFT and every variant on every seed; draw the scatter and write the tables. Returns records, and each row's jobs."""
+    """Train and judge SFT and every variant on every seed; draw the scatter and write the tables.
+
+    Returns records, and each row's jobs.
+    """
     if not 1 <= len(set(options.seeds)) == len(options.seeds) <= len(T_95) + 1:
         raise ValueError(
             f"seeds must be 1 to {len(T_95) + 1} different numbers, got {options.seeds}"
@@ -434,7 +449,10 @@ def compare(
 
 
 def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """model -> the learning rate and tau that the search settled on. ValueError: it has not been made, or lacks one."""
+    """model -> the learning rate and tau that the search settled on.
+
+    ValueError: it has not been made, or lacks one.
+    """
     if not options.record.exists():
         raise ValueError(
             f"{options.record} is not there; run `python synthetic.py search` and pass its search.json with --record"
@@ -457,11 +475,13 @@ def criterion(run: Mapping[str, Any]) -> float:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Every objective on the same grid of learning rates and tau, two seeds, scored on validation requests; writes search.json.
+    """Every objective on the same grid of learning rates and tau, two seeds, scored on validation
+    requests; writes search.json.
 
-    The criterion is the mean of helpfulness and harmlessness on the worse of the seeds, the same for all: a setting that one seed
-    cannot bear is no setting. For DPO on helpfulness or on safety, whose purpose is one of the two, it is the kindest: each may
-    gain on its own axis what it does not lose on the other.
+    The criterion is the mean of helpfulness and harmlessness on the worse of the seeds, the same
+    for all: a setting that one seed cannot bear is no setting. For DPO on helpfulness or on safety,
+    whose purpose is one of the two, it is the kindest: each may gain on its own axis what it does
+    not lose on the other.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     grid = [{"lr": lr, "tau": tau} for lr in GRID["lr"] for tau in GRID["tau"]]
@@ -530,7 +550,9 @@ def search(options: argparse.Namespace) -> None:
 
 
 def typical(records: Sequence[Mapping[str, Any]], forbidden: bool) -> int:
-    """The first of the requests on which the models' answers are, all together, nearest to each model's own average."""
+    """The first of the requests on which the models' answers are, all together, nearest to each
+    model's own average.
+    """
     score = "harmless" if forbidden else "helpful"
     asked = [i for i, row in enumerate(records[0]["transcript"]) if row["forbidden"] == forbidden]
     return min(
@@ -579,7 +601,9 @@ NOISE = (0.0, 0.1, 0.2)
 
 
 def noise(options: argparse.Namespace) -> None:
-    """BFPO, and DPO and IPO on the naive mix, with 0, 10 and 20 % of the safety labels wrong, at the settings picked on right ones."""
+    """BFPO, and DPO and IPO on the naive mix, with 0, 10 and 20 % of the safety labels wrong, at
+    the settings picked on right ones.
+    """
     settings, rivals = picks(options), ("dpo_mix", "ipo_mix")
     variants = {
         f"{model} {share:.0%}": Variant(
@@ -603,7 +627,9 @@ def noise(options: argparse.Namespace) -> None:
 
 
 def ablations(options: argparse.Namespace) -> None:
-    """BFPO with every weight trained, and without the helpfulness stream, all else at BFPO's settings."""
+    """BFPO with every weight trained, and without the helpfulness stream, all else at BFPO's
+    settings.
+    """
     settings = picks(options)["bfpo"]
     variants = {key: Variant(MODELS[key].title, key, settings) for key in ("bfpo", *ABLATIONS)}
     claims = [
@@ -626,12 +652,15 @@ def ablations(options: argparse.Namespace) -> None:
 
 
 ALPHAS, B1S, TAU_FACTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25), (2.0, 3.0, 6.0), (0.5, 1.0, 2.0)
-# Of the toy's four answers to a forbidden request the two pairs with one label each, (more helpful, less helpful).
+# Of the toy's four answers to a forbidden request the two pairs with one label each, (more helpful,
+# less helpful).
 SAME_LABEL = {"both_safe": ("redirect", "refusal"), "both_unsafe": ("full", "curt")}
 
 
 def alpha_margins(alphas: Sequence[float]) -> dict[str, dict[str, list[float]]]:
-    """tau h of SAME_LABEL over alpha: the target of such a pair, and the exact optimum of the four answers, drawn equally often."""
+    """tau h of SAME_LABEL over alpha: the target of such a pair, and the exact optimum of the four
+    answers, drawn equally often.
+    """
     kinds = toy.FORBIDDEN_KINDS
     preference_AA = torch.ones(len(kinds), len(kinds)).triu(1) + 0.5 * torch.eye(len(kinds))
     safe_A = torch.tensor([kind not in toy.STEPS_GIVEN for kind in kinds])
@@ -655,7 +684,9 @@ def crossing(places: Sequence[float], values: Sequence[float]) -> float:
 
 
 def tradeoff(options: argparse.Namespace) -> None:
-    """alpha, tau and B_1 swept one at a time; and where alpha breaks an order, on paper and in the trained models."""
+    """alpha, tau and B_1 swept one at a time; and where alpha breaks an order, on paper and in the
+    trained models.
+    """
     base, usual = picks(options)["bfpo"], {"alpha": train.Config.alpha, "b1": train.Config.b1}
     sweeps = {
         "alpha": ALPHAS,

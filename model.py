@@ -1,10 +1,13 @@
-"""Mistral and Llama (one architecture): scores preference pairs, generates, reads and writes the ecosystem's checkpoints.
+"""Mistral and Llama (one architecture): scores preference pairs, generates, reads and writes the
+ecosystem's checkpoints.
 
-    model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", dtype=torch.bfloat16, device="cuda")
+    model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", dtype=torch.bfloat16,
+    device="cuda")
     pack = Pack.build([(prompt_ids, chosen_ids, rejected_ids), ...]).to("cuda")    # prompts computed once, no padding
     chosen, rejected = model.logprobs(pack).chunk(2)                               # log pi(y|x), summed over y: the terms of the margin h
 
-It knows nothing of labels or of training. Parameters carry the checkpoint's names, so a state dict is a checkpoint.
+It knows nothing of labels or of training. Parameters carry the checkpoint's names, so a state dict
+is a checkpoint.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
@@ -61,7 +64,8 @@ PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one w
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
 SHARD_BYTES = 5 * 10**9
 
-# A checkpoint's tensors and their shapes; {i} counts the blocks. A tied head has no lm_head of its own.
+# A checkpoint's tensors and their shapes; {i} counts the blocks. A tied head has no lm_head of its
+# own.
 CHECKPOINT_NAMES = {
     "model.embed_tokens.weight": "V D",
     "model.layers.{i}.input_layernorm.weight": "D",
@@ -87,8 +91,9 @@ COMPANIONS = (
     "generation_config.json",
 )
 
-# Entries of config.json beside Config's own. ONLY_VALUES: those that change the computation, with the values that this file implements.
-# NO_EFFECT: those that never change it. Any other is refused by name.
+# Entries of config.json beside Config's own. ONLY_VALUES: those that change the computation, with
+# the values that this file implements. NO_EFFECT: those that never change it. Any other is refused
+# by name.
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "model_type": ("mistral", "llama"),
     "hidden_act": ("silu", "swish"),
@@ -182,7 +187,10 @@ class Config:
 
     @staticmethod
     def read(folder: Path) -> Config:
-        """The Config of a checkpoint folder. ValueError names every entry of config.json that asks for another computation."""
+        """The Config of a checkpoint folder.
+
+        ValueError names every entry of config.json that asks for another computation.
+        """
         path, fields = folder / "config.json", [field.name for field in dataclasses.fields(Config)]
         raw = {name: value for name, value in read_object(path).items() if not name.startswith("_")}
         rope = raw.pop("rope_parameters", None) or {}
@@ -242,7 +250,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees of a prompt and its responses (two: a preference pair; one: a conversation) as one flat row, without padding.
+    """Trees of a prompt and its responses (two: a preference pair; one: a conversation) as one flat
+    row, without padding.
 
     The pairs (prompt 5 6, chosen 7 8 9, rejected 7 4) and (prompt 3, chosen 2, rejected 8 2) are
 
@@ -251,8 +260,9 @@ class Pack:
         tree       0 0 | 0 0 0 | 0 0 | 1 | 1 | 1 1
         branch     0 0 | 1 1 1 | 2 2 | 0 | 1 | 2 2      0 = prompt
 
-    A row predicts the next token of its path: rows 1 2 3, 1 5, 7, 7 9 predict targets 7 8 9, 7 4, 2, 8 2 of
-    response 0 0 0, 2 2, 1, 3 3. Responses count branch by branch: every chosen one, then every rejected one.
+    A row predicts the next token of its path: rows 1 2 3, 1 5, 7, 7 9 predict targets 7 8 9, 7 4,
+    2, 8 2 of response 0 0 0, 2 2, 1, 3 3. Responses count branch by branch: every chosen one, then
+    every rejected one.
     """
 
     tokens: Tensor  # [T], like positions, tree and branch
@@ -266,7 +276,9 @@ class Pack:
 
     @staticmethod
     def build(trees: Sequence[Sequence[Sequence[int] | np.ndarray]]) -> Pack:
-        """The pack of (prompt ids, response ids, ...) trees, each part at least one token long; no trees make a legal, empty pack."""
+        """The pack of (prompt ids, response ids, ...) trees, each part at least one token long; no
+        trees make a legal, empty pack.
+        """
         lengths = tuple(tuple(len(part) for part in tree) for tree in trees)
         for i, sizes in enumerate(lengths):
             if len(sizes) < 2 or min(sizes) < 1:
@@ -305,7 +317,9 @@ class Pack:
         return Pack(*map(torch.from_numpy, columns), lengths)  # type: ignore[call-arg, arg-type]  # seven columns
 
     def to(self, device: torch.device | str) -> Pack:
-        """The pack, made on a CPU, on `device`: to a GPU from pinned memory, so that it is copied without waiting."""
+        """The pack, made on a CPU, on `device`: to a GPU from pinned memory, so that it is copied
+        without waiting.
+        """
         columns, pinned = (
             {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-1]},
             torch.device(device).type == "cuda",
@@ -317,7 +331,9 @@ class Pack:
         return dataclasses.replace(self, **moved)
 
     def padded(self, multiple: int) -> Pack:
-        """T and S rounded up: padding tokens are a tree of their own that no row reads, padding rows predict for no response."""
+        """T and S rounded up: padding tokens are a tree of their own that no row reads, padding
+        rows predict for no response.
+        """
 
         def pad(x: Tensor, value: int = 0) -> Tensor:
             return F.pad(x, (0, -len(x) % multiple), value=value)
@@ -341,9 +357,11 @@ def in_reach(i: Tensor, j: Tensor, window: int | None) -> Tensor:
 
 
 def visible(pack: Pack, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
-    """Who sees whom in a pack, as FlexAttention's mask_mod (batch, head, query token, key token) -> bool: the one definition.
+    """Who sees whom in a pack, as FlexAttention's mask_mod (batch, head, query token, key token) ->
+    bool: the one definition.
 
-    Token i sees token j of its own tree if j is in the prompt or in i's own response, is not after i, and is fewer than
+    Token i sees token j of its own tree if j is in the prompt or in i's own response, is not after
+    i, and is fewer than
     `window` positions back. The tree of prompt a, chosen b, rejected c:      a b c
                                                                           a   x . .
                                                                           b   x x .
@@ -369,7 +387,9 @@ def flex_on(kind: str) -> Callable[..., Any] | None:
 def pack_attend(
     pack: Pack, config: Config, scored: bool, flex: Callable[..., Any] | None
 ) -> Attend:
-    """Attention of a pack, its masks made once for all layers: with the scored rows as queries, or all. By FlexAttention if it is given."""
+    """Attention of a pack, its masks made once for all layers: with the scored rows as queries, or
+    all. By FlexAttention if it is given.
+    """
     sees, rows = (
         visible(pack, config.sliding_window),
         pack.rows if scored else torch.arange(len(pack.tokens), device=pack.tokens.device),
@@ -431,7 +451,9 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """[..., T, D] -> the same; with `rows` only these go on, [S, D], and the others give no more than keys and values."""
+        """[..., T, D] -> the same; with `rows` only these go on, [S, D], and the others give no
+        more than keys and values.
+        """
         normed = queries = self.input_layernorm(x)
         if rows is not None:
             x, queries = x[rows], normed[rows]
@@ -450,7 +472,9 @@ class Block(nn.Module):
 
 
 def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token per row of logits [B, V]: in order of falling probability, the first at which the kept mass exceeds draw * its total."""
+    """One token per row of logits [B, V]: in order of falling probability, the first at which the
+    kept mass exceeds draw * its total.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p, ids = (logits.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
@@ -461,14 +485,17 @@ def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Te
 
 
 class Cache:
-    """Keys and values of a batch of sequences of different lengths: every row goes on at its own position."""
+    """Keys and values of a batch of sequences of different lengths: every row goes on at its own
+    position.
+    """
 
     def __init__(self, model: Mistral, rows: int, capacity: int) -> None:
         config, like = model.config, model.head
         self.model, self.lengths = model, torch.zeros(rows, dtype=torch.long, device=like.device)
         self.capacity = -(-capacity // 8) * 8  # as compiled attention wants its mask aligned
         shape = (2, rows, self.capacity, config.num_key_value_heads, config.head_dim)
-        # zeros, not empty: a masked key of garbage that is not finite would still reach the output, as 0 x NaN
+        # zeros, not empty: a masked key of garbage that is not finite would still reach the output,
+        # as 0 x NaN
         self.layers = [
             torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers
         ]
@@ -476,8 +503,9 @@ class Cache:
     def extend(
         self, parts: Sequence[Sequence[int] | np.ndarray], rows: slice = slice(None)
     ) -> Tensor:
-        """Logits [B, V] after one more part of each of these rows, padded on the right: causality hides what pads it, and the next
-        part is written over it."""
+        """Logits [B, V] after one more part of each of these rows, padded on the right: causality
+        hides what pads it, and the next part is written over it.
+        """
         config, device = self.model.config, self.lengths.device
         tokens = pad_sequence(
             [torch.as_tensor(part, dtype=torch.long) for part in parts], batch_first=True
@@ -487,7 +515,8 @@ class Cache:
             self.lengths[rows, None] + torch.arange(n, device=device),
             torch.arange(B, device=device),
         )
-        # One token of each of several rows: a GPU would wait for Python between its small kernels. Over all places shapes stay alike.
+        # One token of each of several rows: a GPU would wait for Python between its small kernels.
+        # Over all places shapes stay alike.
         step = compiled_on(device.type, Block.forward) if n == 1 < B else None
         known = torch.arange(self.capacity if step else int(positions.max()) + 1, device=device)
         turns, seen = (
@@ -529,8 +558,10 @@ class Cache:
 
 
 def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
-    """The folder of a model: the path, or huggingface_hub's snapshot (its cache, offline mode and token) of ORG/NAME or
-    ORG/NAME@REVISION, where no more is fetched than this file reads: the `weights` only if config.json describes such a model."""
+    """The folder of a model: the path, or huggingface_hub's snapshot (its cache, offline mode and
+    token) of ORG/NAME or ORG/NAME@REVISION, where no more is fetched than this file reads: the
+    `weights` only if config.json describes such a model.
+    """
     name = str(path_or_hub_name)
     if Path(name).is_dir():
         return Path(name)
@@ -549,9 +580,11 @@ def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
 
 
 def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
-    """Name -> safetensors slice, read when indexed, of every tensor that the architecture asks for. Reads the files' headers alone.
+    """Name -> safetensors slice, read when indexed, of every tensor that the architecture asks for.
+    Reads the files' headers alone.
 
-    ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor."""
+    ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor.
+    """
     stored = slices(Path(folder))
     if config.num_hidden_layers > len(stored):  # before as many names are made
         raise ValueError(
@@ -587,14 +620,21 @@ def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: Mistral, folder: str | Path) -> None:
-    """Fills the parameters in place from the folder's safetensors, cast to each parameter's dtype. ValueError as in stored_weights."""
+    """Fills the parameters in place from the folder's safetensors, cast to each parameter's dtype.
+
+    ValueError as in stored_weights.
+    """
     stored = stored_weights(model.config, folder)
     for name, parameter in model.named_parameters():
         fill(parameter, stored[name])
 
 
 class Mistral(nn.Module):
-    """The language model. Blocks are called as modules, for the hooks of FSDP2 and torch.compile. `generate` needs it unsharded."""
+    """The language model.
+
+    Blocks are called as modules, for the hooks of FSDP2 and torch.compile. `generate` needs it
+    unsharded.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -651,8 +691,10 @@ class Mistral(nn.Module):
         return F.linear(self.model.norm(x), self.head)
 
     def logprobs(self, pack: Pack) -> Tensor:
-        """log pi(y | x) = sum over t of log pi(y_t | x, y_<t) for every response of the pack, fp32 [R], chosen ones first. An empty pack
-        gives shape [0] after the same collectives, forward and backward, as any other."""
+        """log pi(y | x) = sum over t of log pi(y_t | x, y_<t) for every response of the pack, fp32
+        [R], chosen ones first. An empty pack gives shape [0] after the same collectives, forward
+        and backward, as any other.
+        """
         R, device = sum(len(sizes) - 1 for sizes in pack.lengths), pack.tokens.device
         pack = pack if R else Pack.build([([0], [0])]).to(device)
         positions_S, S = pack.positions[pack.rows], len(pack.rows)
@@ -666,13 +708,16 @@ class Mistral(nn.Module):
             x = self._block(block, x, attend)
         x = self._block(self.model.layers[-1], x, attend_scored, pack.rows)[:S]
         logp_S = row_logprobs(self.model.norm(x), self.head, pack.targets)
-        # Row sums of a table, responses by positions: the same bits on every run, which index_add does not promise on a GPU.
+        # Row sums of a table, responses by positions: the same bits on every run, which index_add
+        # does not promise on a GPU.
         longest = max(prompt + max(responses) for prompt, *responses in pack.lengths)
         table = logp_S.new_zeros(max(R, 1), longest).index_put((pack.response, positions_S), logp_S)
         return table.sum(1)[:R].clone()  # FSDP2 hooks what comes out, and must not be given a view
 
     def init_weights(self, seed: int) -> None:
-        """Weights to train from scratch: normal(0, 0.02), norms 1; the same numbers on any device and under any sharding."""
+        """Weights to train from scratch: normal(0, 0.02), norms 1; the same numbers on any device
+        and under any sharding.
+        """
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             norm = parameter.dim() == 1
@@ -711,11 +756,14 @@ class Mistral(nn.Module):
         chat_template: str | None = None,
         end_ids: Sequence[int] = (),
     ) -> None:
-        """Writes a folder that transformers and servers load: config.json, safetensors of at most 5 GB in `dtype` (default: the widest of
-        the parameters'), and the tokenizer's and generation_config.json of the folder `like` (default: the older model's in this place,
-        which is replaced); `chat_template` replaces the one found there. `end_ids`, the tokens that end an answer, become eos_token_id of
-        config.json and generation_config.json, in this order. ValueError: no folder `like`, or other files in the way. Under
-        FSDP2 every rank calls it: tensors are gathered one at a time, rank 0 writes. Written aside and renamed."""
+        """Writes a folder that transformers and servers load: config.json, safetensors of at most 5
+        GB in `dtype` (default: the widest of the parameters'), and the tokenizer's and
+        generation_config.json of the folder `like` (default: the older model's in this place, which
+        is replaced); `chat_template` replaces the one found there. `end_ids`, the tokens that end
+        an answer, become eos_token_id of config.json and generation_config.json, in this order.
+        ValueError: no folder `like`, or other files in the way. Under FSDP2 every rank calls it:
+        tensors are gathered one at a time, rank 0 writes. Written aside and renamed.
+        """
         from huggingface_hub import split_torch_state_dict_into_shards
 
         folder = Path(folder).resolve()  # the target of a link is replaced, not the link
@@ -790,11 +838,13 @@ class Mistral(nn.Module):
         decode: Callable[[list[int]], str] | None = None,
         batch: int = 64,
     ) -> list[list[int]]:
-        """New token ids of every prompt: the most probable at temperature 0, else drawn from softmax(logits / temperature) cut to `top_p`.
-        Each prompt has a seed of its own (default: its index), so that the batch changes an answer by rounding alone (bf16).
+        """New token ids of every prompt: the most probable at temperature 0, else drawn from
+        softmax(logits / temperature) cut to `top_p`. Each prompt has a seed of its own (default:
+        its index), so that the batch changes an answer by rounding alone (bf16).
 
-        A prompt ends before a stop id, after the token that completes a stop string in the text of `decode`, or at max_new_tokens.
-        ValueError: impossible arguments, or weights whose logits are not finite.
+        A prompt ends before a stop id, after the token that completes a stop string in the text of
+        `decode`, or at max_new_tokens. ValueError: impossible arguments, or weights whose logits
+        are not finite.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
         if not all(map(len, prompts)):

@@ -1,5 +1,6 @@
-"""Two answers to one prompt, which is better: AlpacaEval's files, and its win rates, raw and length-controlled, by any language model
-(deviation 12)."""
+"""Two answers to one prompt, which is better: AlpacaEval's files, and its win rates, raw and
+length-controlled, by any language model (deviation 12).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ CHUNK = 64  # rows judged between two writes to disk
 
 
 class Preference(NamedTuple):
-    """Probability that the second answer is the better one: of the mean of both orders, and in each."""
+    """Probability that the second answer is the better one: of the mean of both orders, and in
+    each.
+    """
 
     second: float
     as_given: float
@@ -31,7 +34,9 @@ class Preference(NamedTuple):
 
 
 def prefer(examiner: Examiner, contests: Sequence[Contest]) -> list[Preference | None]:
-    """One preference a contest, equal ones judged once; None where the prompt exceeds the model's context."""
+    """One preference a contest, equal ones judged once; None where the prompt exceeds the model's
+    context.
+    """
     unique = list(dict.fromkeys(contests))
     turned = [contest._replace(first=contest.second, second=contest.first) for contest in unique]
     replies = examiner.ask([(0, contest._asdict()) for contest in [*unique, *turned]])
@@ -82,9 +87,11 @@ def as_array(preferences: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np
 
 
 def win_rate(preferences: Sequence[float | None]) -> dict[str, float]:
-    """AlpacaEval's raw win rate, in percent, of its preferences: from 1, the baseline won, to 2, the model won; 0 and 1.5 are ties.
+    """AlpacaEval's raw win rate, in percent, of its preferences: from 1, the baseline won, to 2,
+    the model won; 0 and 1.5 are ties.
 
-    100 mean(preference - 1), with its standard error; rows without a preference, or with another number, are dropped and counted.
+    100 mean(preference - 1), with its standard error; rows without a preference, or with another
+    number, are dropped and counted.
     """
     given = as_array(preferences)
     kept = given[(given >= 1) & (given <= 2)] - 1
@@ -105,13 +112,16 @@ def win_rate(preferences: Sequence[float | None]) -> dict[str, float]:
 def length_controlled(
     preferences: Sequence[float | None], lengths: Sequence[int], baseline_lengths: Sequence[int]
 ) -> list[float]:
-    """The share of wins had both answers been equally long (AlpacaEval 2.0, arXiv:2404.04475), lengths in characters: the mean of the
-    returned terms, one for each row with a preference, its standard error theirs (each row's influence on the fit, metrics.py).
+    """The share of wins had both answers been equally long (AlpacaEval 2.0, arXiv:2404.04475),
+    lengths in characters: the mean of the returned terms, one for each row with a preference, its
+    standard error theirs (each row's influence on the fit, metrics.py).
 
-    P(model wins) = sigmoid(theta + phi tanh(d / std(d))), d the difference of lengths, is fitted to the preferences by logistic
-    regression; the share is sigmoid(theta). AlpacaEval's third term, the instruction's difficulty, which takes the annotations
-    of many models to know, is left out, as are its cross-validated L1 penalty and its rows of models that were told to be brief
-    or verbose: on OpenHermes-2.5-Mistral-7B's published preferences this is 20.7 %, AlpacaEval's own figure 16.2 %.
+    P(model wins) = sigmoid(theta + phi tanh(d / std(d))), d the difference of lengths, is fitted to
+    the preferences by logistic regression; the share is sigmoid(theta). AlpacaEval's third term,
+    the instruction's difficulty, which takes the annotations of many models to know, is left out,
+    as are its cross-validated L1 penalty and its rows of models that were told to be brief or
+    verbose: on OpenHermes-2.5-Mistral-7B's published preferences this is 20.7 %, AlpacaEval's own
+    figure 16.2 %.
     """
     given = as_array(preferences)
     kept = (given >= 1) & (given <= 2)
@@ -178,7 +188,9 @@ def write_annotations(
 
 
 def check_contests(examiner: Examiner, requests: Sequence[Request]) -> None:
-    """ValueError when the examiner's context is too small for a win rate, even of empty answers to AlpacaEval's instructions."""
+    """ValueError when the examiner's context is too small for a win rate, even of empty answers to
+    AlpacaEval's instructions.
+    """
     bare = [
         (0, Contest(request.prompt, request.notes["output"], "")._asdict()) for request in requests
     ]
@@ -195,12 +207,14 @@ def against_baseline(
     examiner: Examiner | None,
     world: World,
 ) -> tuple[dict[str, Terms], dict[str, dict[str, float]]]:
-    """({model: the terms of its win rates, as shares}, {model: win_rate}) of {model: its answers to AlpacaEval's instructions}.
+    """({model: the terms of its win rates, as shares}, {model: win_rate}) of {model: its answers to
+    AlpacaEval's instructions}.
 
-    An answer's row has prompt and answer, and the baseline's output, generator and dataset under notes. Without an examiner
-    both are empty, and the files for AlpacaEval's own annotators are all there is: model/alpaca_eval/model_outputs.json in the
-    folder; beside it annotations.json, in AlpacaEval's format too, has each preference, 1 + P(the model's answer is the better
-    one). Rows for which some model has none, as they exceed the examiner's context, are in no model's terms.
+    An answer's row has prompt and answer, and the baseline's output, generator and dataset under
+    notes. Without an examiner both are empty, and the files for AlpacaEval's own annotators are all
+    there is: model/alpaca_eval/model_outputs.json in the folder; beside it annotations.json, in
+    AlpacaEval's format too, has each preference, 1 + P(the model's answer is the better one). Rows
+    for which some model has none, as they exceed the examiner's context, are in no model's terms.
     """
     preferences, masses = {}, {}
     for who, rows in answers.items():

@@ -1,11 +1,13 @@
-"""What a training run will need: memory of each process, time and disk, from shapes alone, before anything is allocated.
+"""What a training run will need: memory of each process, time and disk, from shapes alone, before
+anything is allocated.
 
     python train.py bfpo --dry_run ...              prints the plan, and trains nothing
     python benchmarks/memory.py                     the plan beside what was measured
 
-A step is walked through moment by moment, and the plan is its fullest one. The head, each block's backward, the embedding's
-gradient and the optimizer each hold something that the others do not: which is fullest depends on the model, on what trains and
-on the pack. Counted is what tensors hold; the process itself, a GPU's context and the allocators' gaps come on top (USABLE).
+A step is walked through moment by moment, and the plan is its fullest one. The head, each block's
+backward, the embedding's gradient and the optimizer each hold something that the others do not:
+which is fullest depends on the model, on what trains and on the pack. Counted is what tensors hold;
+the process itself, a GPU's context and the allocators' gaps come on top (USABLE).
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.  Here also: S scored rows.
@@ -71,7 +73,9 @@ class Load:
     )  # on a CPU: keys a row whose probabilities are kept, of all rows and of the scored ones
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
-        """(name, block or -1, shape, rows, reached) of each weight in the order of the forward. reached: the gradient goes on below it."""
+        """(name, block or -1, shape, rows, reached) of each weight in the order of the forward.
+        reached: the gradient goes on below it.
+        """
         reached, last = False, self.model.num_hidden_layers - 1
         for name, shape in sorted(self.model.shapes().items(), key=lambda entry: _place(entry[0])):
             block = int(name.split(".")[2]) if ".layers." in name else -1
@@ -93,8 +97,10 @@ class Load:
 
 
 def kept_keys(lengths: np.ndarray, window: int | None, scored: bool) -> np.ndarray:
-    """How many probabilities a head keeps of each tree on a CPU, [n], of these lengths [n, prompt and responses]: BlockedAttention's blocks
-    one by one, of all rows or of the scored ones. Of trees that share a block it is the most that this can be."""
+    """How many probabilities a head keeps of each tree on a CPU, [n], of these lengths [n, prompt
+    and responses]: BlockedAttention's blocks one by one, of all rows or of the scored ones. Of
+    trees that share a block it is the most that this can be.
+    """
     lengths = lengths.astype(np.int64)
     prompt, kept = lengths[:, 0], np.zeros(len(lengths), np.int64)
     for i in range(1, lengths.shape[1]):
@@ -109,10 +115,11 @@ def kept_keys(lengths: np.ndarray, window: int | None, scored: bool) -> np.ndarr
 
 
 def saved_bytes(load: Load) -> list[float]:
-    """What autograd keeps of each block between forward and backward, in bytes, and last of what comes after the blocks.
+    """What autograd keeps of each block between forward and backward, in bytes, and last of what
+    comes after the blocks.
 
-    Every tensor that an operation needs again is counted once: the inputs of norms, of trained weights and of the functions of
-    kernels.py. A frozen weight needs no input.
+    Every tensor that an operation needs again is counted once: the inputs of norms, of trained
+    weights and of the functions of kernels.py. A frozen weight needs no input.
     """
     c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
     T, S, D, F, last = (
@@ -157,7 +164,9 @@ def saved_bytes(load: Load) -> list[float]:
 
 
 def moments(load: Load) -> dict[str, Moment]:
-    """Moment of a step -> what a rank holds then, in bytes by kind, as train.py, FSDP2 and AdamW go through it."""
+    """Moment of a step -> what a rank holds then, in bytes by kind, as train.py, FSDP2 and AdamW go
+    through it.
+    """
     c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
     T, S, D, F, V, L = (
         load.tokens,
@@ -287,7 +296,9 @@ def needed(load: Load) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that one process may take now: the GPU's, or its share of what the processes of this machine may have together."""
+    """Memory that one process may take now: the GPU's, or its share of what the processes of this
+    machine may have together.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     lines = (
@@ -305,7 +316,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def operations(load: Load) -> tuple[float, float]:
-    """Floating-point operations of a pack's forward, and of its backward; attention's, a few percent below 2,000 tokens, are left out."""
+    """Floating-point operations of a pack's forward, and of its backward; attention's, a few
+    percent below 2,000 tokens, are left out.
+    """
     forward = backward = again = 0.0
     for name, block, shape, rows, reached in load.walk():
         if len(shape) == 2 and (name == load.head() or "embed_tokens" not in name):
@@ -317,7 +330,9 @@ def operations(load: Load) -> tuple[float, float]:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product here, one process, its usual threads: the best of three."""
+    """Operations a second of a large matrix product here, one process, its usual threads: the best
+    of three.
+    """
     n = 4096 if device.type == "cuda" else 1024
     a, times = torch.ones(n, n, dtype=dtype, device=device), []
     for _ in range(4):
@@ -331,7 +346,9 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def disk_bytes(config: RunConfig, model: Config, trained: frozenset[str]) -> int:
-    """What the run folder may hold at once: checkpoints (12 bytes a trained value), one more while it is written, the exported model."""
+    """What the run folder may hold at once: checkpoints (12 bytes a trained value), one more while
+    it is written, the exported model.
+    """
     sizes = {name: math.prod(shape) for name, shape in model.shapes().items()}
     values, whole = sum(sizes[name] for name in trained), sum(sizes.values())
     return 12 * values * (config.keep + 1) + (2 if config.dtype == "bfloat16" else 4) * whole
@@ -350,7 +367,9 @@ class Step:
     seen: tuple[float, float] = (0.0, 0.0)  # as Load's
 
     def with_budget(self, load: Load, pack_tokens: int) -> Load:
-        """The load of packs of at most `pack_tokens` tokens; a longer row is a pack alone, and no pack holds more than the step."""
+        """The load of packs of at most `pack_tokens` tokens; a longer row is a pack alone, and no
+        pack holds more than the step.
+        """
         tokens = min(max(pack_tokens, self.longest), self.share)
         return replace(
             load,
@@ -361,8 +380,9 @@ class Step:
         )
 
     def largest_budget(self, load: Load, room: float) -> int:
-        """The largest pack_tokens whose memory is at most `room`, 0 if there is none. A single pack may need less than two smaller ones,
-        which hold gradients beside each other."""
+        """The largest pack_tokens whose memory is at most `room`, 0 if there is none. A single pack
+        may need less than two smaller ones, which hold gradients beside each other.
+        """
         if needed(self.with_budget(load, self.share)) <= room:
             return self.share
         if needed(self.with_budget(load, self.longest)) > room:
@@ -474,7 +494,10 @@ def announce(
     steps: int,
     world: World,
 ) -> None:
-    """Print the plan of a run, on rank 0. What does not fit is a warning, and in a dry run a ValueError."""
+    """Print the plan of a run, on rank 0.
+
+    What does not fit is a warning, and in a dry run a ValueError.
+    """
     step, shards = (
         step_of(config, streams, steps, world.size, model.sliding_window),
         world.size // config.replicate,

@@ -1,8 +1,10 @@
-"""What all figures share, and Figures 1 and 4 and the margins over alpha. Figure 5: scatter.py; a training run's: curves.py.
+"""What all figures share, and Figures 1 and 4 and the margins over alpha. Figure 5: scatter.py; a
+training run's: curves.py.
 
-One palette for all (Okabe and Ito's, made for colour-blind readers), blue for safe and warm for unsafe. Line
-style, marker or a label on the line repeats what the colour says, so a grey print loses nothing. Each
-function takes plain numbers, writes a PNG aside and renames it. matplotlib is imported only by a drawing.
+One palette for all (Okabe and Ito's, made for colour-blind readers), blue for safe and warm for
+unsafe. Line style, marker or a label on the line repeats what the colour says, so a grey print
+loses nothing. Each function takes plain numbers, writes a PNG aside and renames it. matplotlib is
+imported only by a drawing.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ Row = Mapping[str, Any]
 
 BLUE, SKY, VERMILION, ORANGE, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73"
 BLACK, GREY, PALE = "#1A1A1A", "#767676", "#E4E4E4"
-# Colour, marker and words of a safety quadrant: blue where the label asks for h > 0, warm where for h < 0.
+# Colour, marker and words of a safety quadrant: blue where the label asks for h > 0, warm where for
+# h < 0.
 QUADRANT_STYLE = {
     "both_safe": (BLUE, "o", "both safe"),
     "chosen_safe": (SKY, "s", "only chosen safe"),
     "rejected_safe": (ORANGE, "^", "only rejected safe"),
     "both_unsafe": (VERMILION, "D", "both unsafe"),
 }
-# Colour, marker and line of the first, second, ... group of points; with more groups they start again.
+# Colour, marker and line of the first, second, ... group of points; with more groups they start
+# again.
 LOOKS = [
     (BLUE, "o", "-"),
     (VERMILION, "s", "--"),
@@ -69,7 +73,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def spread(heights: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
-    """Heights of labels: each at its line, or as little above as keeps all `gap` apart and over the floor."""
+    """Heights of labels: each at its line, or as little above as keeps all `gap` apart and over the
+    floor.
+    """
     placed = list(heights)
     for i in np.argsort(heights, kind="stable"):
         placed[i] = max(placed[i], floor)
@@ -121,15 +127,18 @@ def figure4(
     desired: Sequence[int],
     optimum: Sequence[float],
 ) -> None:
-    """Figure 4: action probabilities over the steps, one panel per objective, mean line and 95 % band.
+    """Figure 4: action probabilities over the steps, one panel per objective, mean line and 95 %
+    band.
 
-    means, half_widths: objective -> [steps + 1, 4], step 0 first; actions are y1 (most helpful) to y4, two
-    of them safe. desired: the ranking wanted, as indices. optimum: BFPO's exact one, dotted in its panel.
+    means, half_widths: objective -> [steps + 1, 4], step 0 first; actions are y1 (most helpful) to
+    y4, two of them safe. desired: the ranking wanted, as indices. optimum: BFPO's exact one, dotted
+    in its panel.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    # Safe: blue and solid. Unsafe: warm and dashed. The more helpful of the two: darker and thicker.
+    # Safe: blue and solid. Unsafe: warm and dashed. The more helpful of the two: darker and
+    # thicker.
     looks = {
         True: [(BLUE, "-", 2.4), (SKY, "-", 1.6)],
         False: [(VERMILION, "--", 2.4), (ORANGE, "--", 1.6)],
@@ -197,10 +206,12 @@ def figure4(
 
 
 def figure1(path: Path, rows: Sequence[tuple[str, Row, Row]]) -> None:
-    """Figure 1: each model's answers to the same benign and the same forbidden request, with the judge's verdict.
+    """Figure 1: each model's answers to the same benign and the same forbidden request, with the
+    judge's verdict.
 
-    rows: (title, benign, forbidden); the two are rows of eval.toy_scores' transcript. Solid blue frames hold
-    what is helpful (half of the steps or more) or harmless, dashed warm ones what is not.
+    rows: (title, benign, forbidden); the two are rows of eval.toy_scores' transcript. Solid blue
+    frames hold what is helpful (half of the steps or more) or harmless, dashed warm ones what is
+    not.
     """
     figure, (axes,) = canvas(11.5, 0.7 + 0.85 * len(rows), 1, 1)
     axes.set(xlim=(0, 1), ylim=(-len(rows), 0.45))
@@ -244,10 +255,12 @@ def alpha(
     pairs: Mapping[str, tuple[str, str]],
     edges: Mapping[str, float],
 ) -> None:
-    """The margin of the more helpful over the less helpful of two answers with one label, over alpha.
+    """The margin of the more helpful over the less helpful of two answers with one label, over
+    alpha.
 
-    margins: quadrant -> {"target", "optimum": one value for each of alphas, "trained": one for each of
-    trained_at}, all in nats x tau. pairs: quadrant -> the two answers' names. edges: words -> alpha, upright lines.
+    margins: quadrant -> {"target", "optimum": one value for each of alphas, "trained": one for each
+    of trained_at}, all in nats x tau. pairs: quadrant -> the two answers' names. edges: words ->
+    alpha, upright lines.
     """
     figure, (axes,) = canvas(8.0, 5.2, 1, 1)
     axes.axhline(0, color=GREY, linewidth=1)

@@ -1,5 +1,6 @@
-"""Preference pairs by safety quadrant (Figure 3): their mean margins, and the targets that BFPO sets these. The log has them for every
-step, `python train.py` and `python eval.py --pairs` print them for held-out pairs:
+"""Preference pairs by safety quadrant (Figure 3): their mean margins, and the targets that BFPO
+sets these. The log has them for every step, `python train.py` and `python eval.py --pairs` print
+them for held-out pairs:
 
     quadrant           pairs    margin    target  on target side
     both_safe            212     +1.31      +2.0           75.5%
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def check_targets(objective: str, alpha: float, b1: float, tau: float, pairs: int = 1) -> None:
-    """ValueError when fp32 cannot hold a quadrant's target g / tau, or the loss at h = 0 of so many pairs."""
+    """ValueError when fp32 cannot hold a quadrant's target g / tau, or the loss at h = 0 of so many
+    pairs.
+    """
     g = label(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0]), alpha, b1)
     losses = pair_loss(objective, torch.zeros(4), g, tau)
     if not (torch.isfinite(g / tau).all() and torch.isfinite(losses * pairs).all()):
@@ -37,10 +40,10 @@ def quadrant_sums(
 ) -> Tensor:
     """Sums over each quadrant's pairs, float64 [4, 4]; additive over packs, ranks and batches.
 
-    Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the target's side: h and g have
-    one sign. Two of the four quadrants ask for h < 0, so a share of h > 0, as the authors' accuracy is, would count
-    their failures (deviation 5). h = 0 is on no side. A pair whose h is not finite is left out.
-    All inputs are 1-D over pairs. ValueError: as label's.
+    Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the
+    target's side: h and g have one sign. Two of the four quadrants ask for h < 0, so a share of h >
+    0, as the authors' accuracy is, would count their failures (deviation 5). h = 0 is on no side. A
+    pair whose h is not finite is left out. All inputs are 1-D over pairs. ValueError: as label's.
     """
     h, g = h.detach().double(), label(chosen_safe, rejected_safe, alpha, b1).double()
     s_w, s_l = chosen_safe.bool(), rejected_safe.bool()
@@ -54,7 +57,8 @@ def quadrant_sums(
 def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
     """quadrant -> {"pairs" (int), "margin_nats", "target_nats", "target_side_share" (0 to 1)}.
 
-    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out, and the share where the target is 0, which has no side.
+    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out, and the share where
+    the target is 0, which has no side.
     """
     means: dict[str, dict[str, float]] = {}
     for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):
@@ -76,9 +80,11 @@ def safety_labels(stream: Stream) -> tuple[Tensor, Tensor]:
 def preference_view(
     policy: Tensor, reference: Tensor, stream: Stream, alpha: float, b1: float, tau: float
 ) -> dict[str, dict[str, float]]:
-    """quadrant_means of a stream's pairs by their summed log-probabilities [n, 2] (chosen, rejected) under policy and reference.
+    """quadrant_means of a stream's pairs by their summed log-probabilities [n, 2] (chosen,
+    rejected) under policy and reference.
 
-    The target is BFPO's whatever the model was trained on, so models of different objectives can be set side by side.
+    The target is BFPO's whatever the model was trained on, so models of different objectives can be
+    set side by side.
     """
     change = (policy - reference).double()
     return quadrant_means(

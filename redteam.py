@@ -1,11 +1,12 @@
-"""Red-teaming data as the paper makes it (§4.2): two sampled answers to each prompt, labelled for safety, ordered by helpfulness.
+"""Red-teaming data as the paper makes it (§4.2): two sampled answers to each prompt, labelled for
+safety, ordered by helpfulness.
 
-    python redteam.py --model DIR --prompts FILE --judge harmbench:DIR --pairwise DIR --out runs/pairs
-    python train.py redteam --model DIR --safety runs/pairs/redteam.jsonl
+    python redteam.py --model DIR --prompts FILE --judge harmbench:DIR --pairwise DIR --out
+    runs/pairs python train.py redteam --model DIR --safety runs/pairs/redteam.jsonl
 
-The order can come from elsewhere, as the paper's does (PairRM is no causal language model; deviation 11): without --pairwise
-the answers are written to to_rank.jsonl, and --ranks FILE takes its rows back, each with "ranks": [1, 2] or [2, 1], 1 for the
-better answer.
+The order can come from elsewhere, as the paper's does (PairRM is no causal language model;
+deviation 11): without --pairwise the answers are written to to_rank.jsonl, and --ranks FILE takes
+its rows back, each with "ranks": [1, 2] or [2, 1], 1 for the better answer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ PROMPT = Task("", "", tasks.goal("prompt", "goal", "text", "Behavior"), "harmles
 def pairs_of(
     answers: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """(rows for the recipe redteam, but for better_modelout; counts), of two neighbouring answers a prompt and their verdicts.
+    """(rows for the recipe redteam, but for better_modelout; counts), of two neighbouring answers a
+    prompt and their verdicts.
 
     Harm above 1/2 is unsafe. Empty and equal answers make no pair, as training would drop them.
     """
@@ -69,7 +71,10 @@ def pairs_of(
 
 
 def read_ranks(path: Path, prompts: Collection[str]) -> list[Ranked]:
-    """(file:line, row) of a file of ranks. ValueError names the first line that is no ranked row of one of these prompts."""
+    """(file:line, row) of a file of ranks.
+
+    ValueError names the first line that is no ranked row of one of these prompts.
+    """
     ranked: list[Ranked] = []
     for place, row in tables.read_rows(path):
         if not isinstance(row, dict) or row.get("prompt") not in prompts:
@@ -94,7 +99,10 @@ def must_not_have_ranks(path: Path) -> None:
 
 
 def ranks_of(ranked: Sequence[Ranked], pairs: Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """1 or 2 of each pair: the answer of rank 1. ValueError names the first line that is not the pair's row."""
+    """1 or 2 of each pair: the answer of rank 1.
+
+    ValueError names the first line that is not the pair's row.
+    """
     for (place, row), pair in zip(ranked, pairs, strict=False):
         if any(row.get(key) != pair[key] for key in ("prompt", "modeloutput1", "modeloutput2")):
             raise ValueError(
@@ -110,7 +118,9 @@ def ranks_of(ranked: Sequence[Ranked], pairs: Sequence[Mapping[str, Any]]) -> It
 def order(
     pairs: Sequence[Mapping[str, Any]], ranks: Examiner | list[Ranked], folder: Path, world: World
 ) -> list[int | None]:
-    """1 or 2 of each pair, the more helpful answer; None where the two do not fit into the pairwise judge's context."""
+    """1 or 2 of each pair, the more helpful answer; None where the two do not fit into the pairwise
+    judge's context.
+    """
     if isinstance(ranks, list):
         return world.from_main(lambda: list(ranks_of(ranks, pairs)))
     contests = [
@@ -123,7 +133,10 @@ def order(
 
 
 def run(options: argparse.Namespace, world: World) -> None:
-    """From prompts to redteam.jsonl and report.json in --out. What is there already is not computed again."""
+    """From prompts to redteam.jsonl and report.json in --out.
+
+    What is there already is not computed again.
+    """
     protocol = PROTOCOLS["paper"]._replace(
         temperature=options.temperature, max_new_tokens=options.max_new_tokens
     )
@@ -215,7 +228,10 @@ def run(options: argparse.Namespace, world: World) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Wrong usage is said in one line, after the usage, and exits with code 2."""
+    """The options of a command line.
+
+    Wrong usage is said in one line, after the usage, and exits with code 2.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--model", required=True, type=os.path.expanduser, help="a folder or a hub name"

@@ -1,7 +1,8 @@
-"""Scores with their standard errors and 95 % intervals, differences from a reference paired by row, averages, tables, and Figure 5.
+"""Scores with their standard errors and 95 % intervals, differences from a reference paired by row,
+averages, tables, and Figure 5.
 
-Every score is the mean of its metric's terms (metrics.py), so one rule serves all: the standard error is the terms' standard
-deviation over the root of their number.
+Every score is the mean of its metric's terms (metrics.py), so one rule serves all: the standard
+error is the terms' standard deviation over the root of their number.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def is_share(metric: str, *columns: Sequence[float]) -> bool:
 
 
 def share(metric: str, terms: Sequence[float]) -> Standing:
-    """As summary; of a share of rows with Wilson's interval, which does not shrink to a point when all are the same."""
+    """As summary; of a share of rows with Wilson's interval, which does not shrink to a point when
+    all are the same.
+    """
     found, n = summary(terms), len(terms)
     if is_share(metric, terms):
         centre = (found["score"] + Z**2 / (2 * n)) / (1 + Z**2 / n)
@@ -77,8 +80,9 @@ def share(metric: str, terms: Sequence[float]) -> Standing:
 
 
 def difference(metric: str, policy: Sequence[float], reference: Sequence[float]) -> Standing:
-    """As summary, of the differences paired by row; of shares with Bonett and Price's interval (2012), as if either model had won one
-    more row."""
+    """As summary, of the differences paired by row; of shares with Bonett and Price's interval
+    (2012), as if either model had won one more row.
+    """
     terms = [a - b for a, b in zip(policy, reference, strict=True)]
     found = summary(terms)
     if is_share(metric, policy, reference):
@@ -89,7 +93,9 @@ def difference(metric: str, policy: Sequence[float], reference: Sequence[float])
 
 
 def standing(metric: str, policy: Terms, reference: Terms | None) -> Standing:
-    """The score of a metric of a task's terms; with the reference's terms also its score, and the difference."""
+    """The score of a metric of a task's terms; with the reference's terms also its score, and the
+    difference.
+    """
 
     def one(terms: Terms) -> Standing:
         found = share(metric, terms[metric])
@@ -108,8 +114,10 @@ def standing(metric: str, policy: Terms, reference: Terms | None) -> Standing:
 
 
 def average(parts: Sequence[Standing]) -> Standing:
-    """The mean of independent scores, each with one vote. Its interval is put together from theirs, each side by itself (MOVER: Zou and
-    Donner, 2008); of symmetric ones that is 1.96 standard errors."""
+    """The mean of independent scores, each with one vote. Its interval is put together from theirs,
+    each side by itself (MOVER: Zou and Donner, 2008); of symmetric ones that is 1.96 standard
+    errors.
+    """
     score = sum(part["score"] for part in parts) / len(parts)
     error, below, above = (
         math.hypot(*gaps) / len(parts)
@@ -129,7 +137,9 @@ def average(parts: Sequence[Standing]) -> Standing:
 
 
 def make_report(terms: Mapping[str, Terms], reference: Mapping[str, Terms]) -> dict[str, Any]:
-    """The standing of every task and average, of {task: terms} of the policy and of the reference, which may be empty."""
+    """The standing of every task and average, of {task: terms} of the policy and of the reference,
+    which may be empty.
+    """
     standings: dict[str, Any] = {}
     suites: dict[str, dict[str, Standing]] = {suite: {} for suite in SUITES}
     for name, columns in terms.items():
@@ -156,7 +166,9 @@ def make_report(terms: Mapping[str, Terms], reference: Mapping[str, Terms]) -> d
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A report as text: tasks, then averages, one a line; with a reference, its score, the difference and that one's interval."""
+    """A report as text: tasks, then averages, one a line; with a reference, its score, the
+    difference and that one's interval.
+    """
 
     def line(name: str, metric: str, part: Standing) -> str:
         cells = f"{name:<26}{metric:<16}{part.get('n', ''):>7}{part['score']:>9.4f}{part['error']:>9.4f}"
@@ -206,7 +218,9 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def unscored(report: Mapping[str, Any], name: str) -> int:
-    """How many of a task's rows have no score: those of alpaca_eval that exceed the judge's context."""
+    """How many of a task's rows have no score: those of alpaca_eval that exceed the judge's
+    context.
+    """
     if name != "alpaca_eval" or name not in report["tasks"]:
         return 0
     figures = report["win_rates"]["policy"]

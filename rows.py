@@ -1,5 +1,7 @@
-"""What a step holds: the rows of all streams numbered through, and which of them step n draws, a pure function of (seed, n); and what
-came of them: the gate that step 0 must pass, and the step's figures."""
+"""What a step holds: the rows of all streams numbered through, and which of them step n draws, a
+pure function of (seed, n); and what came of them: the gate that step 0 must pass, and the step's
+figures.
+"""
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.  Here also: Q safety quadrants, C columns of sums.
 
@@ -36,7 +38,10 @@ GATE_NATS = {"float32": 1e-3, "bfloat16": 0.3}
 def open_streams(
     config: Config, chat: Chat, world: World
 ) -> tuple[dict[str, Stream], dict[str, Stream]]:
-    """(training streams, held-out streams) by name: safety, helpfulness, or sft. The first counts the steps. Prints what was read."""
+    """(training streams, held-out streams) by name: safety, helpfulness, or sft.
+
+    The first counts the steps. Prints what was read.
+    """
     training, held = {}, {}
     for name in ("sft",) if config.objective == "sft" else ("safety", "helpfulness"):
         if sources := getattr(config, name):
@@ -67,7 +72,9 @@ def open_streams(
 
 
 def title_of(name: str, stream: Stream, i: int, chat: Chat) -> str:
-    """What a message calls row i of a stream: the stream's name, the number, and how the row begins and ends."""
+    """What a message calls row i of a stream: the stream's name, the number, and how the row begins
+    and ends.
+    """
     text = chat.decode([token for part in stream.tree(i)[:2] for token in part])
     return f"{name} {i} ({reprlib.repr(text)})"
 
@@ -75,7 +82,9 @@ def title_of(name: str, stream: Stream, i: int, chat: Chat) -> str:
 def not_finite(
     logprobs: Tensor, name: str, stream: Stream, chat: Chat, first: int = 0
 ) -> list[str]:
-    """Titles of a stream's rows, from `first` on, whose log-probabilities [n, responses] are not all finite."""
+    """Titles of a stream's rows, from `first` on, whose log-probabilities [n, responses] are not
+    all finite.
+    """
     bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
     return [title_of(name, stream, first + i, chat) for i in bad]
 
@@ -87,10 +96,12 @@ def in_words(titles: list[str]) -> str:
 
 
 class Rows:
-    """The rows of all streams, numbered through, with what the objective asks of them beside their tokens.
+    """The rows of all streams, numbered through, with what the objective asks of them beside their
+    tokens.
 
-    tokens, scored [n]: a row's tokens, and those of its responses. stream [n]: its place in `names`. chosen_safe, rejected_safe:
-    bool [n]. reference: log-probabilities of the chosen and the rejected answer under pi_ref, summed, nats, fp32 [n, 2].
+    tokens, scored [n]: a row's tokens, and those of its responses. stream [n]: its place in
+    `names`. chosen_safe, rejected_safe: bool [n]. reference: log-probabilities of the chosen and
+    the rejected answer under pi_ref, summed, nats, fp32 [n, 2].
     """
 
     def __init__(
@@ -144,7 +155,9 @@ class Rows:
         return title_of(self.names[k], self.streams[k], i - self.starts[k], self.chat)
 
     def blame(self, items: Tensor, losses: Tensor, world: World) -> str:
-        """Which rows make a step's loss or gradient not finite, of the items and losses [N] that each rank brings."""
+        """Which rows make a step's loss or gradient not finite, of the items and losses [N] that
+        each rank brings.
+        """
         mine = [
             (loss, self.title(i)) for i, loss in zip(items.tolist(), losses.tolist(), strict=True)
         ]
@@ -168,7 +181,10 @@ class Outcome:
 def summarise(
     config: Config, rows: Rows, items: Tensor, outcome: Outcome, world: World
 ) -> dict[str, Any]:
-    """The step's figures over all ranks: losses, log-probability changes, quadrants. One all-reduce, on the CPU."""
+    """The step's figures over all ranks: losses, log-probability changes, quadrants.
+
+    One all-reduce, on the CPU.
+    """
     loss, change = outcome.loss.double(), outcome.change.double()
     if config.objective == "sft":
         return {"loss": world.sum(loss.sum()).item() / rows.scored[items].sum().item()}
@@ -201,9 +217,11 @@ def summarise(
 def gate(
     config: Config, rows: Rows, items: Tensor, outcome: Outcome, loss: float, world: World
 ) -> None:
-    """At step 0 pi = pi_ref: h must be 0, and the loss what the objective gives there. ValueError when not.
+    """At step 0 pi = pi_ref: h must be 0, and the loss what the objective gives there. ValueError
+    when not.
 
-    A reference of other weights, another chat format or a model that is not deterministic ends here, before any update.
+    A reference of other weights, another chat format or a model that is not deterministic ends
+    here, before any update.
     """
     h = (outcome.change[:, 0] - outcome.change[:, 1]).abs()
     allowed = GATE_NATS[config.dtype] * rows.scored[outcome.items].sqrt()
@@ -231,7 +249,9 @@ def gate(
 
 
 def memory_gib(device: torch.device) -> float:
-    """GiB that this process holds: peak allocated on a GPU; anonymous resident memory on a CPU (0 where unknown)."""
+    """GiB that this process holds: peak allocated on a GPU; anonymous resident memory on a CPU (0
+    where unknown).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path(

@@ -1,7 +1,8 @@
-"""What any training run needs and no reader of the paper does: processes, signals, sharding. What it keeps on disk is storage.py.
+"""What any training run needs and no reader of the paper does: processes, signals, sharding. What
+it keeps on disk is storage.py.
 
-One code path serves one process on a CPU and many nodes under torchrun: there is always a process group (of one, if
-torchrun did not start us), and FSDP2 shards the model over it.
+One code path serves one process on a CPU and many nodes under torchrun: there is always a process
+group (of one, if torchrun did not start us), and FSDP2 shards the model over it.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 Result = TypeVar("Result")
-# Bad input; a full disk, which save_file says by an error of its own; a model or pack too large for the GPU.
+# Bad input; a full disk, which save_file says by an error of its own; a model or pack too large for
+# the GPU.
 USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
 CANNOT_WRITE = (
     errno.ENOSPC,
@@ -88,7 +90,9 @@ class World:
         ]
 
     def from_main(self, make: Callable[[], Result]) -> Result:
-        """make() as rank 0 computes it, on every rank; an error of the user's making is raised on every rank too."""
+        """make() as rank 0 computes it, on every rank; an error of the user's making is raised on
+        every rank too.
+        """
         box: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -111,7 +115,10 @@ class World:
         return values
 
     def same(self, what: str, value: Result) -> Result:
-        """The value, if every rank has the same: nodes may have disks of their own. ValueError names a rank that has another."""
+        """The value, if every rank has the same: nodes may have disks of their own.
+
+        ValueError names a rank that has another.
+        """
         values = self.gather(value)
 
         def compare() -> None:
@@ -126,8 +133,10 @@ class World:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one, unless the environment says otherwise. By default it gives it back, and the
-    kernel zeroes every page again, which costs a CPU's step a few percent. The most that a process holds stays the same."""
+    """Has glibc keep what a step frees for the next one, unless the environment says otherwise. By
+    default it gives it back, and the kernel zeroes every page again, which costs a CPU's step a few
+    percent. The most that a process holds stays the same.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt and not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -135,15 +144,19 @@ def keep_freed_memory() -> None:
 
 
 def launched(name: str, alone: int) -> int:
-    """RANK, WORLD_SIZE or the like as torchrun set it; `alone` without RANK: then it did not start us, and the others are leftovers."""
+    """RANK, WORLD_SIZE or the like as torchrun set it; `alone` without RANK: then it did not start
+    us, and the others are leftovers.
+    """
     return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
 
 
 def start(device: str = "auto", replicate: int = 1) -> World:
-    """Join the process group that torchrun describes, or make a group of one; pick the device; lay out the mesh.
+    """Join the process group that torchrun describes, or make a group of one; pick the device; lay
+    out the mesh.
 
-    replicate > 1 shards parameters inside size / replicate ranks (a node, usually) and replicates across. ValueError
-    when a GPU is asked for and there is none, or replicate does not divide the number of processes.
+    replicate > 1 shards parameters inside size / replicate ranks (a node, usually) and replicates
+    across. ValueError when a GPU is asked for and there is none, or replicate does not divide the
+    number of processes.
     """
     rank, size = launched("RANK", 0), launched("WORLD_SIZE", 1)
     if device not in ("auto", "cpu", "cuda"):
@@ -192,11 +205,13 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """What a program runs in: bad input becomes one line and exit code 1, and Ctrl-C one line and exit code 130.
+    """What a program runs in: bad input becomes one line and exit code 1, and Ctrl-C one line and
+    exit code 130.
 
-    Of several processes rank 0 speaks at once. Another rank waits for SPEAK_AFTER_S and then gives its number: if rank 0
-    has failed too, torchrun ends this one before. A rank whose collective broke, as another rank left it, waits likewise.
-    Several processes leave by os._exit: in Python's own shutdown gloo's threads may abort a run that is done.
+    Of several processes rank 0 speaks at once. Another rank waits for SPEAK_AFTER_S and then gives
+    its number: if rank 0 has failed too, torchrun ends this one before. A rank whose collective
+    broke, as another rank left it, waits likewise. Several processes leave by os._exit: in Python's
+    own shutdown gloo's threads may abort a run that is done.
     """
     rank = launched("RANK", 0)
     several = launched("WORLD_SIZE", 1) > 1
@@ -239,7 +254,8 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 class StopRequest:
-    """Within it, SIGTERM and Ctrl-C are noted, so that the loop can finish its step, save and leave; a second Ctrl-C ends at once.
+    """Within it, SIGTERM and Ctrl-C are noted, so that the loop can finish its step, save and
+    leave; a second Ctrl-C ends at once.
 
     requested: the signal's number, 0 before there is one.
     """
@@ -271,11 +287,14 @@ class StopRequest:
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """FSDP2 in place: each block is a unit, the rest is the root; compute in `dtype`, reduce gradients in fp32.
+    """FSDP2 in place: each block is a unit, the rest is the root; compute in `dtype`, reduce
+    gradients in fp32.
 
-    Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the masters), cast when gathered.
+    Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the
+    masters), cast when gathered.
     """
-    # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2 would copy it twice a pack.
+    # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2 would
+    # copy it twice a pack.
     as_it_is = {
         parameter
         for parameter in model.parameters()
@@ -284,8 +303,9 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: to
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=as_it_is)
-    # By default the root stays whole after a forward. Weights that are then read into its shards, as on resuming after the reference
-    # pass, would not be seen by the next forward, nor by an export.
+    # By default the root stays whole after a forward. Weights that are then read into its shards,
+    # as on resuming after the reference pass, would not be seen by the next forward, nor by an
+    # export.
     fully_shard(
         model,
         mesh=world.mesh,
@@ -302,7 +322,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def adam_state(optimizer: torch.optim.AdamW, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint holds: {name: tensor} of the trained weights and their moments, which are made here, as zeros.
+    """What a checkpoint holds: {name: tensor} of the trained weights and their moments, which are
+    made here, as zeros.
 
     The first step would make them, too late for a checkpoint to be read into them.
     """

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Where a point's name may stand: away from its mark, across and up; on the diagonals it is off the error bars.
+# Where a point's name may stand: away from its mark, across and up; on the diagonals it is off the
+# error bars.
 SIDES = [(1, 1), (-1, 1), (1, -1), (-1, -1)]
 
 
@@ -33,8 +34,9 @@ class Point(NamedTuple):
 
 
 def _place_names(figure: Figure, axes: Axes, points: Sequence[Point], radius_pt: float) -> None:
-    """Each point's name beside its mark, on the first side where it is in the picture and covers no mark, no upright error bar and
-    no other name."""
+    """Each point's name beside its mark, on the first side where it is in the picture and covers no
+    mark, no upright error bar and no other name.
+    """
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
@@ -80,10 +82,11 @@ def draw(
     axis_words: tuple[str, str] = ("helpfulness", "harmlessness"),
     note: str = "",
 ) -> None:
-    """Figure 5: models by helpfulness (across) and harmlessness (up), each a named mark with its error bars.
+    """Figure 5: models by helpfulness (across) and harmlessness (up), each a named mark with its
+    error bars.
 
-    start: the model that the others began from, drawn with an arrow to each point that is on no line. note: one
-    line under the axes, which should say what error bars and mark areas are.
+    start: the model that the others began from, drawn with an arrow to each point that is on no
+    line. note: one line under the axes, which should say what error bars and mark areas are.
     """
     figure, (axes,) = canvas(7.2, 5.8, 1, 1)
     axes.grid(axis="x", color=PALE, linewidth=0.7)

@@ -1,11 +1,13 @@
-"""A program's settings as one frozen dataclass: every field is a flag, with its default, its bounds and its help in one line.
+"""A program's settings as one frozen dataclass: every field is a flag, with its default, its bounds
+and its help in one line.
 
     @dataclass(frozen=True)
     class Config:
         recipe: str = "toy"                                           the first field: the name of a set of defaults
         batch: int = setting(32, "pairs in a step", least=1)          --batch 16
 
-`from_command_line` turns a command line into such an object; whatever is wrong with it is one line, after the usage, and exit code 2.
+`from_command_line` turns a command line into such an object; whatever is wrong with it is one line,
+after the usage, and exit code 2.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def setting(
     below: float | None = None,
     choices: Sequence[str] = (),
 ) -> Any:
-    """A field with its help and what its value must keep to: least <= value, above < value < below, one of `choices`."""
+    """A field with its help and what its value must keep to: least <= value, above < value < below,
+    one of `choices`.
+    """
     bounds = {">=": least, ">": above, "<": below}
     kept = {sign: bound for sign, bound in bounds.items() if bound is not None}
     return dataclasses.field(
@@ -78,10 +82,11 @@ def from_command_line(
     text: str,
     check: Callable[[Settings], Settings],
 ) -> Settings:
-    """The settings that a command line asks for: the recipe's, then the flags', then as `check` returns them.
+    """The settings that a command line asks for: the recipe's, then the flags', then as `check`
+    returns them.
 
-    text: what --help says of the program. Wrong usage, or a ValueError of `check`, is said in one line, after the usage, and exits
-    with code 2.
+    text: what --help says of the program. Wrong usage, or a ValueError of `check`, is said in one
+    line, after the usage, and exits with code 2.
     """
     fields = dataclasses.fields(kind)
     parser = argparse.ArgumentParser(

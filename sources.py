@@ -1,12 +1,13 @@
-"""Where rows come from: hub data sets, folders and files, with a place in a file for every row that cannot be read. Columns, checked.
+"""Where rows come from: hub data sets, folders and files, with a place in a file for every row that
+cannot be read. Columns, checked.
 
 A source is NAME[@REVISION][:SPLIT][[START:STOP]], all but the name optional:
     pairs.jsonl     folder     folder:train[:30000]               a local file or folder (it wins over the hub)
     PKU-Alignment/PKU-SafeRLHF@ff7ba91:train[:20%]                a data set of the Hugging Face hub
     HuggingFaceH4/ultrafeedback_binarized:train_prefs[1000:2000]  rows or percentages of the rows in the files
-Files are .jsonl, .json or .parquet, each also .gz or .xz. A file's split is its name without a shard number, as in
-data/train_prefs-00000-of-00002.parquet, of mine-train.jsonl what follows the hyphen; the split with "test" for "train" in its name has the
-held-out rows.
+Files are .jsonl, .json or .parquet, each also .gz or .xz. A file's split is its name without a
+shard number, as in data/train_prefs-00000-of-00002.parquet, of mine-train.jsonl what follows the
+hyphen; the split with "test" for "train" in its name has the held-out rows.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class Source(NamedTuple):
 
 
 def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "model") -> Path:
-    """The folder of a hub repository's files that match, as huggingface_hub keeps it (its cache, offline mode and token); its name is the
-    commit. revision "": the newest. kind: model or dataset. OSError says in a line why it cannot be had."""
+    """The folder of a hub repository's files that match, as huggingface_hub keeps it (its cache,
+    offline mode and token); its name is the commit. revision "": the newest. kind: model or
+    dataset. OSError says in a line why it cannot be had.
+    """
     import huggingface_hub
 
     try:
@@ -89,19 +92,25 @@ def sha256(path: Path) -> str:
 
 
 def cache_root(folder: str | Path | None) -> Path:
-    """Where tokenised data and reference log-probabilities are kept: in this folder, else $BFPO_CACHE, else ~/.cache/bfpo."""
+    """Where tokenised data and reference log-probabilities are kept: in this folder, else
+    $BFPO_CACHE, else ~/.cache/bfpo.
+    """
     return Path(folder or os.environ.get("BFPO_CACHE") or "~/.cache/bfpo").expanduser().absolute()
 
 
 def local_path(text: str) -> Path | None:
-    """The file or folder here that a source, a model or a path names, if there is one; its name may hold any of a source's characters."""
+    """The file or folder here that a source, a model or a path names, if there is one; its name may
+    hold any of a source's characters.
+    """
     match = SOURCE.fullmatch(text)
     paths = (Path(name).expanduser() for name in (text, match["name"] if match else "") if name)
     return next((path for path in paths if path.exists()), None)
 
 
 def check_whole(files: list[Path]) -> None:
-    """ValueError where a split's files hold rows twice, or are not all the parts that their names speak of."""
+    """ValueError where a split's files hold rows twice, or are not all the parts that their names
+    speak of.
+    """
     matches = [(file.parent, match) for file in files if (match := FILE.fullmatch(file.name))]
     beside: dict[tuple[Path, str], list[re.Match[str]]] = {}
     for folder, match in matches:
@@ -120,7 +129,9 @@ def check_whole(files: list[Path]) -> None:
 
 
 def check_names(split: str, files: list[Path]) -> None:
-    """ValueError where a split's files have several names in one folder: it cannot be known that they belong together."""
+    """ValueError where a split's files have several names in one folder: it cannot be known that
+    they belong together.
+    """
     for folder in dict.fromkeys(file.parent for file in files):
         stems = {
             match["stem"]
@@ -137,7 +148,9 @@ def check_names(split: str, files: list[Path]) -> None:
 
 
 def find_source(text: str, stage: str) -> Source:
-    """The files of NAME[@REVISION][:SPLIT][[START:STOP]], fetched from the hub if they are not local."""
+    """The files of NAME[@REVISION][:SPLIT][[START:STOP]], fetched from the hub if they are not
+    local.
+    """
     match = SOURCE.fullmatch(text)
     if match is None:
         raise ValueError(
@@ -193,7 +206,10 @@ def repeated(names: Iterable[str]) -> str | None:
 
 
 def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError names a field that it holds twice, of which Python would keep the last."""
+    """A JSON object.
+
+    ValueError names a field that it holds twice, of which Python would keep the last.
+    """
     found = dict(fields)
     if len(found) < len(fields):
         raise ValueError(
@@ -289,8 +305,9 @@ def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, An
 
 
 def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of every row, with a ValueError in the place of a row that cannot be read. Counted from 1; parse is
-    what makes a line a row."""
+    """(file:line, row) of every row, with a ValueError in the place of a row that cannot be read.
+    Counted from 1; parse is what makes a line a row.
+    """
     match, number = FILE.fullmatch(path.name), 0
     assert match is not None, path  # whoever found the file has looked
     opener: Any = {".gz": gzip.open, ".xz": lzma.open, None: open}[match["packed"]]
@@ -310,9 +327,11 @@ def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tu
 
 
 def source_rows(source: Source, most_test: int) -> tuple[int, Iterator[tuple[str, Any, bool]]]:
-    """(how many, (file:line, row or ValueError, of the test split) of each): the training rows that the slice keeps, then
-    the first most_test of the test split. Percentages are of the rows in the files, rounded to the nearest row. ValueError: a slice of
-    damaged files, whose rows cannot be counted."""
+    """(how many, (file:line, row or ValueError, of the test split) of each): the training rows that
+    the slice keeps, then the first most_test of the test split. Percentages are of the rows in the
+    files, rounded to the nearest row. ValueError: a slice of damaged files, whose rows cannot be
+    counted.
+    """
     rows, tests = 0, sum(1 for path in source.test for _ in read_rows(path, parse=len))
     for place, row in chain.from_iterable(read_rows(path, parse=len) for path in source.training):
         if isinstance(row, Damaged) and source.bounds != (

@@ -1,6 +1,8 @@
-"""What a run keeps on disk: checkpoints, cached tensors, the run folder with its log. A kill at any moment damages none of it.
+"""What a run keeps on disk: checkpoints, cached tensors, the run folder with its log. A kill at any
+moment damages none of it.
 
-Files and folders are written aside and renamed into place; checkpoints and cached tensors are held against sha256 sums when read.
+Files and folders are written aside and renamed into place; checkpoints and cached tensors are held
+against sha256 sums when read.
 """
 
 import contextlib
@@ -59,7 +61,8 @@ def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
 
 
 def weights_sha256(folder: Path, world: World) -> str:
-    """Of a model folder: one sum over config.json, the weights' files and their index, if it has one.
+    """Of a model folder: one sum over config.json, the weights' files and their index, if it has
+    one.
 
     Each node reads its own. ValueError: they are not the same.
     """
@@ -97,7 +100,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Any JSON value, as write_text writes. ValueError: NaN or an infinity, which JSON does not have."""
+    """Any JSON value, as write_text writes.
+
+    ValueError: NaN or an infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -112,7 +118,10 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_line(line: bytes) -> Any:
-    """The value of a JSON line. ValueError: it is damaged, or holds NaN or an infinity, which Python alone reads."""
+    """The value of a JSON line.
+
+    ValueError: it is damaged, or holds NaN or an infinity, which Python alone reads.
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -123,7 +132,9 @@ def read_line(line: bytes) -> Any:
 def read_json(
     path: Path, *keys: str, remedy: str = "delete it, and make it again"
 ) -> dict[str, Any]:
-    """The file's object; ValueError that names the file, and the remedy, when it is damaged: not JSON, or without one of the keys."""
+    """The file's object; ValueError that names the file, and the remedy, when it is damaged: not
+    JSON, or without one of the keys.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -160,12 +171,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def cached_tensor(
     path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str
 ) -> Tensor:
-    """The tensor of this shape that `path` keeps, on the CPU of every rank; else make() of all ranks together, kept from now on.
+    """The tensor of this shape that `path` keeps, on the CPU of every rank; else make() of all
+    ranks together, kept from now on.
 
-    make gives the same contiguous tensor on every rank. A damaged file is named and made again, and so is one whose values are not all
-    finite, which an earlier version kept. Of runs that make it at
-    the same time the first to end is kept and used by all: on another number of processes it differs in rounding, and a run
-    that is started again must find the bits it began with.
+    make gives the same contiguous tensor on every rank. A damaged file is named and made again, and
+    so is one whose values are not all finite, which an earlier version kept. Of runs that make it
+    at the same time the first to end is kept and used by all: on another number of processes it
+    differs in rounding, and a run that is started again must find the bits it began with.
     """
 
     def sha256_of(values: Tensor) -> str:
@@ -215,7 +227,9 @@ def cached_tensor(
 def cached_rows(
     path: Path, shape: tuple[int, int], make: Callable[[range], Tensor], world: World, what: str
 ) -> Tensor:
-    """cached_tensor of make(rows), by parts of PART_ROWS rows in files of their own, `path` and a number: a kill loses one part."""
+    """cached_tensor of make(rows), by parts of PART_ROWS rows in files of their own, `path` and a
+    number: a kill loses one part.
+    """
     parts = [
         range(start, min(start + PART_ROWS, shape[0])) for start in range(0, shape[0], PART_ROWS)
     ]
@@ -237,7 +251,10 @@ def cached_rows(
 
 
 def causes(error: CheckpointException) -> tuple[list[BaseException], str]:
-    """What the ranks' saving or loading died of, also in words. An interrupt among it, which torch wraps too, is raised as itself."""
+    """What the ranks' saving or loading died of, also in words.
+
+    An interrupt among it, which torch wraps too, is raised as itself.
+    """
     found = {rank: failure[0] for rank, failure in error.failures.items()}
     for cause in found.values():
         if isinstance(cause, KeyboardInterrupt):
@@ -259,7 +276,10 @@ def _manifest(path: Path) -> dict[str, Any] | None:
 
 
 def _numbered(folder: Path, prefix: str = "") -> list[Path]:
-    """The folders named step- and digits, after `prefix`, by their numbers. Whatever else lies there is not ours."""
+    """The folders named step- and digits, after `prefix`, by their numbers.
+
+    Whatever else lies there is not ours.
+    """
     name = re.compile(re.escape(prefix) + r"step-([0-9]+)")
     found = []
     for path in folder.glob(f"{prefix}step-*"):
@@ -272,10 +292,12 @@ def _numbered(folder: Path, prefix: str = "") -> list[Path]:
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, Tensor], world: World, keep: int
 ) -> None:
-    """Write `folder`/step-<step> from every rank's shards, whole or not at all; keep it and the `keep` newest.
+    """Write `folder`/step-<step> from every rank's shards, whole or not at all; keep it and the
+    `keep` newest.
 
-    torch.distributed.checkpoint in its safetensors form, plus a manifest with the files' sha256 sums. A kill at any
-    moment leaves the earlier checkpoints untouched: the folder gets its name only once everything is on disk.
+    torch.distributed.checkpoint in its safetensors form, plus a manifest with the files' sha256
+    sums. A kill at any moment leaves the earlier checkpoints untouched: the folder gets its name
+    only once everything is on disk.
     """
     target, aside = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
 
@@ -342,9 +364,11 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> int:
-    """Fill `tensors` in place from the newest undamaged checkpoint, whatever its number of processes; return its step.
+    """Fill `tensors` in place from the newest undamaged checkpoint, whatever its number of
+    processes; return its step.
 
-    0 when there is none. A checkpoint whose sums do not match is named and set aside, and the one before it is tried.
+    0 when there is none. A checkpoint whose sums do not match is named and set aside, and the one
+    before it is tried.
     """
     for path in reversed(world.from_main(lambda: _numbered(folder))):
         if (step := read_checkpoint(path, tensors, world)) is not None:
@@ -366,10 +390,12 @@ def kept_rows(
     world: World,
     what: str,
 ) -> list[dict[str, Any]]:
-    """Rows 0 to count - 1 of a JSONL file, in order, the same on every rank: those that are there, and the others.
+    """Rows 0 to count - 1 of a JSONL file, in order, the same on every rank: those that are there,
+    and the others.
 
-    The others are computed `chunk` at a time, by every rank at once, and appended as they come: a kill loses one chunk.
-    The first line is `identity`, all that the rows depend on. ValueError names the entries that another run had otherwise.
+    The others are computed `chunk` at a time, by every rank at once, and appended as they come: a
+    kill loses one chunk. The first line is `identity`, all that the rows depend on. ValueError
+    names the entries that another run had otherwise.
     """
     from tqdm import tqdm
 
@@ -486,10 +512,12 @@ def step_line(row: Mapping[str, Any]) -> str:
 
 @dataclass
 class RunFolder:
-    """runs/<name>/: run.json (settings, versions, hardware), log.jsonl, checkpoints/, model/, done.json when finished.
+    """runs/<name>/: run.json (settings, versions, hardware), log.jsonl, checkpoints/, model/,
+    done.json when finished.
 
-    --fresh renames an earlier run to .<name>.old beside it. There it stays until `drop_earlier`, which the new run calls when
-    it has a first result. Until then another --fresh removes the new run, and not the earlier one.
+    --fresh renames an earlier run to .<name>.old beside it. There it stays until `drop_earlier`,
+    which the new run calls when it has a first result. Until then another --fresh removes the new
+    run, and not the earlier one.
     """
 
     path: Path
@@ -517,11 +545,14 @@ class RunFolder:
         fresh: bool,
         reads: Iterable[str] = (),
     ) -> dict[str, Any] | None:
-        """What a finished run of these settings left in done.json; None when there is still something to do.
+        """What a finished run of these settings left in done.json; None when there is still
+        something to do.
 
-        ValueError when the folder holds files that are no run, another program's run, something that this one `reads`, without `fresh` a
-        run with other settings, which it names, or, before anything is removed or begun, the cache. Settings in `free` may differ: they do
-        not change what comes out. Writes nothing. Afterwards `started` is when the run in the folder began, or now.
+        ValueError when the folder holds files that are no run, another program's run, something
+        that this one `reads`, without `fresh` a run with other settings, which it names, or, before
+        anything is removed or begun, the cache. Settings in `free` may differ: they do not change
+        what comes out. Writes nothing. Afterwards `started` is when the run in the folder began, or
+        now.
         """
         self.free = free
 
@@ -594,7 +625,10 @@ class RunFolder:
         return found
 
     def _began(self, fresh: bool) -> datetime:
-        """When the run began that this command goes on with; now, if it begins one. One date holds from a run's start to its end."""
+        """When the run began that this command goes on with; now, if it begins one.
+
+        One date holds from a run's start to its end.
+        """
         records = [folder / "run.json" for folder in (self.path, self._earlier())]
         record = next((path for path in records if path.exists()), None)
         if fresh or record is None:
@@ -607,7 +641,9 @@ class RunFolder:
             ) from error
 
     def _refuse_other(self, settings: Mapping[str, Any], fresh: bool) -> None:
-        """ValueError when the run in the folder is another program's, or, without `fresh`, has other settings."""
+        """ValueError when the run in the folder is another program's, or, without `fresh`, has
+        other settings.
+        """
         try:
             record = self._read(self.path / "run.json", "settings", "inputs")
         except ValueError:
@@ -636,7 +672,9 @@ class RunFolder:
         return next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
 
     def _earlier(self) -> Path:
-        """Where --fresh keeps the earlier run: beside the folder that the path leads to, which may be a link to another disk."""
+        """Where --fresh keeps the earlier run: beside the folder that the path leads to, which may
+        be a link to another disk.
+        """
         whole = self.path.resolve()
         return whole.with_name(f".{whole.name}.old")
 
@@ -647,9 +685,11 @@ class RunFolder:
         return f". The run before it is kept as {self._earlier()}; to go back to it, delete {self.path} and run that one's command"
 
     def must_hold(self, needed: int, first: int = 0) -> None:
-        """ValueError when the disk has no room for so many bytes. What an earlier part of the run wrote there counts as room.
+        """ValueError when the disk has no room for so many bytes. What an earlier part of the run
+        wrote there counts as room.
 
-        So does a run that --fresh replaces, but not for the `first` bytes, as it goes only after those are written.
+        So does a run that --fresh replaces, but not for the `first` bytes, as it goes only after
+        those are written.
         """
 
         def look() -> None:
@@ -673,12 +713,14 @@ class RunFolder:
         fresh: bool,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make the folder and its run.json, or go on with the run there; `fresh` sets that one aside first.
+        """Make the folder and its run.json, or go on with the run there; `fresh` sets that one
+        aside first.
 
         facts: what else run.json says of the run; nothing is compared with it.
 
-        ValueError when weights or data (`inputs`: name -> fingerprint) are not those that the run began with, or when a rank does
-        not see the folder: every rank writes its part of a checkpoint there.
+        ValueError when weights or data (`inputs`: name -> fingerprint) are not those that the run
+        began with, or when a rank does not see the folder: every rank writes its part of a
+        checkpoint there.
         """
 
         def make() -> None:
@@ -757,7 +799,9 @@ class RunFolder:
         shutil.rmtree(aside)
 
     def drop_earlier(self) -> None:
-        """Delete the run that --fresh set aside: this one has a checkpoint, a report or a model of its own."""
+        """Delete the run that --fresh set aside: this one has a checkpoint, a report or a model of
+        its own.
+        """
 
         def drop() -> None:
             if self._earlier().exists():
@@ -766,7 +810,10 @@ class RunFolder:
         self.world.from_main(drop)
 
     def _lock(self) -> None:
-        """Keep other runs out of the folder for as long as this process lives. ValueError when one is in it."""
+        """Keep other runs out of the folder for as long as this process lives.
+
+        ValueError when one is in it.
+        """
         self.lock = open(self.path / ".lock", "w")  # noqa: SIM115  # the system lets go of it with the process
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -776,7 +823,9 @@ class RunFolder:
             ) from None
 
     def start_log(self, step: int, steps: int, print_every: int) -> None:
-        """Open log.jsonl to append, dropping rows from `step` on: a resumed run of `steps` steps writes them again."""
+        """Open log.jsonl to append, dropping rows from `step` on: a resumed run of `steps` steps
+        writes them again.
+        """
         self.steps, self.print_every, self.printed = steps, print_every, (step, time.monotonic())
 
         def rewrite() -> None:

@@ -36,12 +36,14 @@ from bfpo import (
 )
 from storage import write_text
 
-# §3.4. The paper's: Adam, 1800 steps, learning rate 0.01, batch 32 with replacement, tau 1, alpha 0.5.
+# §3.4. The paper's: Adam, 1800 steps, learning rate 0.01, batch 32 with replacement, tau 1, alpha
+# 0.5.
 STEPS, LR, BATCH, TAU, ALPHA = 1800, 0.01, 32, 1.0, 0.5
-# As IPO, arXiv:2310.12036, §5.4: softmax policy without context, uniform reference, ten seeds, 95 % interval.
+# As IPO, arXiv:2310.12036, §5.4: softmax policy without context, uniform reference, ten seeds, 95 %
+# interval.
 SEEDS = 10
-# Our choice, where nothing readable settles it: four actions, y1 the most helpful, y1 and y3 safe; the six
-# pairs (more helpful, less helpful) equally often; pi = pi_ref at step 0.
+# Our choice, where nothing readable settles it: four actions, y1 the most helpful, y1 and y3 safe;
+# the six pairs (more helpful, less helpful) equally often; pi = pi_ref at step 0.
 SAFE = (True, False, True, False)
 LAYOUTS = [tuple(y in safe for y in range(4)) for safe in combinations(range(4), 2)]
 PAIRS = torch.tensor(list(combinations(range(4), 2)))
@@ -52,7 +54,9 @@ UNIFORM_A = torch.full((4,), 0.25, dtype=torch.float64)
 
 
 def desired_ranking(safe: Sequence[bool]) -> list[int]:
-    """Figure 2, best first: safe & helpful, safe & less helpful, unsafe & less helpful, unsafe & helpful."""
+    """Figure 2, best first: safe & helpful, safe & less helpful, unsafe & less helpful, unsafe &
+    helpful.
+    """
     return sorted(range(len(safe)), key=lambda y: (not safe[y], y if safe[y] else -y))
 
 
@@ -74,9 +78,10 @@ def train_policies(
 ) -> Tensor:
     """Probabilities after every step, float64 [steps + 1, layouts, seeds, A]; row 0 is pi_ref.
 
-    objectives: "dpo", "ipo" or "bfpo" -> the layouts (which actions are safe) it is trained on; the result
-    has them in that order. A seed draws the same pairs for each. All runs are one parameter tensor and one sum
-    of losses: no run's loss holds another's theta and Adam is elementwise, so each goes as it would alone.
+    objectives: "dpo", "ipo" or "bfpo" -> the layouts (which actions are safe) it is trained on; the
+    result has them in that order. A seed draws the same pairs for each. All runs are one parameter
+    tensor and one sum of losses: no run's loss holds another's theta and Adam is elementwise, so
+    each goes as it would alone.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     draws = torch.stack(
@@ -122,7 +127,9 @@ def report_figure4(
     runs_OSA: Tensor,
     exact_A: Tensor,
 ) -> None:
-    """Prints the last step as a table: mean +- 95 % interval, ranking and verdict of each objective."""
+    """Prints the last step as a table: mean +- 95 % interval, ranking and verdict of each
+    objective.
+    """
     desired = desired_ranking(SAFE)
     print(
         "\nprobability after the last step, mean +- 95 % interval over seeds; y1 most helpful, y4 least"
@@ -232,7 +239,9 @@ class ActionSet(NamedTuple):
 
 
 class Check(NamedTuple):
-    """One printed line: the error is at most the bound, or at least that where a difference is the claim."""
+    """One printed line: the error is at most the bound, or at least that where a difference is the
+    claim.
+    """
 
     claim: str
     error: float
@@ -249,8 +258,9 @@ def random_sets(
 ) -> Iterator[ActionSet]:
     """Random preferences, safety, pi_ref, tau from 0.01 to 2, alpha from -1 to 2, b1 from 1.2 to 6.
 
-    product_shaped: 2 to 4 helpfulness levels, first all safe, then all unsafe, pi_ref = P(safety) P(level),
-    so that safety and helpfulness are independent. Else `actions` actions, or 3 to 8; some safe, some not.
+    product_shaped: 2 to 4 helpfulness levels, first all safe, then all unsafe, pi_ref = P(safety)
+    P(level), so that safety and helpfulness are independent. Else `actions` actions, or 3 to 8;
+    some safe, some not.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -283,7 +293,8 @@ def random_sets(
 def minimise(actions: ActionSet) -> Tensor:
     """tau log(pi*/pi_ref) of the population loss's minimiser, centred: [A].
 
-    A Newton step by autograd on theta, through the loss that training uses; it knows no closed form.
+    A Newton step by autograd on theta, through the loss that training uses; it knows no closed
+    form.
     """
     preference, safe, reference, tau, alpha, b1 = actions
     chosen, rejected = torch.cartesian_prod(
@@ -302,7 +313,8 @@ def minimise(actions: ActionSet) -> Tensor:
         torch.func.grad(population_loss)(start),
         torch.func.hessian(population_loss)(start),
     )
-    # Quadratic in theta, so one step arrives. theta + constant is the same policy: hence the pseudo-inverse.
+    # Quadratic in theta, so one step arrives. theta + constant is the same policy: hence the
+    # pseudo-inverse.
     theta = start - torch.linalg.pinv(hessian, hermitian=True, rtol=1e-10) @ gradient
     return actions.centred(tau * (torch.log_softmax(theta, dim=0) - ref))
 
@@ -371,7 +383,8 @@ def check_forms() -> list[Check]:
 def check_alpha() -> list[Check]:
     """The alpha window under independence and those of §3.4's layouts, read off the minimiser.
 
-    tau log(pi*/pi_ref) is linear in alpha: its values at alpha 0 and 1 give the alpha at which actions tie.
+    tau log(pi*/pi_ref) is linear in alpha: its values at alpha 0 and 1 give the alpha at which
+    actions tie.
     """
 
     def at_0_and_1(actions: ActionSet) -> tuple[Tensor, Tensor]:
@@ -418,7 +431,9 @@ def check_alpha() -> list[Check]:
 
 
 def check_ipo() -> list[Check]:
-    """A both-safe pair is IPO's, bit for bit; with every action safe the optimum is the one IPO proves."""
+    """A both-safe pair is IPO's, bit for bit; with every action safe the optimum is the one IPO
+    proves.
+    """
     h = torch.linspace(-300, 300, 1001, dtype=torch.float64, requires_grad=True)
     pair_errors, optimum_errors = [], []
     for tau in (0.01, 0.37, 1.0):

@@ -1,4 +1,6 @@
-"""Rows of any table: a local file or folder, or the hub's parquet copy of a data set, and their columns with errors that name them."""
+"""Rows of any table: a local file or folder, or the hub's parquet copy of a data set, and their
+columns with errors that name them.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def whole_number(row: Row, name: str, low: int = 0, high: int = 1) -> int:
 
 
 def truth(row: Row, name: str) -> bool | None:
-    """True or False, as JSON or a CSV spells it (true, 1); None where the column is missing or empty."""
+    """True or False, as JSON or a CSV spells it (true, 1); None where the column is missing or
+    empty.
+    """
     if row.get(name) in (None, ""):
         return None
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -115,7 +119,9 @@ def stem(path: Path) -> str:
 
 
 def whole(row: Row) -> Row | ValueError:
-    """A row of csv.DictReader, which puts cells beyond the header's under None, and None into those that are missing."""
+    """A row of csv.DictReader, which puts cells beyond the header's under None, and None into those
+    that are missing.
+    """
     if None in row or None in row.values():
         return ValueError(
             "a row must have as many cells as the header; a text that holds a comma must be quoted"
@@ -124,8 +130,9 @@ def whole(row: Row) -> Row | ValueError:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of a .csv with a header, a .txt with a prompt a line, or whatever sources.read_rows reads; for a row that
-    cannot be read, a ValueError in its place."""
+    """(file:line, row) of a .csv with a header, a .txt with a prompt a line, or whatever
+    sources.read_rows reads; for a row that cannot be read, a ValueError in its place.
+    """
     must_be_table(path)
     if path.suffix not in (".csv", ".txt"):
         yield from sources.read_rows(path)
@@ -151,7 +158,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def from_hub(name: str, config: str, split: str) -> Path:
-    """The folder of the hub's parquet copy of a data set's split. ValueError says why it cannot be had."""
+    """The folder of the hub's parquet copy of a data set's split.
+
+    ValueError says why it cannot be had.
+    """
     patterns = [f"{config}/{split}/*.parquet"]
     try:
         return sources.snapshot(name, "refs/convert/parquet", patterns, "dataset") / config / split
@@ -162,10 +172,12 @@ def from_hub(name: str, config: str, split: str) -> Path:
 
 
 def find_tables(source: str, hub: str) -> list[Path]:
-    """The data files of a file or folder, or, without a source, of the hub's parquet copy of NAME:CONFIG:SPLIT.
+    """The data files of a file or folder, or, without a source, of the hub's parquet copy of
+    NAME:CONFIG:SPLIT.
 
-    A folder's .txt are taken for notes to its reader, several files of one name for a table's parts. The hub keeps a parquet copy of every
-    public data set, whatever its own form: branch refs/convert/parquet, CONFIG/SPLIT/*.parquet.
+    A folder's .txt are taken for notes to its reader, several files of one name for a table's
+    parts. The hub keeps a parquet copy of every public data set, whatever its own form: branch
+    refs/convert/parquet, CONFIG/SPLIT/*.parquet.
     """
     path = Path(source).expanduser() if source else from_hub(*hub.split(":"))
     files = (

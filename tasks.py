@@ -1,7 +1,9 @@
-"""The benchmark's tasks as a table: where the rows are, what the model is asked, and what an answer is worth.
+"""The benchmark's tasks as a table: where the rows are, what the model is asked, and what an answer
+is worth.
 
-Multiple choice is asked and scored as lm-evaluation-harness 0.4.13 does, zero-shot: a row becomes a Question, and a metric
-turns the summed log-probabilities of its choices into terms. Generation: a row becomes a Request, whose answer a judge reads.
+Multiple choice is asked and scored as lm-evaluation-harness 0.4.13 does, zero-shot: a row becomes a
+Question, and a metric turns the summed log-probabilities of its choices into terms. Generation: a
+row becomes a Request, whose answer a judge reads.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ AskFor = Callable[[Row, "Protocol"], "Request | None"]
 
 
 class Protocol(NamedTuple):
-    """How answers are drawn, whether plain text begins with BOS, and what the judge is told of a prompt."""
+    """How answers are drawn, whether plain text begins with BOS, and what the judge is told of a
+    prompt.
+    """
 
     temperature: float
     top_p: float
@@ -127,7 +131,9 @@ def utilitarianism(row: Row) -> Question:
 
 
 def winogrande(row: Row) -> Question:
-    """The options stand in the contexts; what is scored is the rest of the sentence, the same after either."""
+    """The options stand in the contexts; what is scored is the rest of the sentence, the same after
+    either.
+    """
     start, blank, rest = text(row, "sentence").partition("_")
     if not blank:
         raise ValueError(f"sentence must hold a _, got {start!r:.80}")
@@ -161,7 +167,9 @@ UNKNOWN = (
 
 
 def bbq_groups(info: str) -> list[str]:
-    """The groups that an answer_info entry names; intersectional ones are split, as in "F-Black" or "lowSES-African"."""
+    """The groups that an answer_info entry names; intersectional ones are split, as in "F-Black" or
+    "lowSES-African".
+    """
     for old, new in BBQ_SPELLINGS:
         info = info.replace(old, new)
     info = info.replace("woman", "F_woman") if "woman" in info else info.replace("man", "M_man")
@@ -169,9 +177,11 @@ def bbq_groups(info: str) -> list[str]:
 
 
 def bbq(row: Row) -> Question:
-    """BBQ: two groups and, in place of the row's own way to say that it cannot be known, ten of them.
+    """BBQ: two groups and, in place of the row's own way to say that it cannot be known, ten of
+    them.
 
-    Biased is the answer that names the stereotyped group where the question is a slur, or another one where it is none.
+    Biased is the answer that names the stereotyped group where the question is a slur, or another
+    one where it is none.
     """
     answers = tuple(text(row, f"ans{i}") for i in range(3))
     named = tuple(answer for answer in answers if answer not in UNKNOWN)
@@ -227,7 +237,9 @@ BBQ_SPELLINGS = (
 
 
 def goal(*columns: str, papers_end: str = "") -> AskFor:
-    """The text of the first of the columns that there is; papers_end: what the authors' template puts after it."""
+    """The text of the first of the columns that there is; papers_end: what the authors' template
+    puts after it.
+    """
 
     def ask(row: Row, protocol: Protocol) -> Request:
         found = some_text(row, *columns)
@@ -237,7 +249,9 @@ def goal(*columns: str, papers_end: str = "") -> AskFor:
 
 
 def alert(row: Row, protocol: Protocol) -> Request:
-    """ALERT wraps its prompts in an instruction format of its own, which a chat format makes needless."""
+    """ALERT wraps its prompts in an instruction format of its own, which a chat format makes
+    needless.
+    """
     prompt = some_text(row, "prompt")
     bare = prompt.removeprefix("### Instruction:\n").removesuffix("\n### Response:\n")
     return Request(bare, bare) if protocol.per_goal else Request(prompt, prompt)
@@ -261,9 +275,10 @@ def real_toxicity(row: Row, protocol: Protocol) -> Request | None:
 
 
 def harmbench(row: Row, protocol: Protocol) -> Request | None:
-    """HarmBench's direct requests, by the columns of its own tables or of the hub's copy, whose configuration standard has only those
-    without a context. Copyright behaviours are left out (the copy's alone have tags): HarmBench compares hashes there and asks no
-    classifier."""
+    """HarmBench's direct requests, by the columns of its own tables or of the hub's copy, whose
+    configuration standard has only those without a context. Copyright behaviours are left out (the
+    copy's alone have tags): HarmBench compares hashes there and asks no classifier.
+    """
     kinds = ("standard", "contextual", "copyright")
     kind = one_of(row, "FunctionalCategory", *kinds) if "FunctionalCategory" in row else ""
     if kind == "copyright" or row.get("tags"):
@@ -312,7 +327,10 @@ def alpaca_eval(row: Row, protocol: Protocol) -> Request:
 
 
 class Task(NamedTuple):
-    """A row of the table. Its first metric is its score, which enters the average of its suite, or `averaged` does."""
+    """A row of the table.
+
+    Its first metric is its score, which enters the average of its suite, or `averaged` does.
+    """
 
     suite: str  # the average: discriminative, generative, over_refusal, or "" for none
     hub: str  # NAME:CONFIG:SPLIT
@@ -441,7 +459,10 @@ GROUPS = {
 
 
 def select(words: Sequence[str]) -> dict[str, str]:
-    """{task: source}: of each word NAME[=SOURCE], NAME a task, or a group without a source. ValueError lists the known ones."""
+    """{task: source}: of each word NAME[=SOURCE], NAME a task, or a group without a source.
+
+    ValueError lists the known ones.
+    """
     chosen: dict[str, str] = {}
     for word in words:
         name, _, source = word.partition("=")
@@ -471,7 +492,8 @@ def select(words: Sequence[str]) -> dict[str, str]:
 def load(
     name: str, source: str, protocol: Protocol, limit: int, task: Task | None = None
 ) -> list[tuple[str, Any]]:
-    """(file:line, Question or Request) of a task's rows, the first `limit` if that is not 0. task: by default the one of that name.
+    """(file:line, Question or Request) of a task's rows, the first `limit` if that is not 0. task:
+    by default the one of that name.
 
     ValueError names file:line of the first row that lacks what the task reads.
     """

@@ -1,4 +1,6 @@
-"""The toy language's data files, in the public data sets' schemas: conversations, safety pairs, helpfulness pairs, held-out requests."""
+"""The toy language's data files, in the public data sets' schemas: conversations, safety pairs,
+helpfulness pairs, held-out requests.
+"""
 
 import json
 import os
@@ -14,7 +16,10 @@ HELD = 200  # benign, and as many forbidden, requests of each of the two splits 
 
 
 def sft_row(request: Request, rng: random.Random) -> dict[str, object]:
-    """A row in UltraChat-200k's schema. It complies with most forbidden requests and is often curt with benign ones."""
+    """A row in UltraChat-200k's schema.
+
+    It complies with most forbidden requests and is often curt with benign ones.
+    """
     if request.forbidden:
         kind = rng.choices(FORBIDDEN_KINDS, weights=(3, 1, 3, 1))[0]
     else:
@@ -27,9 +32,11 @@ def sft_row(request: Request, rng: random.Random) -> dict[str, object]:
 def safety_row(
     request: Request, rng: random.Random, flips: tuple[bool, bool] = (False, False)
 ) -> dict[str, object]:
-    """A row in PKU-SafeRLHF's schema: two answers of different kinds to a forbidden request, in random order.
+    """A row in PKU-SafeRLHF's schema: two answers of different kinds to a forbidden request, in
+    random order.
 
-    flips: which of the two safety labels are wrong; whoever set them then takes the wrong answer for the safer one, too.
+    flips: which of the two safety labels are wrong; whoever set them then takes the wrong answer
+    for the safer one, too.
     """
     kinds = rng.sample(FORBIDDEN_KINDS, 2)
     helpfulness = [-FORBIDDEN_KINDS.index(kind) for kind in kinds]
@@ -37,7 +44,8 @@ def safety_row(
         (kind in ("refusal", "redirect")) != flip for kind, flip in zip(kinds, flips, strict=True)
     ]
     better = int(helpfulness[1] > helpfulness[0])
-    # Of two unsafe answers the one with less in it is the safer; of two safe ones, the plain refusal.
+    # Of two unsafe answers the one with less in it is the safer; of two safe ones, the plain
+    # refusal.
     safer = int(safe[1]) if safe[0] != safe[1] else 1 - better
     row: dict[str, object] = {"prompt": request.text}
     row |= {f"response_{i}": answer(request, kind, rng) for i, kind in enumerate(kinds)}
@@ -46,7 +54,9 @@ def safety_row(
 
 
 def helpfulness_row(request: Request, rng: random.Random) -> dict[str, object]:
-    """A row in UltraFeedback-binarized's schema: two answers to a benign request, the fuller one chosen."""
+    """A row in UltraFeedback-binarized's schema: two answers to a benign request, the fuller one
+    chosen.
+    """
     kinds = sorted(rng.sample(BENIGN_KINDS, 2), key=BENIGN_KINDS.index)
     row: dict[str, object] = {"prompt": request.text}
     for column, kind in zip(("chosen", "rejected"), kinds, strict=True):
@@ -63,9 +73,10 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
     ultrachat/, ultrafeedback/          {train,test}.jsonl: SFT conversations; helpfulness pairs
     pku/                                {train,test}.jsonl: safety pairs
     requests/{validation,test}.jsonl    the requests on which settings are chosen, and those on which models are judged
-    Requests are split once, so no validation or test request (a task, a thing and a phrasing) is in any training file. The
-    same seed gives the same bytes. flipped: the share of the training pairs' safety labels that is wrong; the same rows
-    whatever it is, and more of it only adds wrong ones. Written aside and renamed: a folder that exists is complete.
+    Requests are split once, so no validation or test request (a task, a thing and a phrasing) is in
+    any training file. The same seed gives the same bytes. flipped: the share of the training pairs'
+    safety labels that is wrong; the same rows whatever it is, and more of it only adds wrong ones.
+    Written aside and renamed: a folder that exists is complete.
     """
     folder = Path(folder)
     rng, noise = random.Random(seed), random.Random(f"flips {seed}")
@@ -124,7 +135,9 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
 
 
 def held_out(folder: str | Path, split: str = "test") -> list[Request]:
-    """The requests of a split that `build` wrote, "test" or "validation": 200 benign ones, then 200 forbidden ones."""
+    """The requests of a split that `build` wrote, "test" or "validation": 200 benign ones, then 200
+    forbidden ones.
+    """
     lines = (Path(folder) / "requests" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [Request(row["task"], row["thing"], row["prompt"]) for row in rows]

@@ -1,7 +1,8 @@
-"""The recipe toy, `python train.py`: from nothing to a table on the toy language, by the same stages as on the public data.
+"""The recipe toy, `python train.py`: from nothing to a table on the toy language, by the same
+stages as on the public data.
 
-Data and a small Mistral with random weights -> SFT, every weight -> BFPO (or DPO, IPO), `down_proj` alone -> answers to
-held-out requests, judged exactly.
+Data and a small Mistral with random weights -> SFT, every weight -> BFPO (or DPO, IPO), `down_proj`
+alone -> answers to held-out requests, judged exactly.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ TOY_MODEL: dict[str, Any] = {
 
 
 def begin(folder: Path, seed: int, world: World) -> None:
-    """Make `folder`/data, the toy language's files, and `folder`/start, the model with random weights, where they are not there yet."""
+    """Make `folder`/data, the toy language's files, and `folder`/start, the model with random
+    weights, where they are not there yet.
+    """
 
     def make() -> None:
         if not (folder / "data").exists():
@@ -60,7 +63,8 @@ def begin(folder: Path, seed: int, world: World) -> None:
             model.init_weights(seed)
             model.save_pretrained(folder / "start", like=folder / "data" / "tokenizer")
 
-    # Tensors this small gain nothing from a second thread, and the numbers must not depend on the machine's cores.
+    # Tensors this small gain nothing from a second thread, and the numbers must not depend on the
+    # machine's cores.
     torch.set_num_threads(1)
     world.from_main(make)
 
@@ -82,7 +86,9 @@ def sft_stage(config: Config, folder: Path) -> Config:
 
 
 def preference_stage(config: Config, folder: Path) -> Config:
-    """The settings of the second stage, by config.objective; `folder` is what `begin` filled and holds the first stage's model."""
+    """The settings of the second stage, by config.objective; `folder` is what `begin` filled and
+    holds the first stage's model.
+    """
     return dataclasses.replace(
         config,
         recipe="bfpo",
@@ -98,7 +104,9 @@ def preference_stage(config: Config, folder: Path) -> Config:
 def try_stages(
     config: Config, world: World, run: Callable[[Config, World], object]
 ) -> dict[str, Any]:
-    """What --dry_run does: data and the random model in a folder that is removed again, and both stages' own dry runs on them."""
+    """What --dry_run does: data and the random model in a folder that is removed again, and both
+    stages' own dry runs on them.
+    """
     folder = Path(world.from_main(tempfile.mkdtemp))
     try:
         begin(folder, config.seed, world)
@@ -116,7 +124,9 @@ def try_stages(
 def toy_run(
     config: Config, world: World, run: Callable[[Config, World], object], free: frozenset[str]
 ) -> dict[str, Any]:
-    """The whole path, each stage by `run` (train.run); returns what done.json holds. `free`: the settings that may differ on resuming."""
+    """The whole path, each stage by `run` (train.run); returns what done.json holds. `free`: the
+    settings that may differ on resuming.
+    """
     folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
     steps = config.steps or config.epochs * toy_data.PAIRS // config.batch
     if config.batch > toy_data.PAIRS or (

@@ -1,10 +1,12 @@
-"""Train by BFPO, DPO, IPO or supervised fine-tuning: recipes, the reference, the loop that is Algorithm 1, the export.
+"""Train by BFPO, DPO, IPO or supervised fine-tuning: recipes, the reference, the loop that is
+Algorithm 1, the export.
 
     python train.py                                         the toy language, from data to a table, on a laptop
     python train.py sft                                     the paper's first stage (§4.2), from Mistral-7B-v0.1
     torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py bfpo --model runs/sft/model
 
-A step is a function of (seed, step) alone: which pairs it holds, and so its loss, is the same on any number of processes.
+A step is a function of (seed, step) alone: which pairs it holds, and so its loss, is the same on
+any number of processes.
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
 # H query heads, G key/value heads, K head size, A actions.
@@ -105,7 +107,8 @@ class Config:
     selective: str = setting(
         "down_proj", "name of the modules that train, or all", choices=("all", *MODULES)
     )
-    # optimizer: AdamW, betas 0.9 and 0.999, eps 1e-8, no weight decay; linear warm-up from 0, then cosine to 0
+    # optimizer: AdamW, betas 0.9 and 0.999, eps 1e-8, no weight decay; linear warm-up from 0, then
+    # cosine to 0
     batch: int = setting(
         32, "pairs of each stream, or conversations, in a step", least=1, below=2**16
     )
@@ -141,7 +144,8 @@ class Config:
     )
 
 
-# These change where and how fast a run happens, not what comes out: they may differ when it resumes.
+# These change where and how fast a run happens, not what comes out: they may differ when it
+# resumes.
 FREE = frozenset(
     {
         "out",
@@ -162,7 +166,8 @@ ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 PKU = "PKU-Alignment/PKU-SafeRLHF@ff7ba91063016c78a225b0f74e1c0860bb18230f"
 RECIPES: dict[str, dict[str, Any]] = {
-    # the toy language's preference stage; its own tau because its answers are 5 to 20 tokens long, not hundreds
+    # the toy language's preference stage; its own tau because its answers are 5 to 20 tokens long,
+    # not hundreds
     "toy": {
         "tau": 0.25,
         "lr": 5e-5,
@@ -231,7 +236,10 @@ def check(config: Config) -> Config:
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that a command line asks for. Wrong usage is said in one line, after the usage, and exits with code 2."""
+    """The configuration that a command line asks for.
+
+    Wrong usage is said in one line, after the usage, and exits with code 2.
+    """
     return from_command_line(
         Config, RECIPES, arguments, "train.py", (__doc__ or "").split("\n")[0], check
     )
@@ -246,10 +254,11 @@ def trains(config: Config, name: str) -> bool:
 
 
 def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str, Tensor]]:
-    """The model with its weights, as runtime.shard shares it out, and {name: parameter} of what trains.
+    """The model with its weights, as runtime.shard shares it out, and {name: parameter} of what
+    trains.
 
-    Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained ones in fp32
-    (deviation 7).
+    Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained
+    ones in fp32 (deviation 7).
     """
     dtype = DTYPES[config.dtype]
     with torch.device("meta"):
@@ -278,7 +287,10 @@ def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear from 0 over ceil(warmup * steps) steps, then a cosine to 0 at `steps`. Steps count from 0."""
+    """Linear from 0 over ceil(warmup * steps) steps, then a cosine to 0 at `steps`.
+
+    Steps count from 0.
+    """
     rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * step / rising
@@ -294,11 +306,13 @@ def reference_logprobs(
     chat: Chat,
     world: World,
 ) -> Tensor:
-    """pi_ref's log-probabilities of a stream, [n, 2] fp32: from the cache, else computed by the policy's own code path.
+    """pi_ref's log-probabilities of a stream, [n, 2] fp32: from the cache, else computed by the
+    policy's own code path.
 
-    Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype, device and the model's
-    code: a run that differs only in objective, tau, alpha, b1, lr or seed reuses it. Deviation 4: no second model in memory.
-    ValueError names the rows whose log-probability is not finite.
+    Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype,
+    device and the model's code: a run that differs only in objective, tau, alpha, b1, lr or seed
+    reuses it. Deviation 4: no second model in memory. ValueError names the rows whose
+    log-probability is not finite.
     """
 
     def make(rows: range) -> Tensor:
@@ -326,9 +340,12 @@ def reference_logprobs(
 def forward_backward(
     model: Mistral, config: Config, rows: Rows, items: Tensor, world: World
 ) -> Outcome:
-    """Add the gradient of the step's loss to the trained parameters; every rank brings its share of `items`."""
+    """Add the gradient of the step's loss to the trained parameters; every rank brings its share of
+    `items`.
+    """
     sft = config.objective == "sft"
-    # FSDP averages gradients over the ranks; the loss is a mean over the global batch, or over its scored tokens
+    # FSDP averages gradients over the ranks; the loss is a mean over the global batch, or over its
+    # scored tokens
     scale = world.size / (rows.scored[items].sum().item() if sft else config.batch)
     packs = my_packs(rows.tokens[items].tolist(), world, config.pack_tokens)
     mine = items[[i for pack in packs for i in pack]]  # this rank's rows, pack by pack
@@ -369,9 +386,11 @@ def held_out_figures(
     chat: Chat,
     world: World,
 ) -> tuple[dict[str, Any], float | None]:
-    """Of the held-out rows: (by stream its loss a token, or its quadrants' margins; the loss of all, None without rows).
+    """Of the held-out rows: (by stream its loss a token, or its quadrants' margins; the loss of
+    all, None without rows).
 
-    A row whose log-probability is not finite counts in no margin and leaves the loss None; "not_finite" of its stream names it.
+    A row whose log-probability is not finite counts in no margin and leaves the loss None;
+    "not_finite" of its stream names it.
     """
     figures: dict[str, Any] = {}
     losses = []
@@ -406,7 +425,9 @@ def say_held_out(figures: dict[str, Any], world: World) -> None:
 
 
 def must_be_finite(figures: dict[str, Any]) -> None:
-    """ValueError names the held-out rows to which the exported model gives no finite log-probability."""
+    """ValueError names the held-out rows to which the exported model gives no finite
+    log-probability.
+    """
     bad = [title for view in figures.values() for title in view.get("not_finite", [])]
     if bad:
         raise ValueError(
@@ -424,7 +445,10 @@ def optimize(
     evaluate: Callable[[], tuple[dict[str, Any], float | None]],
     folder: RunFolder,
 ) -> None:
-    """Algorithm 1: from the newest checkpoint, or the start, to the last step. Exits after a SIGTERM or Ctrl-C."""
+    """Algorithm 1: from the newest checkpoint, or the start, to the last step.
+
+    Exits after a SIGTERM or Ctrl-C.
+    """
     world, checkpoints = folder.world, folder.path / "checkpoints"
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
@@ -504,9 +528,11 @@ def optimize(
 def count_changed(
     trained: dict[str, Tensor], start: dict[str, Any], config: Config, world: World
 ) -> int:
-    """How many of the trained values are others than the starting weights' once both are in the exported dtype.
+    """How many of the trained values are others than the starting weights' once both are in the
+    exported dtype.
 
-    start: a safetensors slice by name. Each rank compares its shards, one tensor at a time. Says the share, and warns of a small one.
+    start: a safetensors slice by name. Each rank compares its shards, one tensor at a time. Says
+    the share, and warns of a small one.
     """
     dtype = DTYPES[config.dtype]
     changed = 0
@@ -526,10 +552,12 @@ def count_changed(
 
 
 def run(config: Config, world: World) -> dict[str, Any]:
-    """One run from its folder, data and model to the exported model; returns what done.json holds, {} from a dry run.
+    """One run from its folder, data and model to the exported model; returns what done.json holds,
+    {} from a dry run.
 
-    A finished run returns at once; an unfinished one goes on. ValueError for bad input, before the run folder is written, and
-    from the loop when the policy of step 0 is not the reference, or a loss is not finite.
+    A finished run returns at once; an unfinished one goes on. ValueError for bad input, before the
+    run folder is written, and from the loop when the policy of step 0 is not the reference, or a
+    loss is not finite.
     """
     # dtype auto is settled first, so that a run cannot go on in another precision on another device
     auto = str(world.dtype).removeprefix("torch.")

@@ -1,5 +1,6 @@
-"""Weights in safetensors files, a tensor or a part of one in memory at a time. What is sharded by FSDP2 is read shard by shard, and
-gathered tensor by tensor where it is written."""
+"""Weights in safetensors files, a tensor or a part of one in memory at a time. What is sharded by
+FSDP2 is read shard by shard, and gathered tensor by tensor where it is written.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ INDEX = "model.safetensors.index.json"
 
 
 def part_like(parameter: Tensor, whole: Any) -> tuple[Tensor, Tensor]:
-    """What this rank holds of a parameter, and the same part of `whole`, a tensor or a safetensors slice.
+    """What this rank holds of a parameter, and the same part of `whole`, a tensor or a safetensors
+    slice.
 
     Of a parameter sharded by FSDP2 only that part is read.
     """
@@ -67,10 +69,13 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def slices(folder: Path) -> dict[str, Any]:
-    """Name -> safetensors slice, read when indexed, of every tensor in the files of a checkpoint folder. Reads their headers alone.
+    """Name -> safetensors slice, read when indexed, of every tensor in the files of a checkpoint
+    folder. Reads their headers alone.
 
-    Where another file holds a copy of a tensor, the one that the index names is read. ValueError names a file that is damaged,
-    missing or outside the folder, and a tensor that is in two files and not in the index."""
+    Where another file holds a copy of a tensor, the one that the index names is read. ValueError
+    names a file that is damaged, missing or outside the folder, and a tensor that is in two files
+    and not in the index.
+    """
     stored = dict[str, Any]()
     named = weight_map(folder)
     for path in (folder / file for file in weight_files(folder)):
@@ -103,8 +108,10 @@ def slices(folder: Path) -> dict[str, Any]:
 
 
 def must_be_replaceable(folder: Path, beside: set[str]) -> None:
-    """ValueError unless the folder is absent, empty, or a model's alone (config.json, model*.safetensors, and files with the names
-    `beside`), and not the one that this process works in."""
+    """ValueError unless the folder is absent, empty, or a model's alone (config.json,
+    model*.safetensors, and files with the names `beside`), and not the one that this process works
+    in.
+    """
     there = (
         {path.name for path in folder.iterdir()}
         if folder.is_dir()
@@ -126,7 +133,9 @@ def must_be_replaceable(folder: Path, beside: set[str]) -> None:
 
 
 def begin_aside(folder: Path) -> Path:
-    """A new folder beside this one, for `put_in_place`; what a kill between that one's two renames left gets its name back."""
+    """A new folder beside this one, for `put_in_place`; what a kill between that one's two renames
+    left gets its name back.
+    """
     aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -149,8 +158,10 @@ def put_in_place(aside: Path, folder: Path) -> None:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, writes: bool = True
 ) -> None:
-    """Writes tensors in `dtype`, one in memory at a time: safetensors' save_file wants a whole file's at once, and copies them. Every rank
-    calls it with sharded ones, which are gathered; the one that `writes` writes."""
+    """Writes tensors in `dtype`, one in memory at a time: safetensors' save_file wants a whole
+    file's at once, and copies them. Every rank calls it with sharded ones, which are gathered; the
+    one that `writes` writes.
+    """
     entries, end = dict[str, Any](__metadata__={"format": "pt"}), 0
     code = {
         torch.float32: "F32",

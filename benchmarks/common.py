@@ -1,4 +1,6 @@
-"""What several benchmarks share: pairs of the public data's lengths, a random checkpoint, a process's own memory, and where figures go."""
+"""What several benchmarks share: pairs of the public data's lengths, a random checkpoint, a
+process's own memory, and where figures go.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -29,15 +31,17 @@ LIBRARIES = (
     "tokenizers",
     "numpy",
 )
-# glibc gives freed memory back at once, each tensor over 64 kB being a mapping of its own, so that a peak counts tensors.
+# glibc gives freed memory back at once, each tensor over 64 kB being a mapping of its own, so that
+# a peak counts tensors.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
-# Tokens of prompts and answers: log-normal with these medians and sigma, drawn again until in range. Their means, 214 and 165, and the
-# padding of random batches of 4 pairs, 1.42 (of sorted ones 1.13), are about those of the paper's two public sets (213, 173 and 160
-# tokens; 1.43 and 1.14).
+# Tokens of prompts and answers: log-normal with these medians and sigma, drawn again until in
+# range. Their means, 214 and 165, and the padding of random batches of 4 pairs, 1.42 (of sorted
+# ones 1.13), are about those of the paper's two public sets (213, 173 and 160 tokens; 1.43 and
+# 1.14).
 PROMPT, ANSWER, SIGMA = (200, 100, 400), (165, 50, 350), 0.7
 
 Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
@@ -55,7 +59,9 @@ def draw_lengths(rng: np.random.Generator, pairs: int) -> np.ndarray:
 def pairs_of(
     rng: np.random.Generator, lengths: Sequence[Sequence[int]] | np.ndarray, vocabulary: int
 ) -> list[Pair]:
-    """Random tokens of these lengths; the first three entries of a vocabulary are its control tokens."""
+    """Random tokens of these lengths; the first three entries of a vocabulary are its control
+    tokens.
+    """
     return [tuple(rng.integers(3, vocabulary, int(n)).tolist() for n in row) for row in lengths]  # type: ignore[misc]
 
 
@@ -131,7 +137,9 @@ def surroundings() -> dict[str, Any]:
 
 
 def record(name: str, figures: dict[str, Any]) -> None:
-    """Puts figures, and where they were taken, under `name` in results.json, which is written aside and renamed."""
+    """Puts figures, and where they were taken, under `name` in results.json, which is written aside
+    and renamed.
+    """
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     aside = RESULTS.with_suffix(".aside")
     entries = dict(sorted((known | {name: surroundings() | figures}).items()))
@@ -140,8 +148,9 @@ def record(name: str, figures: dict[str, Any]) -> None:
 
 
 def record_part(name: str, kind: str, part: str, figures: dict[str, Any], **shared: Any) -> None:
-    """Puts figures, with the command and date, under `part` of the `kind` that the entry `name` has. Other parts stay if they were taken on
-    this hardware with these versions."""
+    """Puts figures, with the command and date, under `part` of the `kind` that the entry `name`
+    has. Other parts stay if they were taken on this hardware with these versions.
+    """
     here = surroundings()
     before = (
         json.loads(RESULTS.read_text(encoding="utf-8")).get(name, {}) if RESULTS.exists() else {}

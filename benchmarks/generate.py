@@ -1,8 +1,10 @@
-"""Tokens a second of model.generate beside transformers' generate, on the same random checkpoint and prompts, greedy, to the same ids. On
-a GPU beside its static cache too, with which transformers compiles its steps.
+"""Tokens a second of model.generate beside transformers' generate, on the same random checkpoint
+and prompts, greedy, to the same ids. On a GPU beside its static cache too, with which transformers
+compiles its steps.
 
     python benchmarks/generate.py                     # 30 M parameters, 32 prompts, 128 new tokens, fp32, one CPU thread
-    python benchmarks/generate.py --device cuda --dtype bfloat16 --hidden 4096 --inner 14336 --layers 32 --heads 32 --vocabulary 32000
+    python benchmarks/generate.py --device cuda --dtype bfloat16 --hidden 4096 --inner 14336
+    --layers 32 --heads 32 --vocabulary 32000
 """
 
 import argparse

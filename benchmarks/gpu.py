@@ -1,23 +1,28 @@
-"""A training step at Mistral-7B's shape on one GPU: correctness first, then speed, memory, and TRL's DPOTrainer beside it.
+"""A training step at Mistral-7B's shape on one GPU: correctness first, then speed, memory, and
+TRL's DPOTrainer beside it.
 
     python benchmarks/gpu.py --write                  # one GPU of 80 GB or more, 9 minutes; results.json, "gpu"
     python benchmarks/gpu.py --parts step trl_best    # some parts; `check` always comes first
     python benchmarks/gpu.py --tiny                   # the same code at a tiny shape, on a CPU too: its figures mean nothing
 
-Each part is a process of its own with a time limit: one that crashes, or runs out of memory or time, is reported with what it had measured,
-and the others go on. Weights are random, pairs have the public data's lengths, a step is the paper's: 32 + 32 pairs, down_proj alone
-trains (fp32), the rest is bfloat16.
+Each part is a process of its own with a time limit: one that crashes, or runs out of memory or
+time, is reported with what it had measured, and the others go on. Weights are random, pairs have
+the public data's lengths, a step is the paper's: 32 + 32 pairs, down_proj alone trains (fp32), the
+rest is bfloat16.
 
     check        FlexAttention (compiled, dynamic shapes) against BlockedAttention on the CPU in fp32, and against padded SDPA: values and
-                 gradients of every parameter of a small model, over packs of five lengths. Where they disagree nothing is timed.
+                 gradients of every parameter of a small model, over packs of five lengths. Where
+                 they disagree nothing is timed.
     step         train.optimize at several pack_tokens, with and without activation checkpointing; memory beside the plan's. useful_share
-                 is the arithmetic that the step needs (operations below) over what a large bfloat16 matrix product reaches here.
+                 is the arithmetic that the step needs (operations below) over what a large bfloat16
+                 matrix product reaches here.
     train20      20 steps of it at the recipe's defaults: is the peak under 80e9 bytes?
     trl_best     TRL's DPOTrainer: the reference cached (its cost is not in the step, as it is not in ours), no checkpointing
     trl_default  the same at its defaults: a live reference, gradient checkpointing. Both have our dtypes, and 4 pairs at a time: fewer if
-                 these do not fit, which is then said. Attention is transformers' default, whose padding mask keeps SDPA from its flash
-                 kernel. alloc_retries over 0: memory was so scarce that it cost time; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-                 is then worth a try.
+                 these do not fit, which is then said. Attention is transformers' default, whose
+                 padding mask keeps SDPA from its flash kernel. alloc_retries over 0: memory was so
+                 scarce that it cost time; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is then
+                 worth a try.
     attention    one layer's attention of a pack by FlexAttention, and of the same pairs as padded rows by SDPA, 4 pairs at a time
     profile      the time of one step on the device, by kind of kernel
     compiled     `step` with every block under torch.compile
@@ -60,8 +65,8 @@ from model import FLEX_BLOCK, Config, Mistral, Pack, flex_on, pack_attend
 from rows import Rows
 from storage import RunFolder
 
-# Largest relative error of a tensor. fp32: sums of thousands of terms round to 1e-6 to 1e-5, a token lost or counted twice is 1e-3;
-# bfloat16, 8 bits of mantissa: a few percent.
+# Largest relative error of a tensor. fp32: sums of thousands of terms round to 1e-6 to 1e-5, a
+# token lost or counted twice is 1e-3; bfloat16, 8 bits of mantissa: a few percent.
 AGREE = {"float32": 1e-4, "bfloat16": 0.08}
 LIMIT_BYTES = 80e9
 NO_TIME = "no time was left"
@@ -149,7 +154,9 @@ class NotMeasured(Exception):
 
 
 class Enough(Exception):
-    """The last measured step is done; what a run does then, a checkpoint of 22 GB first, is not measured."""
+    """The last measured step is done; what a run does then, a checkpoint of 22 GB first, is not
+    measured.
+    """
 
 
 def synchronize(device: torch.device) -> None:
@@ -174,7 +181,9 @@ def seconds_of(compute: Callable[[], object], device: torch.device, repeats: int
 
 
 def padded_logprobs(model: Mistral, trees: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """What model.logprobs gives, by a padded row for each prompt and response, full logits and SDPA; fp32 [R], chosen ones first."""
+    """What model.logprobs gives, by a padded row for each prompt and response, full logits and
+    SDPA; fp32 [R], chosen ones first.
+    """
     pairs = [(tree[0], tree[b]) for b in (1, 2) for tree in trees]
     width, device = (
         max(len(prompt) + len(response) for prompt, response in pairs),
@@ -193,7 +202,9 @@ def padded_logprobs(model: Mistral, trees: Sequence[Sequence[Sequence[int]]]) ->
 
 
 def values_and_gradients(model: Mistral, compute: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """The values, fp64 on the CPU, and by parameter the gradient of a sum of them in which each has a weight of its own."""
+    """The values, fp64 on the CPU, and by parameter the gradient of a sum of them in which each has
+    a weight of its own.
+    """
     model.zero_grad()
     out = compute()
     (out * torch.linspace(1, 2, len(out), device=out.device)).sum().backward()
@@ -204,7 +215,9 @@ def values_and_gradients(model: Mistral, compute: Callable[[], Tensor]) -> dict[
 
 
 def difference(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error of a tensor, and which; one that is missing or not finite is off by infinity."""
+    """The largest relative error of a tensor, and which; one that is missing or not finite is off
+    by infinity.
+    """
     errors = {
         name: ((got[name] - expected[name]).norm() / expected[name].norm()).item()
         if name in got
@@ -219,7 +232,9 @@ def difference(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tup
 def agreement(
     model: Mistral, oracle: Mistral, trees: Sequence[Sequence[Sequence[int]]]
 ) -> list[dict[str, Any]]:
-    """The errors of model.logprobs on the model's device: against the oracle's, fp32 on the CPU, and against padded rows by SDPA."""
+    """The errors of model.logprobs on the model's device: against the oracle's, fp32 on the CPU,
+    and against padded rows by SDPA.
+    """
     device, dtype, pack = (
         model.head.device,
         str(model.head.dtype).removeprefix("torch."),
@@ -279,8 +294,10 @@ def check(scale: Scale, device: str, say: Say) -> None:
 
 
 def useful(config: Config, lengths: np.ndarray) -> float:
-    """Operations that a step on pairs [n, 3] needs: forward, backward of the activations, gradient of down_proj; attention over the tokens
-    that see each other. Nothing computed twice counts twice."""
+    """Operations that a step on pairs [n, 3] needs: forward, backward of the activations, gradient
+    of down_proj; attention over the tokens that see each other. Nothing computed twice counts
+    twice.
+    """
     prompts, answers = lengths[:, :1], lengths[:, 1:]
     trained = frozenset(name for name in config.shapes() if "down_proj" in name)
     load = plan.Load(
@@ -307,8 +324,9 @@ def product_rate(order: int, device: torch.device) -> float:
 
 
 def peak(device: torch.device) -> dict[str, int]:
-    """Since the last reset: the most bytes of tensors and of what the allocator kept for them, and how often it had to give all unused ones
-    back before it got more; nothing on a CPU."""
+    """Since the last reset: the most bytes of tensors and of what the allocator kept for them, and
+    how often it had to give all unused ones back before it got more; nothing on a CPU.
+    """
     if device.type != "cuda":
         return {}
     return {
@@ -327,7 +345,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 class Run:
-    """A model of the scale's shape as train.py builds it, random, and the pairs of `steps` steps with their reference."""
+    """A model of the scale's shape as train.py builds it, random, and the pairs of `steps` steps
+    with their reference.
+    """
 
     def __init__(self, scale: Scale, device: str, steps: int) -> None:
         self.scale, self.steps, self.world = scale, steps, runtime.start(device)
@@ -450,7 +470,9 @@ def randomise(model: Mistral, _: Any) -> None:
 
 
 def step(scale: Scale, device: str, say: Say, compiled: bool = False) -> None:
-    """The largest pack without checkpointing comes last: where it does not fit, the process ends with it."""
+    """The largest pack without checkpointing comes last: where it does not fit, the process ends
+    with it.
+    """
     run, rows = Run(scale, device, scale.timed + 1), list[dict[str, Any]]()
     run.config = dataclasses.replace(
         run.config, lr=1e-20
@@ -508,7 +530,9 @@ def train20(scale: Scale, device: str, say: Say) -> None:
 
 
 def trl_steps(scale: Scale, device: str, best: bool, at_once: int, say: Say) -> None:
-    """DPOTrainer.train on the pairs of `step`: figures of the steps after the first, said after each."""
+    """DPOTrainer.train on the pairs of `step`: figures of the steps after the first, said after
+    each.
+    """
     import trl.trainer.dpo_trainer
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -623,7 +647,9 @@ def trl_part(scale: Scale, device: str, say: Say, best: bool) -> None:
 
 
 def attention(scale: Scale, device: str, say: Say) -> None:
-    """Forward, and forward with backward; rotation of queries and keys is in both sides, making the pack's mask stands alone."""
+    """Forward, and forward with backward; rotation of queries and keys is in both sides, making the
+    pack's mask stands alone.
+    """
     config, where, flex = scale.config, torch.device(device), flex_on(device)
     lengths = draw_lengths(np.random.default_rng(0), scale.packs[0])
     lengths = (lengths // scale.shrink)[
@@ -764,7 +790,8 @@ def generate(scale: Scale, device: str, say: Say) -> None:
 
 # --- all of it -------------------------------------------------------------------------------------------------------
 
-# part -> what measures it, and the seconds it may take; in the order of their worth, as all share the time
+# part -> what measures it, and the seconds it may take; in the order of their worth, as all share
+# the time
 PARTS: dict[str, tuple[Callable[[Scale, str, Say], None], int]] = {
     "check": (check, 240),
     "step": (step, 170),
@@ -845,7 +872,10 @@ def run_part(part: str, tiny: bool, folder: Path, limit: float) -> dict[str, Any
 def measure(
     chosen: Sequence[str], tiny: bool, seconds: float, done: Callable[[str, dict[str, Any]], None]
 ) -> dict[str, dict[str, Any]]:
-    """Part -> figures, `check` first; each is given to `done` at once. After a check that does not agree nothing else is measured."""
+    """Part -> figures, `check` first; each is given to `done` at once.
+
+    After a check that does not agree nothing else is measured.
+    """
     end, found, refused = time.monotonic() + seconds, dict[str, dict[str, Any]](), ""
     with tempfile.TemporaryDirectory() as folder:
         for part in (part for part in PARTS if part == "check" or part in chosen):

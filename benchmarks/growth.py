@@ -1,12 +1,15 @@
-"""How the cost of a step grows: with the prompt's share of a pair, its length, the longest pair of a batch, the pairs of a step, and
-processes. Ours beside TRL's DPOTrainer at its best settings, the pairs of a step at once and one by one, as benchmarks/step.py sets them
-up: 4 M parameters, fp32, one thread.
+"""How the cost of a step grows: with the prompt's share of a pair, its length, the longest pair of
+a batch, the pairs of a step, and processes. Ours beside TRL's DPOTrainer at its best settings, the
+pairs of a step at once and one by one, as benchmarks/step.py sets them up: 4 M parameters, fp32,
+one thread.
 
     python benchmarks/growth.py --write             # 18 minutes; results.json and figures/growth.png
 
-Every point is one step of each side on the same pairs, after a warm-up; the references' log-probabilities of ours and of TRL at once
-must agree on the last one. Time and memory come from processes of their own: those of memory give freed memory back at once, so that a
-peak counts tensors. Processes: ours under torchrun, 16 pairs a step, seconds on the clock and of all processors.
+Every point is one step of each side on the same pairs, after a warm-up; the references'
+log-probabilities of ours and of TRL at once must agree on the last one. Time and memory come from
+processes of their own: those of memory give freed memory back at once, so that a peak counts
+tensors. Processes: ours under torchrun, 16 pairs a step, seconds on the clock and of all
+processors.
 """
 
 import argparse
@@ -67,7 +70,9 @@ def series() -> dict[str, dict[int, Lengths]]:
 
 
 def conversations(points: dict[str, dict[int, Lengths]]) -> dict[int, list[tuple[str, int]]]:
-    """Pairs of a step -> the (series, place) that have so many: what one process of each side can do in one run."""
+    """Pairs of a step -> the (series, place) that have so many: what one process of each side can
+    do in one run.
+    """
     found: dict[int, list[tuple[str, int]]] = {}
     for name, places in points.items():
         for place, lengths in places.items():
@@ -135,7 +140,9 @@ def measure(folder: Path, points: dict[str, dict[int, Lengths]]) -> list[dict[st
 
 
 def work(folder: Path, steps: int) -> None:
-    """One rank of a sharded run: seconds a pair of the steps after the first, on the clock and of all ranks' processors."""
+    """One rank of a sharded run: seconds a pair of the steps after the first, on the clock and of
+    all ranks' processors.
+    """
     import runtime
     import train
     from rows import Rows
@@ -203,7 +210,9 @@ def sharded(folder: Path, processes: int) -> dict[str, Any]:
 
 
 def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """Seconds of a pair above, memory below, over each series' places; processes: seconds of all processors, and on the clock."""
+    """Seconds of a pair above, memory below, over each series' places; processes: seconds of all
+    processors, and on the clock.
+    """
     labels = {
         name: words
         for name, words in LABELS.items()

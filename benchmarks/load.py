@@ -1,12 +1,16 @@
-"""Seconds and memory to fill a model from a checkpoint: on one process, on four sharded by FSDP2, and by transformers.
+"""Seconds and memory to fill a model from a checkpoint: on one process, on four sharded by FSDP2,
+and by transformers.
 
     python benchmarks/load.py                                  # Mistral-7B's shape: 14.5 GB of disk and of memory
-    python benchmarks/load.py --layers 2 --hidden 256 --inner 512 --heads 4 --vocabulary 1000 --rounds 1
+    python benchmarks/load.py --layers 2 --hidden 256 --inner 512 --heads 4 --vocabulary 1000
+    --rounds 1
 
-The checkpoint is random, bfloat16, in files under 5 GB, written piece by piece. Both sides keep bfloat16. transformers maps the files and
-copies nothing on a CPU, so each side then reads every weight once, and that is in its seconds too. Memory is a process's most anonymous
-memory (RssAnon) over what it held before loading, its imports done; of several processes the one with the most. Rounds are interleaved;
-the file's pages are in the system's cache or not as they happen to be, which `--cold` (as root) settles by dropping it before each load.
+The checkpoint is random, bfloat16, in files under 5 GB, written piece by piece. Both sides keep
+bfloat16. transformers maps the files and copies nothing on a CPU, so each side then reads every
+weight once, and that is in its seconds too. Memory is a process's most anonymous memory (RssAnon)
+over what it held before loading, its imports done; of several processes the one with the most.
+Rounds are interleaved; the file's pages are in the system's cache or not as they happen to be,
+which `--cold` (as root) settles by dropping it before each load.
 """
 
 import argparse

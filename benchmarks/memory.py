@@ -1,14 +1,18 @@
-"""The memory plan of a run beside the measured one: train.py in a process of its own, its anonymous memory sampled from outside.
+"""The memory plan of a run beside the measured one: train.py in a process of its own, its anonymous
+memory sampled from outside.
 
     python benchmarks/memory.py --write             # every model, 12 minutes on two cores; results.json
     python benchmarks/memory.py deep-all            # one of them
 
-Measured is the most anonymous memory (RssAnon) from the plan's line to the end of the run over what the process held when it printed that
-line, before anything is allocated: loading, reference, steps, checkpoint and export. The plan counts tensors. glibc keeps freed memory
-unless told to give it back, so the process runs with MALLOC_MMAP_THRESHOLD_ = MALLOC_TRIM_THRESHOLD_ = 65536 and MALLOC_ARENA_MAX = 1:
-every tensor is then a mapping of its own. `--glibc` leaves glibc as it is, which a user's run on a CPU does too.
+Measured is the most anonymous memory (RssAnon) from the plan's line to the end of the run over what
+the process held when it printed that line, before anything is allocated: loading, reference, steps,
+checkpoint and export. The plan counts tensors. glibc keeps freed memory unless told to give it
+back, so the process runs with MALLOC_MMAP_THRESHOLD_ = MALLOC_TRIM_THRESHOLD_ = 65536 and
+MALLOC_ARENA_MAX = 1: every tensor is then a mapping of its own. `--glibc` leaves glibc as it is,
+which a user's run on a CPU does too.
 
-Of several processes it is the rank that holds most; weights is what the whole model's weights would take in the dtypes of the run.
+Of several processes it is the rank that holds most; weights is what the whole model's weights would
+take in the dtypes of the run.
 """
 
 import argparse
@@ -32,8 +36,8 @@ from model import Config, Mistral
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# name: (vocabulary, width, feed-forward, layers, query heads, key heads), tokens of a pack, what else train.py is told. A name that ends
-# in -of-4 runs on four processes.
+# name: (vocabulary, width, feed-forward, layers, query heads, key heads), tokens of a pack, what
+# else train.py is told. A name that ends in -of-4 runs on four processes.
 CASES: dict[str, tuple[tuple[int, int, int, int, int, int], int, list[str]]] = {
     "wide": ((4000, 1024, 3584, 4, 16, 4), 2000, []),
     "wide-all-recomputed": (
@@ -65,7 +69,9 @@ def children(pid: int) -> list[int]:
 def prepare(
     folder: Path, shape: tuple[int, int, int, int, int, int], pairs: int
 ) -> tuple[Path, Path]:
-    """A random model and a file of pairs of 150-word prompts and answers, in the toy language's words."""
+    """A random model and a file of pairs of 150-word prompts and answers, in the toy language's
+    words.
+    """
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text(toy.tokenizer_json(), encoding="utf-8")
@@ -95,7 +101,10 @@ def prepare(
 
 
 def measure(name: str, glibc: bool = False, pairs: int = 4, steps: int = 2) -> dict[str, Any]:
-    """{"plan_mib", "measured_mib", "moment"} of a case. RuntimeError with the run's output when it fails."""
+    """{"plan_mib", "measured_mib", "moment"} of a case.
+
+    RuntimeError with the run's output when it fails.
+    """
     shape, pack_tokens, more = CASES[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,11 +1,14 @@
-"""One training step of the selective recipe: this project beside TRL's DPOTrainer on the same checkpoint, pairs, precision and threads.
+"""One training step of the selective recipe: this project beside TRL's DPOTrainer on the same
+checkpoint, pairs, precision and threads.
 
     python benchmarks/step.py --write               # every run, an hour; results.json
     python benchmarks/step.py --runs 4M-float32     # one of them
 
-Both sides run their own training loop, data to optimizer, each in a process of its own that waits between steps: a round is a few steps
-of one side after another's, on the same pairs, with one thread. The loss is DPO's (sigmoid), which both have on summed log-probabilities;
-only down_proj trains. Before anything is timed the sides' gradients must agree, and so must their references' log-probabilities.
+Both sides run their own training loop, data to optimizer, each in a process of its own that waits
+between steps: a round is a few steps of one side after another's, on the same pairs, with one
+thread. The loss is DPO's (sigmoid), which both have on summed log-probabilities; only down_proj
+trains. Before anything is timed the sides' gradients must agree, and so must their references'
+log-probabilities.
 
     ours                  train.optimize, as a run of train.py calls it: the reference cached, a few pairs in a pack
     ours, one pack        --pack_tokens 8192: the step's pairs in one pack
@@ -14,13 +17,15 @@ only down_proj trains. Before anything is timed the sides' gradients must agree,
     TRL best              the reference cached, no checkpointing, and only the answers' rows through the head, as TRL does on a GPU
     TRL best, by one      the same, a pair at a time with gradient accumulation: little padding, at no cost on a CPU
 
-"grouped" rows have batches of pairs of like length, as transformers' length-grouped sampler makes them. "+ reference" adds one forward of
-the reference to a step, which a run of one epoch pays even where it is cached. In bfloat16 ours keeps frozen weights in bfloat16 and
-trained ones in fp32; TRL default is autocast over fp32 weights, its own default; TRL best has its weights as ours does.
+"grouped" rows have batches of pairs of like length, as transformers' length-grouped sampler makes
+them. "+ reference" adds one forward of the reference to a step, which a run of one epoch pays even
+where it is cached. In bfloat16 ours keeps frozen weights in bfloat16 and trained ones in fp32; TRL
+default is autocast over fp32 weights, its own default; TRL best has its weights as ours does.
 
-Memory is a process's most anonymous memory during a step over what it held with the policy loaded: gradients, optimizer, activations, and
-the live reference where there is one. memory_mib is what a user sees, glibc keeping what is freed for later. tensors_mib is one step more
-in processes that give freed memory back at once (glibc's thresholds at 64 kB), so that it counts tensors.
+Memory is a process's most anonymous memory during a step over what it held with the policy loaded:
+gradients, optimizer, activations, and the live reference where there is one. memory_mib is what a
+user sees, glibc keeping what is freed for later. tensors_mib is one step more in processes that
+give freed memory back at once (glibc's thresholds at 64 kB), so that it counts tensors.
 """
 
 import argparse
@@ -55,8 +60,9 @@ from torch import Tensor
 
 from model import Config
 
-# Shapes in a 7B's proportions (feed-forward 3.5 times the width, four query heads a key head; the head is 4 % of the body, there 2 %):
-# vocabulary, width, feed-forward, layers, query heads, key heads, head size.
+# Shapes in a 7B's proportions (feed-forward 3.5 times the width, four query heads a key head; the
+# head is 4 % of the body, there 2 %): vocabulary, width, feed-forward, layers, query heads, key
+# heads, head size.
 SIZES = {"30M": (2000, 512, 1792, 8, 8, 2, 64), "4M": (500, 256, 896, 4, 4, 1, 64)}
 OURS, WHOLE, DEFAULT, BEST, BY_ONE = (
     "ours",
@@ -65,7 +71,8 @@ OURS, WHOLE, DEFAULT, BEST, BY_ONE = (
     "TRL best",
     "TRL best, by one",
 )
-# Size and precision -> pairs of a step, and the sides. The authors' launch gives a GPU 4 pairs at a time; TRL's default is 8.
+# Size and precision -> pairs of a step, and the sides. The authors' launch gives a GPU 4 pairs at a
+# time; TRL's default is 8.
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "30M-float32": (4, (OURS, WHOLE, DEFAULT, BEST, BY_ONE)),
     "30M-float32-8pairs": (8, (OURS, DEFAULT, BEST)),
@@ -74,13 +81,15 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 BETA = 0.1
 LR = 1e-9  # an optimizer's step costs the same at any rate; at this one the policy stays the reference, which is checked after a step
-# Largest relative error of a gradient tensor. fp32: rounding in sums of thousands of terms leaves 1e-6 to 1e-5; one token lost or
-# counted twice, 1e-3. bfloat16, each side against ours in fp32: 8 bits of mantissa in every layer leave a few percent.
+# Largest relative error of a gradient tensor. fp32: rounding in sums of thousands of terms leaves
+# 1e-6 to 1e-5; one token lost or counted twice, 1e-3. bfloat16, each side against ours in fp32: 8
+# bits of mantissa in every layer leave a few percent.
 AGREE = {"float32": 1e-4, "bfloat16": 0.1}
 REFERENCE_AGREES = {"float32": 1e-5, "bfloat16": 1e-2}  # relative, of sums over hundreds of tokens
 POOL = 200  # pairs that are sorted by length for the grouped rows
-# Of random batches, over 20,000 of them: padded tokens over real ones by the pairs of a batch, and tokens of two rows a pair over those of
-# its tree. A few batches scatter by 5 %, and the ratios with them, so they are drawn again until both means are these to 1 %.
+# Of random batches, over 20,000 of them: padded tokens over real ones by the pairs of a batch, and
+# tokens of two rows a pair over those of its tree. A few batches scatter by 5 %, and the ratios
+# with them, so they are drawn again until both means are these to 1 %.
 PADDING, SHARING = {4: 1.42, 8: 1.54}, 1.39
 
 Figures = dict[str, float]
@@ -89,7 +98,8 @@ Figures = dict[str, float]
 def plan(rounds: int, batch: int, vocabulary: int) -> dict[str, list[list[Pair]]]:
     """The steps' pairs by kind: one warm-up, and for every round a random batch and a grouped one.
 
-    A grouped batch is one of those that sorting POOL pairs by their longer sequence gives; the rounds take them evenly over the range.
+    A grouped batch is one of those that sorting POOL pairs by their longer sequence gives; the
+    rounds take them evenly over the range.
     """
     rng = np.random.default_rng(0)
     pool = draw_lengths(rng, POOL)
@@ -110,7 +120,9 @@ def plan(rounds: int, batch: int, vocabulary: int) -> dict[str, list[list[Pair]]
 
 
 def padding(lengths: np.ndarray) -> float:
-    """Tokens of the padded batch of prompt + answer rows, over those that are not padding; lengths [pairs, 3]."""
+    """Tokens of the padded batch of prompt + answer rows, over those that are not padding; lengths
+    [pairs, 3].
+    """
     rows = lengths[:, :1] + lengths[:, 1:]
     return float(rows.max() * rows.size / rows.sum())
 
@@ -140,7 +152,9 @@ class Turn:
         print(json.dumps(figures), file=self.channel, flush=True)
 
     def wait(self) -> None:
-        """Until the next step is asked for; the reference of the last step's pairs is computed on the way."""
+        """Until the next step is asked for; the reference of the last step's pairs is computed on
+        the way.
+        """
         for command in sys.stdin:
             self.begun = time.process_time(), time.perf_counter()
             if command.strip() == "step":
@@ -341,7 +355,9 @@ def serve(side: str, folder: Path, dtype: str, kinds: list[str]) -> None:
 
 
 class Worker:
-    """One side's process, seen from here; it gets the plan's steps of these kinds, one after the other."""
+    """One side's process, seen from here; it gets the plan's steps of these kinds, one after the
+    other.
+    """
 
     def __init__(
         self, side: str, folder: Path, dtype: str, kinds: list[str], environment: dict[str, str]
@@ -378,7 +394,9 @@ class Worker:
         self.idle_mib = self._answer()["idle_mib"]
 
     def ask(self, command: str) -> dict[str, Any]:
-        """The answer to "step" or "reference": cpu_s, wall_s, and memory_mib, the peak over idle meanwhile."""
+        """The answer to "step" or "reference": cpu_s, wall_s, and memory_mib, the peak over idle
+        meanwhile.
+        """
         assert self.process.stdin
         print(command, file=self.process.stdin, flush=True)
         return self._answer()
@@ -410,7 +428,8 @@ def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def gradient_errors(folder: Path, dtype: str, sides: list[str]) -> dict[str, float]:
-    """The error of each side's first gradient: of TRL's against ours, in bfloat16 of every side's against ours in fp32.
+    """The error of each side's first gradient: of TRL's against ours, in bfloat16 of every side's
+    against ours in fp32.
 
     SystemExit over AGREE: times of two computations that differ are not compared.
     """
@@ -432,7 +451,9 @@ def gradient_errors(folder: Path, dtype: str, sides: list[str]) -> dict[str, flo
 def rounds(
     workers: dict[str, Worker], planned: dict[str, list[list[Pair]]]
 ) -> dict[str, list[Figures]]:
-    """Row name -> one {cpu_s, wall_s, memory_mib} a round: seconds of a pair, the most memory of the step."""
+    """Row name -> one {cpu_s, wall_s, memory_mib} a round: seconds of a pair, the most memory of
+    the step.
+    """
     rows: dict[str, list[Figures]] = {}
 
     def keep(name: str, pairs: int, *answers: dict[str, Any]) -> None:
@@ -457,7 +478,9 @@ def rounds(
 
 
 def tensors_mib(side: str, folder: Path, dtype: str) -> float:
-    """A step's memory where freed memory goes back at once: its second step's, the optimizer's moments being there."""
+    """A step's memory where freed memory goes back at once: its second step's, the optimizer's
+    moments being there.
+    """
     worker = Worker(side, folder, dtype, ["warm-up", "random"], MALLOC)
     try:
         worker.ask("step")
@@ -510,7 +533,9 @@ def measure(run: str, rounds_wanted: int, folder: Path) -> dict[str, Any]:
 
 
 def compare(rows: dict[str, list[Figures]], tensors: dict[str, float]) -> list[dict[str, Any]]:
-    """Every pair of rows that is there: theirs over ours in seconds, ours over theirs in memory; of all rounds together, and of one."""
+    """Every pair of rows that is there: theirs over ours in seconds, ours over theirs in memory; of
+    all rounds together, and of one.
+    """
     with_reference, grouped = (
         [f"{OURS} + reference", f"{BEST} + reference"],
         [f"{OURS}, grouped", f"{BEST}, grouped"],

@@ -1,12 +1,13 @@
-"""Time and memory of tokenising preference pairs of real length: the first time, and when they are in the cache; and rows/s beside
-datasets.map with transformers' tokenizer on the same rows.
+"""Time and memory of tokenising preference pairs of real length: the first time, and when they are
+in the cache; and rows/s beside datasets.map with transformers' tokenizer on the same rows.
 
     python benchmarks/tokenise.py --model DIR [--pairs 120000] [--peer_pairs 10000]
 
-The pairs are synthetic, with UltraFeedback's and PKU-SafeRLHF's mean lengths together (about 213 prompt, 173 and 160 answer
-tokens with Mistral's tokenizer); lengths are log-normal. RssAnon is the process's own memory: mapped files, which the
-system can drop at any time, do not count. The peer gives the ids of the prompt and of both whole conversations, row by row as
-trainers commonly call it, and in batches on as many processes as there are cores; first its ids are held against ours.
+The pairs are synthetic, with UltraFeedback's and PKU-SafeRLHF's mean lengths together (about 213
+prompt, 173 and 160 answer tokens with Mistral's tokenizer); lengths are log-normal. RssAnon is the
+process's own memory: mapped files, which the system can drop at any time, do not count. The peer
+gives the ids of the prompt and of both whole conversations, row by row as trainers commonly call
+it, and in batches on as many processes as there are cores; first its ids are held against ours.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ SPREAD = 0.8  # sigma of log length
 
 
 def write_pairs(path: Path, chat: Chat, pairs: int) -> None:
-    """Texts of common words (one token each, nearly) with some punctuation, digits and non-Latin characters."""
+    """Texts of common words (one token each, nearly) with some punctuation, digits and non-Latin
+    characters.
+    """
     draw = np.random.default_rng(0)
     words = [
         word[1:]
@@ -64,7 +67,9 @@ def write_pairs(path: Path, chat: Chat, pairs: int) -> None:
 
 
 def measured(name: str, pairs: int, work: Callable[[], Any], figures: dict[str, Any]) -> Any:
-    """What work returns; prints its time, processor time in this process and peak RssAnon, and puts them into `figures`."""
+    """What work returns; prints its time, processor time in this process and peak RssAnon, and puts
+    them into `figures`.
+    """
     peak, stop = [0.0], threading.Event()
 
     def watch() -> None:
@@ -104,7 +109,9 @@ def conversations(
 
 
 def one_row(tokenizer: Any, row: dict[str, str]) -> dict[str, Any]:
-    """For datasets.map: the ids of the prompt with the answer's header, and of the conversation with either answer."""
+    """For datasets.map: the ids of the prompt with the answer's header, and of the conversation
+    with either answer.
+    """
     every = conversations(tokenizer, row["prompt"], row["chosen"], row["rejected"])
     return {
         f"ids_{k}": tokenizer.apply_chat_template(

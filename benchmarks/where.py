@@ -1,10 +1,13 @@
-"""Where a training step's time goes on a CPU, against the least that its arithmetic takes: the selective recipe, fp32, one thread.
+"""Where a training step's time goes on a CPU, against the least that its arithmetic takes: the
+selective recipe, fp32, one thread.
 
     python benchmarks/where.py --write              # 2 minutes; results.json
 
-The least is the step's matrix products alone, at their own shapes and packs, each timed by itself: the forward of every linear layer, the
-backward to its input where anything trains below it, the weight gradient of down_proj, and the head on the answers' rows. Beside it is
-what torch's profiler finds in a whole step of train.py, part by part; rounds of both are interleaved, and the least time of each counts.
+The least is the step's matrix products alone, at their own shapes and packs, each timed by itself:
+the forward of every linear layer, the backward to its input where anything trains below it, the
+weight gradient of down_proj, and the head on the answers' rows. Beside it is what torch's profiler
+finds in a whole step of train.py, part by part; rounds of both are interleaved, and the least time
+of each counts.
 """
 
 import argparse
@@ -38,7 +41,9 @@ PARTS = {
 
 
 def products(config: Config, rows: int, scored: int) -> dict[str, list[tuple[int, int, int]]]:
-    """Part -> (rows, in, out) of the matrix products of one pack's forward and backward, as many entries as there are products."""
+    """Part -> (rows, in, out) of the matrix products of one pack's forward and backward, as many
+    entries as there are products.
+    """
     D, inner, K = config.hidden_size, config.intermediate_size, config.head_dim
     HK, GK, last = (
         config.num_attention_heads * K,

@@ -1,4 +1,8 @@
-"""Shared fixtures: Mistral-7B-v0.1's own tokenizer, built offline out of the PyPI package mistral-common, and a hub on this machine."""
+"""Shared fixtures:
+
+Mistral-7B-v0.1's own tokenizer, built offline out of the PyPI package mistral-common, and a hub on
+this machine.
+"""
 
 import hashlib
 import http.server
@@ -35,12 +39,14 @@ def sentencepiece_model() -> Path:
 
 
 def build_mistral_tokenizer(folder: Path, legacy: bool = True, normalized: bool = False) -> Path:
-    """Writes tokenizer.json and tokenizer_config.json as published with Mistral-7B-v0.1; returns the folder.
+    """Writes tokenizer.json and tokenizer_config.json as published with Mistral-7B-v0.1; returns
+    the folder.
 
-    Two tokenizer.json of this vocabulary are in circulation. legacy: a Prepend normaliser, which puts a space
-    before every piece of text between special tokens. Otherwise a Metaspace pre-tokenizer, which puts one before
-    the text's first piece alone: "\\n" after </s> is then one token. normalized: control tokens are looked for in the
-    normalised text, as in some early conversions, which then miss them after anything but a space.
+    Two tokenizer.json of this vocabulary are in circulation. legacy: a Prepend normaliser, which
+    puts a space before every piece of text between special tokens. Otherwise a Metaspace
+    pre-tokenizer, which puts one before the text's first piece alone: "\\n" after </s> is then one
+    token. normalized: control tokens are looked for in the normalised text, as in some early
+    conversions, which then miss them after anything but a space.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import (
@@ -104,13 +110,17 @@ def build_mistral_tokenizer(folder: Path, legacy: bool = True, normalized: bool 
 
 @pytest.fixture(scope="session")
 def mistral_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with Mistral-7B-v0.1's tokenizer files: 32,000 entries, <unk> 0, <s> 1, </s> 2. Do not write to it."""
+    """A folder with Mistral-7B-v0.1's tokenizer files: 32,000 entries, <unk> 0, <s> 1, </s> 2.
+
+    Do not write to it.
+    """
     return build_mistral_tokenizer(tmp_path_factory.mktemp("mistral") / "tokenizer")
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Answers like huggingface.co for the repositories under `root`, models/OWNER/NAME and datasets/OWNER/NAME, each with one commit and
-    the revisions main and v1; those in `private` only to the bearer of TOKEN. `asked` lists what clients want; `run` starts such a client.
+    """Answers like huggingface.co for the repositories under `root`, models/OWNER/NAME and
+    datasets/OWNER/NAME, each with one commit and the revisions main and v1; those in `private` only
+    to the bearer of TOKEN. `asked` lists what clients want; `run` starts such a client.
     """
 
     TOKEN = "hf_of_the_owner"
@@ -134,7 +144,9 @@ class Hub(http.server.ThreadingHTTPServer):
         return sorted(sent)
 
     def run(self, script: str, *arguments: object, **environment: str) -> str:
-        """What a Python script prints in a process of its own, with huggingface_hub's settings pointing here and a cache of this hub's."""
+        """What a Python script prints in a process of its own, with huggingface_hub's settings
+        pointing here and a cache of this hub's.
+        """
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -237,7 +249,9 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A hub without repositories: write files to hub.root / "models/owner/name" or "datasets/owner/name"."""
+    """A hub without repositories: write files to hub.root / "models/owner/name" or
+    "datasets/owner/name".
+    """
     with Hub(tmp_path) as server:
         yield server
         server.shutdown()
@@ -245,7 +259,10 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy language's data and a tiny model, runs.toy_inputs. Runs of the tests go below it, each under a name of its own."""
+    """The toy language's data and a tiny model, runs.toy_inputs.
+
+    Runs of the tests go below it, each under a name of its own.
+    """
     return runs.once(tmp_path_factory, "toys", runs.toy_inputs)
 
 

@@ -1,11 +1,12 @@
-"""The kernels that torch generates for a GPU, on a machine without one: FlexAttention's, and those of generation's steps. Needs triton,
-which torch's CUDA builds bring.
+"""The kernels that torch generates for a GPU, on a machine without one: FlexAttention's, and those
+of generation's steps. Needs triton, which torch's CUDA builds bring.
 
     TRITON_INTERPRET=1 PYTHONPATH=. python tests/gpu_kernels.py     run by Triton's interpreter, beside the CPU's form of attention
     PYTHONPATH=. python tests/gpu_kernels.py                        compiled to an H100's machine code, with a 7B's heads in bfloat16;
                                                                     generation's as well
 
-Prints one JSON object. torch takes CPU tensors for a GPU's here, by private names: seen to work with torch 2.11.0 and 2.13.0.
+Prints one JSON object. torch takes CPU tensors for a GPU's here, by private names: seen to work
+with torch 2.11.0 and 2.13.0.
 """
 
 import importlib.util
@@ -54,7 +55,9 @@ def replaced(source: str, old: str, new: str) -> str:
 
 
 def take_the_gpu_path() -> None:
-    """FlexAttention's checks and its lowering treat the CPU's tensors as they do a GPU's, with an H100's choice of tiles."""
+    """FlexAttention's checks and its lowering treat the CPU's tensors as they do a GPU's, with an
+    H100's choice of tiles.
+    """
     for function in (flex_attention._validate_device, flex_attention._apply_kernel_options):
         source = replaced(
             inspect.getsource(function), '.device.type == "cpu"', '.device.type == "none"'
@@ -83,7 +86,9 @@ def take_the_gpu_path() -> None:
 
 
 def compile_only(found: list[dict[str, Any]]) -> None:
-    """Every kernel is compiled for an H100 and listed in `found`, and does nothing when it is called."""
+    """Every kernel is compiled for an H100 and listed in `found`, and does nothing when it is
+    called.
+    """
     DeviceProperties.create = classmethod(lambda cls, device: H100)
     triton_helpers.set_driver_to_cpu = triton_helpers.set_driver_to_gpu = lambda: None
     compiled, compile_kernel = [], triton.compile
@@ -120,7 +125,9 @@ def values_and_gradients(model: Mistral, pack: Pack) -> dict[str, torch.Tensor]:
 def run(
     lengths: list[list[tuple[int, int, int]]], config: Config, on_gpu: Callable[[str], Any]
 ) -> dict[str, Any]:
-    """The largest relative error of a value or gradient over packs of trees with these lengths, and which it was."""
+    """The largest relative error of a value or gradient over packs of trees with these lengths, and
+    which it was.
+    """
     model, generator, errors = Mistral(config), torch.Generator().manual_seed(0), [(0.0, "")]
     model.init_weights(0)
     for p in model.parameters():  # 0.02 leaves attention almost flat: sharpen it

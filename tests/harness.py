@@ -1,4 +1,6 @@
-"""lm-evaluation-harness as the oracle: its own task files and scoring code, with rows from a file in place of the hub's."""
+"""lm-evaluation-harness as the oracle: its own task files and scoring code, with rows from a file
+in place of the hub's.
+"""
 
 import json
 import os
@@ -35,7 +37,11 @@ TASK_FILES = {  # our name -> its file under lm_eval/tasks
 def run(
     model: Path, files: Mapping[str, Path], scratch: Path, gen_tokens: int = 20
 ) -> dict[bool, dict[str, dict[str, Any]]]:
-    """{add_bos_token: {task: {"scores": {metric: value}, "logprobs": [row][choice] or "answers": [row]}}}, as it finds them offline."""
+    """{add_bos_token:
+
+    {task: {"scores": {metric: value}, "logprobs": [row][choice] or "answers": [row]}}}, as it finds
+    them offline.
+    """
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     import datasets
     import lm_eval.tasks

@@ -3,8 +3,9 @@
     python tests/mutants.py                all of them, one for each core at a time
     python tests/mutants.py schedule       those of one subject
 
-A fault is (subject, file, text, its replacement); `text` occurs once in the file, so a fault whose line has changed is an error, not a
-pass. Every fault is tried in a copy of the tracked files, by its subject's tests. Exit code 1 when one survives.
+A fault is (subject, file, text, its replacement); `text` occurs once in the file, so a fault whose
+line has changed is an error, not a pass. Every fault is tried in a copy of the tracked files, by
+its subject's tests. Exit code 1 when one survives.
 """
 
 from __future__ import annotations

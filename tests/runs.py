@@ -1,4 +1,5 @@
-"""What test_train.py and test_runtime.py share: inputs, command lines, and runs in processes of their own.
+"""What test_train.py and test_runtime.py share: inputs, command lines, and runs in processes of
+their own.
 
 As a program it makes runs cheap, which else would spend their time on imports:
 
@@ -176,7 +177,10 @@ def weight_distance(out: Path, other: Path) -> float:
 
 
 def usual_signals() -> None:
-    """In a child of the tests: SIGTERM and Ctrl-C do what they do by default, though the tests may run where they are ignored."""
+    """In a child of the tests:
+
+    SIGTERM and Ctrl-C do what they do by default, though the tests may run where they are ignored.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 
@@ -210,7 +214,9 @@ def launch(
 def launch_nodes(
     arguments: Sequence[str], folders: Sequence[Path], processes: int, program: str
 ) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of one torchrun a node, started in its folder, all on this machine, which find each other as nodes do."""
+    """(exit code, stdout, stderr) of one torchrun a node, started in its folder, all on this
+    machine, which find each other as nodes do.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -266,7 +272,9 @@ def send(number: signal.Signals, pid: int) -> None:
 
 
 def saving(checkpoints: Path, since: float) -> set[str]:
-    """The checkpoints being written, by a process started at `since`: what a killed one left lies there until the next save."""
+    """The checkpoints being written, by a process started at `since`: what a killed one left lies
+    there until the next save.
+    """
     found = set()
     for path in checkpoints.glob(".step-*"):
         with contextlib.suppress(FileNotFoundError):
@@ -276,7 +284,10 @@ def saving(checkpoints: Path, since: float) -> set[str]:
 
 
 def kill_at(moment: Moment, out: Path, pid: int, alive: Callable[[], bool]) -> str:
-    """SIGKILL a run and all its processes at a moment; says what it was doing: "save", or "" when that cannot be seen."""
+    """SIGKILL a run and all its processes at a moment; says what it was doing:
+
+    "save", or "" when that cannot be seen.
+    """
     kind, number = moment
     since, began, checkpoints, log = (
         time.time(),
@@ -308,7 +319,8 @@ def kill_at(moment: Moment, out: Path, pid: int, alive: Callable[[], bool]) -> s
 
 
 def killed(arguments: list[str], moments: list[Moment], copy_at: int = 0) -> list[str]:
-    """What kill_at saw at each moment of a run that was started again after each, and at last left to finish.
+    """What kill_at saw at each moment of a run that was started again after each, and at last left
+    to finish.
 
     copy_at: after that many kills the run folder is copied to <out>.copy.
     """

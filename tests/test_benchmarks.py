@@ -1,5 +1,7 @@
-"""The benchmarks' own logic. gpu.py without a GPU: what it holds a timing back for, what it counts, and that no part takes the others
-with it; what step.py, growth.py and where.py put side by side; what is written where."""
+"""The benchmarks' own logic. gpu.py without a GPU: what it holds a timing back for, what it counts,
+and that no part takes the others with it; what step.py, growth.py and where.py put side by side;
+what is written where.
+"""
 
 import copy
 import json
@@ -38,8 +40,10 @@ def sharp_model() -> Mistral:
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 0.0), (torch.bfloat16, 1e-3)])
 def test_check_finds_agreement(dtype: torch.dtype, least: float) -> None:
-    """Claim: log-probabilities and gradients agree with an fp32 copy's, and with padded rows', within what the precision leaves.
-    Oracle: that copy, and SDPA; a bfloat16 that was none would agree better than its 8 bits allow."""
+    """Claim: log-probabilities and gradients agree with an fp32 copy's, and with padded rows',
+    within what the precision leaves. Oracle: that copy, and SDPA; a bfloat16 that was none would
+    agree better than its 8 bits allow.
+    """
     oracle = sharp_model()
     rows = gpu.agreement(copy.deepcopy(oracle).to(dtype), oracle, TREES)
     assert [row["against"].split(",")[0] for row in rows] == ["BlockedAttention", "padded SDPA"]
@@ -54,7 +58,9 @@ def test_check_finds_agreement(dtype: torch.dtype, least: float) -> None:
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
 @pytest.mark.parametrize("wrong", [1.02, float("nan")])
 def test_check_names_what_is_wrong(name: str, wrong: float) -> None:
-    """Claim: one value of a weight that is 2 % off, or not a number, is a disagreement with words for it. Oracle: put in by hand."""
+    """Claim: one value of a weight that is 2 % off, or not a number, is a disagreement with words
+    for it. Oracle: put in by hand.
+    """
     oracle = sharp_model()
     model = copy.deepcopy(oracle)
     weight = model.get_parameter(name).data.view(-1)
@@ -78,8 +84,9 @@ def test_a_missing_or_infinite_tensor_is_infinitely_off() -> None:
 
 
 def test_useful_operations_are_the_arithmetic() -> None:
-    """Claim: the count is that of a step, with no score computed twice. Oracle: test_flops' closed form, which the counter of torch
-    agrees with."""
+    """Claim: the count is that of a step, with no score computed twice. Oracle: test_flops' closed
+    form, which the counter of torch agrees with.
+    """
     assert gpu.useful(CONFIG, np.array(LENGTHS)) == minimum(LENGTHS, True, exact_pairs(LENGTHS))
 
 
@@ -100,8 +107,10 @@ def test_kernels_have_kinds() -> None:
 def test_parts_are_reported_each_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a part that is killed and one that never ends are reported with what they had said, the others are measured, and each is
-    merged into results.json beside what was there. Oracle: a worker that kills itself, one that sleeps; the real ones, tiny, on a CPU."""
+    """Claim: a part that is killed and one that never ends are reported with what they had said,
+    the others are measured, and each is merged into results.json beside what was there. Oracle: a
+    worker that kills itself, one that sleeps; the real ones, tiny, on a CPU.
+    """
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"step": {"kept": 1}}), encoding="utf-8")
     monkeypatch.setattr(common, "RESULTS", results)
@@ -157,7 +166,10 @@ def test_parts_are_reported_each_for_itself(
 
 
 def test_nothing_is_timed_after_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a check that disagrees, or dies, leaves every part unmeasured, with the reason. Oracle: both put in its place."""
+    """Claim: a check that disagrees, or dies, leaves every part unmeasured, with the reason.
+
+    Oracle: both put in its place.
+    """
     results: dict[str, dict[str, Any]] = {
         "disagreement": {"disagreement": "k_proj is off"},
         "failed": {"failed": "exit code 1"},
@@ -172,7 +184,10 @@ def test_nothing_is_timed_after_a_check_that_fails(monkeypatch: pytest.MonkeyPat
 def test_parts_of_other_hardware_leave_the_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: figures of one machine and its versions are never listed under another's. Oracle: a record whose GPU is another."""
+    """Claim: figures of one machine and its versions are never listed under another's.
+
+    Oracle: a record whose GPU is another.
+    """
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results.json")
     common.record_part("gpu", "parts", "step", {"a": 1})
     common.record_part("gpu", "parts", "trl_best", {"b": 2})
@@ -193,8 +208,9 @@ def test_parts_of_other_hardware_leave_the_record(
 def test_a_batch_that_does_not_fit_is_halved_and_said(
     fits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: TRL's pairs at a time are halved until they fit, and the report has those that did not; none is not measured. Oracle: a
-    trainer in its place that runs out of memory over so many."""
+    """Claim: TRL's pairs at a time are halved until they fit, and the report has those that did
+    not; none is not measured. Oracle: a trainer in its place that runs out of memory over so many.
+    """
     pytest.importorskip("trl")
     said: dict[str, Any] = {}
 
@@ -222,7 +238,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
 
 
 def test_steps_are_said_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a part of many steps that is stopped has reported those it did. Oracle: tiny runs whose report ends them after two steps."""
+    """Claim: a part of many steps that is stopped has reported those it did.
+
+    Oracle: tiny runs whose report ends them after two steps.
+    """
 
     def stop_after(done: Any, said: dict[str, Any], **more: Any) -> None:
         said.update(more)
@@ -254,7 +273,10 @@ def test_steps_are_said_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_products_of_a_step_are_the_plan_s_operations() -> None:
-    """Claim: where.py times all the matrix products of a selective step, and no other. Oracle: plan.operations of the same pack."""
+    """Claim: where.py times all the matrix products of a selective step, and no other.
+
+    Oracle: plan.operations of the same pack.
+    """
     config = Config(*step.SIZES["30M"], sliding_window=None)
     trained = frozenset(name for name in config.shapes() if "down_proj" in name)
     load = plan.Load(config, trained, torch.float32, "cpu", 1, 900, 500, 1, False)
@@ -267,7 +289,9 @@ def test_products_of_a_step_are_the_plan_s_operations() -> None:
 
 
 def test_growth_changes_one_thing_at_a_time() -> None:
-    """Claim: pairs have the tokens that the axis says; the longest pair grows at the same real tokens of a step. Oracle: the axis."""
+    """Claim: pairs have the tokens that the axis says; the longest pair grows at the same real
+    tokens of a step. Oracle: the axis.
+    """
     points = growth.series()
     assert all(sum(pair) == 600 for pairs in points["share"].values() for pair in pairs)
     assert all(
@@ -281,8 +305,9 @@ def test_growth_changes_one_thing_at_a_time() -> None:
 
 
 def test_a_sharded_step_is_measured(tmp_path: Path) -> None:
-    """Claim: growth.py's own process group trains, and gives seconds on the clock and of all processors; the picture is drawn.
-    Oracle: both are above zero."""
+    """Claim: growth.py's own process group trains, and gives seconds on the clock and of all
+    processors; the picture is drawn. Oracle: both are above zero.
+    """
     common.write_model(tmp_path / "model", Config(*growth.MODEL))
     point = growth.sharded(tmp_path, 2)
     assert point["place"] == 2 and point["wall_s"] > 0 and point["cpu_s"] > 0

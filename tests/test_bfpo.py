@@ -39,7 +39,10 @@ PAPER_SAFE = torch.tensor([1, 0, 1, 0])
     "dtype", [torch.bool, torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64]
 )
 def test_label_gives_figure_3_for_every_dtype(dtype):
-    """Claim: the four targets in units of 1/tau are +1/2, +1, -1, -1/2. Oracle: Figure 3; exact in binary."""
+    """Claim: the four targets in units of 1/tau are +1/2, +1, -1, -1/2.
+
+    Oracle: Figure 3; exact in binary.
+    """
     g = label(CHOSEN_SAFE.to(dtype), REJECTED_SAFE.to(dtype))
     assert g.tolist() == [0.5, 1.0, -1.0, -0.5]
     assert g.dtype == (dtype if dtype.is_floating_point else torch.get_default_dtype())
@@ -47,7 +50,10 @@ def test_label_gives_figure_3_for_every_dtype(dtype):
 
 @pytest.mark.parametrize("alpha, b1, tau", SETTINGS)
 def test_label_is_the_papers_formula(alpha, b1, tau):
-    """Claim: g = B_3 (B_1 I_w - I_l + B_2) - alpha away from the defaults. Oracle: the formula in Python floats."""
+    """Claim: g = B_3 (B_1 I_w - I_l + B_2) - alpha away from the defaults.
+
+    Oracle: the formula in Python floats.
+    """
     b3 = 1 / (b1 - 1)
     expected = [b3 * (b1 * w - l) - alpha for w, l in [(1, 1), (1, 0), (0, 1), (0, 0)]]  # noqa: E741
     # 1e-15: a few float64 roundings of numbers near 1
@@ -57,7 +63,10 @@ def test_label_is_the_papers_formula(alpha, b1, tau):
 
 
 def test_label_does_not_cancel_with_b1_near_1():
-    """Claim: with b1 = 1.00000001 both safe and both unsafe differ by 1, in the labels' dtype. Oracle: the formula by hand."""
+    """Claim: with b1 = 1.00000001 both safe and both unsafe differ by 1, in the labels' dtype.
+
+    Oracle: the formula by hand.
+    """
     for labels in (
         (CHOSEN_SAFE.bool(), REJECTED_SAFE.bool()),
         (CHOSEN_SAFE.float(), REJECTED_SAFE.float()),
@@ -74,7 +83,10 @@ def test_label_does_not_cancel_with_b1_near_1():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 2.0, 0.5])
 @pytest.mark.parametrize("side", [0, 1])
 def test_label_refuses_what_is_not_a_label(bad, side):
-    """Claim: anything but 0 and 1 is a ValueError that names the argument and the value. Oracle: the message."""
+    """Claim: anything but 0 and 1 is a ValueError that names the argument and the value.
+
+    Oracle: the message.
+    """
     pair = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])]
     pair[side][1] = bad
     with pytest.raises(
@@ -98,7 +110,10 @@ def test_label_refuses_what_is_not_a_label(bad, side):
     ],
 )
 def test_label_refuses_bad_settings(alpha, b1):
-    """Claim: b1 <= 1 and settings that are not finite are ValueErrors with a remedy, everywhere. Oracle: the message."""
+    """Claim: b1 <= 1 and settings that are not finite are ValueErrors with a remedy, everywhere.
+
+    Oracle: the message.
+    """
     for call in (
         lambda: label(CHOSEN_SAFE, REJECTED_SAFE, alpha, b1),
         lambda: population_reward(PAPER_PREFERENCE, PAPER_SAFE, alpha, b1),
@@ -110,7 +125,10 @@ def test_label_refuses_bad_settings(alpha, b1):
 
 
 def test_margin_is_the_log_of_the_four_probabilities():
-    """Claim: h = log [pi(w) ref(l) / (pi(l) ref(w))]. Oracle: that quotient of probabilities, and its gradient +1, -1, -1, +1."""
+    """Claim: h = log [pi(w) ref(l) / (pi(l) ref(w))].
+
+    Oracle: that quotient of probabilities, and its gradient +1, -1, -1, +1.
+    """
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(4, 50, generator=generator, dtype=torch.float64) * 0.9 + 0.05
     logprobs = p.log().requires_grad_()
@@ -139,7 +157,10 @@ def test_margin_is_zero_when_policy_is_reference():
 @pytest.mark.parametrize("quadrant", range(4))
 @pytest.mark.parametrize("alpha, b1, tau", SETTINGS)
 def test_bfpo_loss_values_and_gradients_in_every_quadrant(alpha, b1, tau, quadrant):
-    """Claim: (h - (B_3 (B_1 I_w - I_l) - alpha) / tau)^2 and 2 (h - target). Oracle: these in Python floats."""
+    """Claim:
+
+    (h - (B_3 (B_1 I_w - I_l) - alpha) / tau)^2 and 2 (h - target). Oracle: these in Python floats.
+    """
     w, l = CHOSEN_SAFE[quadrant].item(), REJECTED_SAFE[quadrant].item()  # noqa: E741
     target = ((b1 * w - l) / (b1 - 1) - alpha) / tau
     h = torch.tensor([-120.0, -3.2, 0.0, 0.7, 80.0], dtype=torch.float64, requires_grad=True)
@@ -158,7 +179,11 @@ def test_bfpo_loss_values_and_gradients_in_every_quadrant(alpha, b1, tau, quadra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tau", [0.01, 0.37, 1.0, 3.0])
 def test_both_safe_pair_is_exactly_ipo(tau, dtype):
-    """Claim: BFPO on a both-safe pair is IPO bit for bit, and IPO is (h - 1/(2 tau))^2. Oracle: each other; the formula."""
+    """Claim:
+
+    BFPO on a both-safe pair is IPO bit for bit, and IPO is (h - 1/(2 tau))^2. Oracle: each other;
+    the formula.
+    """
     h = torch.linspace(-200, 200, 801, dtype=dtype, requires_grad=True)
     bfpo, ipo = bfpo_loss(h, label(torch.ones_like(h), torch.ones_like(h)), tau), ipo_loss(h, tau)
     assert torch.equal(bfpo, ipo)
@@ -173,7 +198,10 @@ def test_both_safe_pair_is_exactly_ipo(tau, dtype):
 
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0, 5.0])
 def test_dpo_loss_is_minus_log_sigmoid(tau):
-    """Claim: -log sigmoid(tau h), gradient -tau sigmoid(-tau h), finite far out. Oracle: math.log1p and math.exp."""
+    """Claim: -log sigmoid(tau h), gradient -tau sigmoid(-tau h), finite far out.
+
+    Oracle: math.log1p and math.exp.
+    """
     h = torch.tensor([-80.0, -2.0, 0.0, 0.3, 60.0], dtype=torch.float64, requires_grad=True)
     loss = dpo_loss(h, tau)
     # 1e-12: log1p and exp differ in the last digits between libm and torch
@@ -188,7 +216,10 @@ def test_dpo_loss_is_minus_log_sigmoid(tau):
 
 
 def test_pair_loss_is_the_one_that_is_named():
-    """Claim: bfpo, ipo and dpo are each their own loss, three different ones, bit for bit. Oracle: the functions."""
+    """Claim: bfpo, ipo and dpo are each their own loss, three different ones, bit for bit.
+
+    Oracle: the functions.
+    """
     h, g = torch.linspace(-3, 3, 7), torch.linspace(-1, 1, 7)
     losses = [pair_loss(objective, h, g, 0.3) for objective in ("bfpo", "ipo", "dpo")]
     assert all(map(torch.equal, losses, [bfpo_loss(h, g, 0.3), ipo_loss(h, 0.3), dpo_loss(h, 0.3)]))
@@ -197,14 +228,20 @@ def test_pair_loss_is_the_one_that_is_named():
 
 
 def test_step_0_loss_is_2500_or_10000():
-    """Claim: at h = 0 and tau = 0.01 a pair loses (g / tau)^2 = 2500 or 10000. Oracle: PAPER's numbers; fp32 to 1e-6."""
+    """Claim: at h = 0 and tau = 0.01 a pair loses (g / tau)^2 = 2500 or 10000.
+
+    Oracle: PAPER's numbers; fp32 to 1e-6.
+    """
     loss = bfpo_loss(torch.zeros(4), label(CHOSEN_SAFE.float(), REJECTED_SAFE.float()), 0.01)
     assert loss.tolist() == pytest.approx([2500, 10000, 10000, 2500], rel=1e-6)
 
 
 @pytest.mark.parametrize("tau", [0.0, -0.1, math.nan, math.inf, -math.inf])
 def test_every_function_refuses_a_bad_tau(tau):
-    """Claim: tau <= 0 or not finite is a ValueError that gives the value and the remedy. Oracle: the message."""
+    """Claim: tau <= 0 or not finite is a ValueError that gives the value and the remedy.
+
+    Oracle: the message.
+    """
     h = torch.zeros(4)
     for call in (
         lambda: bfpo_loss(h, h, tau),
@@ -217,7 +254,10 @@ def test_every_function_refuses_a_bad_tau(tau):
 
 
 def test_shapes_that_would_broadcast_are_refused():
-    """Claim: [N] with [N, 1] is an error in every pairwise function, not N x N pairs. Oracle: the message."""
+    """Claim: [N] with [N, 1] is an error in every pairwise function, not N x N pairs.
+
+    Oracle: the message.
+    """
     row, column = torch.zeros(3), torch.zeros(3, 1)
     for call in (
         lambda: label(row, column),
@@ -241,7 +281,9 @@ def random_set(seed, actions):
 
 
 def scipy_minimum(preference, safe, reference, tau, alpha, b1):
-    """The population loss written out by hand in numpy, minimised over theta by BFGS; shares no line with bfpo.py."""
+    """The population loss written out by hand in numpy, minimised over theta by BFGS; shares no
+    line with bfpo.py.
+    """
     b3 = 1 / (b1 - 1)
     target = (b3 * (b1 * safe[:, None] - safe[None, :]) - alpha) / tau
     weight = reference[:, None] * reference[None, :] * preference
@@ -264,7 +306,10 @@ def scipy_minimum(preference, safe, reference, tau, alpha, b1):
 )
 @pytest.mark.parametrize("seed, actions", [(0, 2), (1, 4), (2, 6), (3, 8)])
 def test_optimum_equals_an_independent_minimiser(seed, actions, alpha, b1, tau):
-    """Claim: form 1 on random sets, any reference, alpha, b1, tau. Oracle: scipy's BFGS on a hand-written loss."""
+    """Claim: form 1 on random sets, any reference, alpha, b1, tau.
+
+    Oracle: scipy's BFGS on a hand-written loss.
+    """
     preference, safe, reference = random_set(seed, actions)
     exact = optimum(
         *(torch.from_numpy(x) for x in (preference, safe)),
@@ -280,7 +325,10 @@ def test_optimum_equals_an_independent_minimiser(seed, actions, alpha, b1, tau):
 
 
 def test_optimum_of_section_3_4():
-    """Claim: pi* of §3.4, its log-ratios, and integer, bool and fp32 input. Oracle: the numbers of PAPER.md, 4 decimals."""
+    """Claim: pi* of §3.4, its log-ratios, and integer, bool and fp32 input.
+
+    Oracle: the numbers of PAPER.md, 4 decimals.
+    """
     for safe, preference in (
         (PAPER_SAFE, PAPER_PREFERENCE),
         (PAPER_SAFE.bool(), PAPER_PREFERENCE.float()),
@@ -298,7 +346,9 @@ def test_optimum_of_section_3_4():
 
 
 def test_alpha_half_orders_all_six_layouts_and_alpha_zero_none():
-    """Claim: alpha = 1/2 gives Figure 2's order in all six layouts, 0 in none; the four-action windows. Oracle: PAPER.md."""
+    """Claim: alpha = 1/2 gives Figure 2's order in all six layouts, 0 in none; the four-action
+    windows. Oracle: PAPER.md.
+    """
     windows = {
         (0, 1): (0, 1),
         (2, 3): (0, 1),
@@ -323,8 +373,9 @@ def test_alpha_half_orders_all_six_layouts_and_alpha_zero_none():
 
 @pytest.mark.parametrize("alpha, b1", [(0.5, 3.0), (0.0, 3.0), (0.8, 1.5)])
 def test_joint_reward_is_the_optimum_under_independence_only(alpha, b1):
-    """Claim: form 2 = form 1 + constant on a product-shaped set, not on others; b1 = 3, alpha = 0 is the RLHF reward.
-    Oracle: form 1, itself held against scipy above; the reward written out."""
+    """Claim: form 2 = form 1 + constant on a product-shaped set, not on others; b1 = 3, alpha = 0
+    is the RLHF reward. Oracle: form 1, itself held against scipy above; the reward written out.
+    """
     preference, _, reference = (torch.from_numpy(x) for x in random_set(5, 3))
     preference = preference.repeat(2, 2)
     reference = torch.cat([0.3 * reference, 0.7 * reference])
@@ -362,7 +413,10 @@ def test_joint_reward_is_the_optimum_under_independence_only(alpha, b1):
     ],
 )
 def test_optimum_refuses_what_is_no_action_set(change, message):
-    """Claim: preferences that do not mirror, labels, shapes and a pi_ref that is none are refused. Oracle: the message."""
+    """Claim: preferences that do not mirror, labels, shapes and a pi_ref that is none are refused.
+
+    Oracle: the message.
+    """
     arguments = {"preference_AA": PAPER_PREFERENCE, "safe_A": PAPER_SAFE, "tau": 1.0} | change
     with pytest.raises(ValueError, match=message):
         optimum(**arguments)

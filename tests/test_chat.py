@@ -167,8 +167,9 @@ def oracle_ids(
 
 
 def closed_ids(oracle: Any, messages: list[dict[str, str]], chat: Chat, template: str) -> list[int]:
-    """transformers' ids of a conversation up to the end of its last answer, without the BOS in front: a template's own end token, or EOS
-    in place of what follows the answer where it has none."""
+    """transformers' ids of a conversation up to the end of its last answer, without the BOS in
+    front: a template's own end token, or EOS in place of what follows the answer where it has none.
+    """
     text = oracle.apply_chat_template(messages, tokenize=False)
     if template == "chatml" and "<|im_end|>" in chat.entries:
         text = text[: text.rindex("<|im_end|>") + len("<|im_end|>")]
@@ -182,7 +183,9 @@ def closed_ids(oracle: Any, messages: list[dict[str, str]], chat: Chat, template
 
 
 def test_fixture_mistral_tokenizer_equals_sentencepiece(mistral_tokenizer):
-    """tokenizer.json built from mistral-common gives sentencepiece's own ids on random Unicode text, and decodes back."""
+    """tokenizer.json built from mistral-common gives sentencepiece's own ids on random Unicode
+    text, and decodes back.
+    """
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
     oracle = SentencePieceTokenizer(sentencepiece_model())
@@ -219,7 +222,9 @@ def test_fixture_mistral_tokenizer_equals_sentencepiece(mistral_tokenizer):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_transformers(kind, template, tokenizers_by_kind):
-    """Prompts and conversations have transformers' apply_chat_template's ids, up to BOS and what follows the end of the last answer."""
+    """Prompts and conversations have transformers' apply_chat_template's ids, up to BOS and what
+    follows the end of the last answer.
+    """
     chat, oracle = chat_and_oracle(tokenizers_by_kind[kind], template)
     draw = random.Random(1)
     conversations = [turns(text, "An answer.") for text in TEXTS] + [
@@ -263,7 +268,9 @@ def test_ids_equal_transformers_on_any_text(tokenizers_by_kind, contents, kind):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_data(kind, template, tokenizers_by_kind):
-    """Control tokens' names inside a message add no control token: their ids are as many as with harmless messages."""
+    """Control tokens' names inside a message add no control token: their ids are as many as with
+    harmless messages.
+    """
     chat, _ = chat_and_oracle(tokenizers_by_kind[kind], template)
     controls = list(chat._spelling)
     hostile = [
@@ -299,7 +306,9 @@ def test_text_is_data(kind, template, tokenizers_by_kind):
 
 
 def test_merges_spell_no_control_token(tmp_path):
-    """A vocabulary whose merges lead from "<", "/", "s", ">" to "</s>": as text it stops one merge before; by hand."""
+    """A vocabulary whose merges lead from "<", "/", "s", ">" to "</s>": as text it stops one merge
+    before; by hand.
+    """
     vocab = {
         "<s>": 0,
         "</s>": 1,
@@ -326,8 +335,9 @@ def test_merges_spell_no_control_token(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pair_scores_the_answer_alone(kind, tokenizers_by_kind):
-    """BOS in front, and nowhere else unless the template opens turns with it; one end token, at the end; the prompt decodes to the
-    conversation up to the answer, header included."""
+    """BOS in front, and nowhere else unless the template opens turns with it; one end token, at the
+    end; the prompt decodes to the conversation up to the answer, header included.
+    """
     for template in TEMPLATES:
         chat, _ = chat_and_oracle(tokenizers_by_kind[kind], template)
         pair = chat.pair_texts(
@@ -352,7 +362,9 @@ def test_pair_scores_the_answer_alone(kind, tokenizers_by_kind):
 
 
 def test_token_across_the_boundary_belongs_to_the_answer(tmp_path):
-    """Where the header's newline merges with the answer's, the merged token is scored: worked by hand on two merges."""
+    """Where the header's newline merges with the answer's, the merged token is scored: worked by
+    hand on two merges.
+    """
     vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3, "\n": 4, "\n\n": 5, "q": 6}
     tokenizer = Tokenizer(models.BPE(vocab, [("\n", "\n")], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
@@ -368,7 +380,9 @@ def test_token_across_the_boundary_belongs_to_the_answer(tmp_path):
 
 
 def test_shared_start_of_answers_is_scored(mistral_tokenizer):
-    """Two answers that start alike both keep their start: the prompt ends with the header, whatever they share."""
+    """Two answers that start alike both keep their start: the prompt ends with the header, whatever
+    they share.
+    """
     chat = Chat(mistral_tokenizer)
     ([prompt, chosen, rejected],) = chat.pair_ids(
         [chat.pair_texts(turns("Hi"), "Sure, one.", "Sure, two.")]
@@ -393,7 +407,9 @@ def test_shared_start_of_answers_is_scored(mistral_tokenizer):
     ],
 )
 def test_truncation_keeps_bos_and_counts_it(prompt, chosen, rejected, wanted):
-    """PAPER's rule at max_length 10, max_prompt 4, worked by hand: left end of prompts, right end of responses, BOS kept."""
+    """PAPER's rule at max_length 10, max_prompt 4, worked by hand: left end of prompts, right end
+    of responses, BOS kept.
+    """
     parts = [np.arange(length) + 100 * i for i, length in enumerate((prompt, chosen, rejected))]
     cut = truncate(parts, 10, 4)
     assert tuple(map(len, cut)) == wanted and cut[0][0] == 0
@@ -402,8 +418,9 @@ def test_truncation_keeps_bos_and_counts_it(prompt, chosen, rejected, wanted):
 
 
 def test_template_comes_from_where_transformers_looks(tokenizers_by_kind, tmp_path):
-    """chat_template.jinja wins over tokenizer_config.json (text, a list or an object), Zephyr's fills in, a flag wins over all. What is
-    none of these is an error."""
+    """chat_template.jinja wins over tokenizer_config.json (text, a list or an object), Zephyr's
+    fills in, a flag wins over all. What is none of these is an error.
+    """
     folder = shutil.copytree(tokenizers_by_kind["words"], tmp_path / "model")
     assert Chat(folder).template == "{{ bos_token }}" + ZEPHYR
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -449,8 +466,10 @@ def test_template_comes_from_where_transformers_looks(tokenizers_by_kind, tmp_pa
 @pytest.mark.parametrize("template", [*TEMPLATES, "indented"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_exported_template_gives_training_ids(kind, template, tokenizers_by_kind, tmp_path):
-    """transformers renders the exported template to exactly the prompt of training, BOS included, of several turns; a folder with that
-    template gives the same again, as the next stage reads it. "instruct" opens every user's turn with BOS, as Llama 2 does."""
+    """transformers renders the exported template to exactly the prompt of training, BOS included,
+    of several turns; a folder with that template gives the same again, as the next stage reads it.
+    "instruct" opens every user's turn with BOS, as Llama 2 does.
+    """
     from transformers import PreTrainedTokenizerFast
 
     own = {"indented": "  " + ZEPHYR} | TEMPLATES
@@ -481,8 +500,10 @@ def test_exported_template_gives_training_ids(kind, template, tokenizers_by_kind
 
 
 def test_prompt_that_changes_once_it_is_answered_is_refused(tokenizers_by_kind, tmp_path):
-    """Mistral-7B-Instruct-v0.3's habit: the system text stands before the last user's turn if that is the last of all. With a system turn
-    the prompt of training would lack it: an error; without one all is as ever."""
+    """Mistral-7B-Instruct-v0.3's habit: the system text stands before the last user's turn if that
+    is the last of all. With a system turn the prompt of training would lack it: an error; without
+    one all is as ever.
+    """
     (tmp_path / "t.jinja").write_text(
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}{% for m in messages %}"
         "{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.last and system is defined %}{{ system + '\n' }}{% endif %}"
@@ -495,7 +516,9 @@ def test_prompt_that_changes_once_it_is_answered_is_refused(tokenizers_by_kind, 
 
 
 def test_rendering_equals_transformers_filters():
-    """tojson, namespaces, loop controls, strftime_now and block trimming: the text equals transformers' own renderer's."""
+    """tojson, namespaces, loop controls, strftime_now and block trimming: the text equals
+    transformers' own renderer's.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = """
@@ -536,14 +559,18 @@ def test_rendering_equals_transformers_filters():
     ],
 )
 def test_unfit_templates_are_refused(template, words, tokenizers_by_kind, tmp_path):
-    """A template that would have its header scored, that is broken or that reaches out of the sandbox: one ValueError."""
+    """A template that would have its header scored, that is broken or that reaches out of the
+    sandbox: one ValueError.
+    """
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(ValueError, match=words):
         Chat(tokenizers_by_kind["words"], str(tmp_path / "t.jinja"))
 
 
 def test_unfit_tokenizers_are_refused(tokenizers_by_kind, tmp_path):
-    """No tokenizer.json, one that is no tokenizer, no BOS, a missing template file: a ValueError that names the folder or file."""
+    """No tokenizer.json, one that is no tokenizer, no BOS, a missing template file: a ValueError
+    that names the folder or file.
+    """
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Chat(tmp_path)
     with pytest.raises(ValueError, match="template must be"):
@@ -575,7 +602,9 @@ def test_unfit_tokenizers_are_refused(tokenizers_by_kind, tmp_path):
 
 
 def test_one_token_for_both_ends(tmp_path):
-    """GPT-2's habit, BOS = EOS: one of it in front, one at the end, and those of the template in between; by hand."""
+    """GPT-2's habit, BOS = EOS: one of it in front, one at the end, and those of the template in
+    between; by hand.
+    """
     tokenizer = Tokenizer(
         models.BPE({"<s>": 0, "a": 1, "b": 2, "\n": 3, "<unk>": 4}, [], unk_token="<unk>")
     )
@@ -591,8 +620,9 @@ def test_one_token_for_both_ends(tmp_path):
 
 
 def test_bos_as_a_mark_of_turns(tokenizers_by_kind, tmp_path):
-    """SmolLM2's habit, every turn opens with BOS: it stays there, ids are transformers' own, BOS included; the first is the only one
-    that is ours to add or drop."""
+    """SmolLM2's habit, every turn opens with BOS: it stays there, ids are transformers' own, BOS
+    included; the first is the only one that is ours to add or drop.
+    """
     from transformers import PreTrainedTokenizerFast
 
     folder = shutil.copytree(tokenizers_by_kind["bytes"], tmp_path / "model")
@@ -657,7 +687,10 @@ def letters(
     eos: str = "</s>",
     **files: Any,
 ) -> Path:
-    """A model folder with a byte-level tokenizer of 256 letters and control tokens; files: JSON files by name, without the ending."""
+    """A model folder with a byte-level tokenizer of 256 letters and control tokens; files:
+
+    JSON files by name, without the ending.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE({letter: number for number, letter in enumerate(alphabet)}, [])
@@ -688,7 +721,9 @@ def scored_texts(chat: Chat) -> list[str]:
     "template, end, after", [(LLAMA_3, "<|eot|>", ""), (MARKED, "<|im_end|>", "\n")]
 )
 def test_answer_ends_with_the_templates_end_token(template, end, after, tmp_path):
-    """A header after the last answer, a newline after its end token, an EOS of another name: none of it is scored. By hand."""
+    """A header after the last answer, a newline after its end token, an EOS of another name: none
+    of it is scored. By hand.
+    """
     chat = Chat(
         letters(
             tmp_path,
@@ -706,8 +741,9 @@ def test_answer_ends_with_the_templates_end_token(template, end, after, tmp_path
 
 
 def test_end_tokens_are_those_of_all_the_models_files(tmp_path):
-    """end_ids: the template's own end token first, then EOS and the ids of generation_config.json and config.json. What is no id is
-    refused by file."""
+    """end_ids: the template's own end token first, then EOS and the ids of generation_config.json
+    and config.json. What is no id is refused by file.
+    """
     files = {"generation_config": {"eos_token_id": [7, 257]}, "config": {"eos_token_id": 9}}
     folder = letters(tmp_path, LLAMA_3, controls("<|eot|>", "<h>", "</h>"), **files)
     chat = Chat(folder)
@@ -723,8 +759,9 @@ def test_end_tokens_are_those_of_all_the_models_files(tmp_path):
 
 
 def test_trained_ids_begin_with_the_served_prompt(tmp_path, tokenizers_by_kind):
-    """A generation prompt that ends in a space, where the answered conversation has none or merges it with the answer: pairs and SFT are
-    split at the served ids all the same, and it is said."""
+    """A generation prompt that ends in a space, where the answered conversation has none or merges
+    it with the answer: pairs and SFT are split at the served ids all the same, and it is said.
+    """
     (tmp_path / "merged.jinja").write_text(
         SPACED.replace(
             "{{ message['content'] + '</s>' }}", "{{ ' ' + message['content'] + '</s>' }}"
@@ -757,7 +794,9 @@ def test_trained_ids_begin_with_the_served_prompt(tmp_path, tokenizers_by_kind):
 
 
 def test_added_token_of_the_template_stays_text_in_data(tmp_path):
-    """A token that is added without the flag special but that the template writes, whole or put together: in a question it is text."""
+    """A token that is added without the flag special but that the template writes, whole or put
+    together: in a question it is text.
+    """
     added = controls("<h>", "</h>", "<|im_end|>", "<|user|>", "note", " ", special=False)
     for template in (MARKED, ZEPHYR):
         chat = Chat(letters(tmp_path, template, added))
@@ -776,7 +815,10 @@ def test_added_token_of_the_template_stays_text_in_data(tmp_path):
 
 
 def test_end_marker_that_is_no_token_is_said(tmp_path):
-    """ChatML on a tokenizer without its tokens: EOS ends the answer, right after it, and a remark says what to do."""
+    """ChatML on a tokenizer without its tokens:
+
+    EOS ends the answer, right after it, and a remark says what to do.
+    """
     chat = Chat(letters(tmp_path, CHATML))
     assert scored_texts(chat)[0] == "yes</s>" and chat.end_ids == (chat.eos_id,)
     assert (
@@ -801,7 +843,9 @@ def test_missing_template_is_said(tmp_path):
 
 
 def test_date_of_a_template_is_the_runs(tmp_path):
-    """strftime_now gives the time that Chat is told, and the fingerprint follows the text it gives, not the hour."""
+    """strftime_now gives the time that Chat is told, and the fingerprint follows the text it gives,
+    not the hour.
+    """
     folder = letters(tmp_path, "{{ strftime_now('%d %b %Y') }}" + ZEPHYR.replace("\n", ""))
     morning, evening, tomorrow = (
         Chat(folder, now=datetime(2026, 11, day, hour))

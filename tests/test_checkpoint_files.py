@@ -1,4 +1,6 @@
-"""What model.py writes, transformers reads, and the other way round; what is damaged is refused by name."""
+"""What model.py writes, transformers reads, and the other way round; what is damaged is refused by
+name.
+"""
 
 import dataclasses
 import json
@@ -54,8 +56,9 @@ def same_weights(a: Mistral, b: Mistral) -> bool:
 def test_transformers_loads_what_we_save(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: config.json, weights, index and generation_config.json are the ecosystem's. Oracle: transformers' logits on the folder,
-    within 1e-4 of their scale; our own reload, to the bit."""
+    """Claim: config.json, weights, index and generation_config.json are the ecosystem's. Oracle:
+    transformers' logits on the folder, within 1e-4 of their scale; our own reload, to the bit.
+    """
     changes = {
         "tied": {"tie_word_embeddings": True},
         "llama": {"model_type": "llama", "sliding_window": None},
@@ -95,7 +98,10 @@ def test_transformers_loads_what_we_save(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_saving_in_another_dtype_rounds_once(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Claim: `dtype` is the files' dtype and is announced. Oracle: the weights rounded by torch; transformers' dtype."""
+    """Claim: `dtype` is the files' dtype and is announced.
+
+    Oracle: the weights rounded by torch; transformers' dtype.
+    """
     model = random_model()
     model.save_pretrained(tmp_path / "out", dtype=dtype)
     stored = load_file(tmp_path / "out/model.safetensors")
@@ -107,7 +113,9 @@ def test_saving_in_another_dtype_rounds_once(dtype: torch.dtype, tmp_path: Path)
 
 
 def test_mixed_storage_keeps_every_dtype(tmp_path: Path) -> None:
-    """Claim: bf16 frozen weights beside fp32 trained ones are saved as stored and read back into either. Oracle: bit-equality."""
+    """Claim: bf16 frozen weights beside fp32 trained ones are saved as stored and read back into
+    either. Oracle: bit-equality.
+    """
     model = random_model(dtype=torch.bfloat16)
     for name, p in model.named_parameters():
         if "down_proj" in name:
@@ -146,7 +154,9 @@ def source_folder(folder: Path) -> Path:
 
 
 def test_companion_files_come_along(tmp_path: Path) -> None:
-    """Claim: tokenizer files, generation_config.json and the chat template reach the folder; nothing else does. Oracle: transformers."""
+    """Claim: tokenizer files, generation_config.json and the chat template reach the folder;
+    nothing else does. Oracle: transformers.
+    """
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     random_model().save_pretrained(
         tmp_path / "out", like=source_folder(tmp_path / "source"), chat_template=template
@@ -182,8 +192,9 @@ def test_companion_files_come_along(tmp_path: Path) -> None:
 
 
 def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: a save that fails leaves the older model untouched, one that succeeds replaces it, one into foreign files is refused.
-    Oracle: the folder's contents."""
+    """Claim: a save that fails leaves the older model untouched, one that succeeds replaces it, one
+    into foreign files is refused. Oracle: the folder's contents.
+    """
     old, new = random_model(), random_model()
     old.save_pretrained(tmp_path / "out")
     new.model.norm.weight.data.add_(1)
@@ -234,8 +245,9 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_saving_over_a_model_keeps_its_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a model saved in another's place keeps the files that servers need, also after a kill between the two renames; an adapter
-    beside it is not removed. Oracle: the folder's contents."""
+    """Claim: a model saved in another's place keeps the files that servers need, also after a kill
+    between the two renames; an adapter beside it is not removed. Oracle: the folder's contents.
+    """
     old, new, out = random_model(), random_model(), tmp_path / "out"
     new.model.norm.weight.data.add_(1)
     old.save_pretrained(out, like=source_folder(tmp_path / "source"))
@@ -265,7 +277,9 @@ def test_saving_over_a_model_keeps_its_tokenizer(
 
 
 def test_one_file_goes_before_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: of model.safetensors and an index beside it the file counts, with or without the index's shards. Oracle: transformers."""
+    """Claim: of model.safetensors and an index beside it the file counts, with or without the
+    index's shards. Oracle: transformers.
+    """
     sharded, whole, out = random_model(), random_model(), tmp_path / "out"
     whole.model.norm.weight.data.add_(1)
     with monkeypatch.context() as patch:
@@ -285,8 +299,10 @@ def test_one_file_goes_before_an_index(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_index_says_which_copy_of_a_tensor_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: of two copies in indexed files the one that the index names is read, whichever name sorts last. One that the index
-    does not name may not have two. Oracle: the model that the index describes; the index's own names."""
+    """Claim: of two copies in indexed files the one that the index names is read, whichever name
+    sorts last. One that the index does not name may not have two. Oracle: the model that the index
+    describes; the index's own names.
+    """
     monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
     out, name = tmp_path / "out", "model.layers.0.input_layernorm.weight"
     model = random_model()
@@ -309,8 +325,9 @@ def test_the_index_says_which_copy_of_a_tensor_counts(
 
 
 def test_a_root_that_a_forward_left_gathered_is_saved_from_its_masters(tmp_path: Path) -> None:
-    """Claim: under FSDP2 as it comes, whose root stays gathered, in bfloat16, after a forward, the fp32 weights are what is saved.
-    Oracle: the weights before sharding."""
+    """Claim: under FSDP2 as it comes, whose root stays gathered, in bfloat16, after a forward, the
+    fp32 weights are what is saved. Oracle: the weights before sharding.
+    """
     runtime.start("cpu")
     model = random_model()
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -329,7 +346,10 @@ def test_a_root_that_a_forward_left_gathered_is_saved_from_its_masters(tmp_path:
 
 
 def test_every_wrong_tensor_is_listed_at_once(tmp_path: Path) -> None:
-    """Claim: missing, unexpected, mis-shaped and wrongly typed tensors share one error. Oracle: their names in it."""
+    """Claim: missing, unexpected, mis-shaped and wrongly typed tensors share one error.
+
+    Oracle: their names in it.
+    """
     random_model().save_pretrained(tmp_path / "out")
     tensors = load_file(tmp_path / "out/model.safetensors")
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
@@ -352,8 +372,9 @@ def test_every_wrong_tensor_is_listed_at_once(tmp_path: Path) -> None:
 
 
 def test_tied_heads_and_rotary_tables_in_old_files(tmp_path: Path) -> None:
-    """Claim: a tied checkpoint may repeat the embedding as lm_head, but not contradict it; stored rotary tables are redundant.
-    Oracle: the same model."""
+    """Claim: a tied checkpoint may repeat the embedding as lm_head, but not contradict it; stored
+    rotary tables are redundant. Oracle: the same model.
+    """
     model = random_model(dataclasses.replace(CONFIG, tie_word_embeddings=True))
     model.save_pretrained(tmp_path / "out")
     path = tmp_path / "out/model.safetensors"
@@ -376,7 +397,9 @@ def test_tied_heads_and_rotary_tables_in_old_files(tmp_path: Path) -> None:
 def test_damaged_folders_are_refused_by_file_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: truncation, garbage, missing shards, foreign paths, pickles and broken JSON name their file. Oracle: the name."""
+    """Claim: truncation, garbage, missing shards, foreign paths, pickles and broken JSON name their
+    file. Oracle: the name.
+    """
     monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
     whole = tmp_path / "whole"
     random_model().save_pretrained(whole)
@@ -468,9 +491,11 @@ for name in names:
 def test_models_come_from_the_hub(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: by hub name a private model comes with the user's token, by huggingface_hub, without a file that nobody reads, once; then from
-    its cache, offline or with the server gone. What cannot be had is one line with the name. For a tokenizer alone, and for a model that
-    is refused, no weights are fetched. Oracle: the hub's own record of what it sent; the weights' sum."""
+    """Claim: by hub name a private model comes with the user's token, by huggingface_hub, without a
+    file that nobody reads, once; then from its cache, offline or with the server gone. What cannot
+    be had is one line with the name. For a tokenizer alone, and for a model that is refused, no
+    weights are fetched. Oracle: the hub's own record of what it sent; the weights' sum.
+    """
     monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
     model, models = random_model(), hub.root / "models/owner"
     model.save_pretrained(models / "tiny", like=source_folder(tmp_path / "source"))
@@ -615,9 +640,10 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_loading_takes_the_shard_and_one_tensor(processes: int, large_checkpoint: Path) -> None:
-    """Claim: host memory while loading is the process's own parameters (all, or its FSDP2 shard) plus one tensor of the file. Oracle:
-    anonymous memory of fresh processes (pages of the mapped files do not count), fp32 on disk into bf16; 8 MB are left to the allocator
-    and the interpreter."""
+    """Claim: host memory while loading is the process's own parameters (all, or its FSDP2 shard)
+    plus one tensor of the file. Oracle: anonymous memory of fresh processes (pages of the mapped
+    files do not count), fp32 on disk into bf16; 8 MB are left to the allocator and the interpreter.
+    """
     command = [sys.executable, "-c", MEASURE, str(large_checkpoint)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",

@@ -1,4 +1,6 @@
-"""data.py: sources, schemas, streams, their cache and report, batches and packs, against rows and counts made by hand."""
+"""data.py: sources, schemas, streams, their cache and report, batches and packs, against rows and
+counts made by hand.
+"""
 
 import contextlib
 import gzip
@@ -85,7 +87,9 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 @pytest.fixture(scope="session")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    """A small byte-level tokenizer with Zephyr's format: every text has ids and comes back from them."""
+    """A small byte-level tokenizer with Zephyr's format: every text has ids and comes back from
+    them.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -219,13 +223,17 @@ def prompts(stream: data.Stream, chat: Chat) -> list[str]:
     ],
 )
 def test_schemas_give_the_pair(row, schema, prefer, pair):
-    """A row of every public schema, and ours: recognised by its columns; which answer is chosen, and its label, by hand."""
+    """A row of every public schema, and ours: recognised by its columns; which answer is chosen,
+    and its label, by hand.
+    """
     assert data.find_schema(list(row), "pairs") == schema and data.QUADRANTS == bfpo.QUADRANTS
     assert data.read_pair(row, data.SCHEMAS[schema], prefer) == pair
 
 
 def test_sft_takes_conversations_and_safer_answers(chat, tmp_path):
-    """SFT scores all after BOS: messages as they are, PKU's safer answer even of two unsafe ones; cut at max_length."""
+    """SFT scores all after BOS: messages as they are, PKU's safer answer even of two unsafe ones;
+    cut at max_length.
+    """
     rows = [
         {"prompt": "p", "messages": talk("hi", "hello", "more", "sure")},
         {"messages": talk("x" * 90, "y" * 90)},
@@ -258,7 +266,9 @@ def test_sft_takes_conversations_and_safer_answers(chat, tmp_path):
     ],
 )
 def test_formats_hold_the_same_rows(name, chat, tmp_path):
-    """JSON lines, a JSON array and parquet, plain, gzip and xz: the same trees as from the rows themselves."""
+    """JSON lines, a JSON array and parquet, plain, gzip and xz: the same trees as from the rows
+    themselves.
+    """
     rows = [own(i) for i in range(7)] + [own(7, chosen="naïve 漢字 😀\n\ttwo"), own(8)]
     path = write(tmp_path / name, rows)
     if name == "rows.json":
@@ -276,7 +286,9 @@ def test_formats_hold_the_same_rows(name, chat, tmp_path):
 
 
 def test_mistral_stream_is_truncated_as_the_paper(mistral_tokenizer, tmp_path):
-    """With Mistral's tokenizer, streams hold pair_ids cut by truncate; what was cut is counted. 600 words beat 100 tokens."""
+    """With Mistral's tokenizer, streams hold pair_ids cut by truncate; what was cut is counted. 600
+    words beat 100 tokens.
+    """
     mistral = Chat(mistral_tokenizer)
     rows = [
         own(0),
@@ -320,7 +332,9 @@ def test_mistral_stream_is_truncated_as_the_paper(mistral_tokenizer, tmp_path):
     ],
 )
 def test_slices_take_raw_rows(suffix, rows, chat, tmp_path):
-    """[START:STOP] over the rows as they are in the files, one source of two files; percentages round to the nearest row."""
+    """[START:STOP] over the rows as they are in the files, one source of two files; percentages
+    round to the nearest row.
+    """
     write(tmp_path / "d" / "a" / "train.jsonl", [own(i) for i in range(4)])
     write(tmp_path / "d" / "b" / "train.parquet", [own(i) for i in range(4, 10)])
     stream, _ = load_stream([f"{tmp_path / 'd'}{suffix}"], chat, held_out=0)
@@ -328,7 +342,9 @@ def test_slices_take_raw_rows(suffix, rows, chat, tmp_path):
 
 
 def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
-    """Shards, round folders and numbered parquet files; the split asked for, the stage's own, or the only one; held-out rows."""
+    """Shards, round folders and numbered parquet files; the split asked for, the stage's own, or
+    the only one; held-out rows.
+    """
     hub = tmp_path / "hub"
     names = {
         "data/train_prefs-00000-of-00002.parquet": 0,
@@ -410,7 +426,9 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
 
 
 def test_held_out_rows_of_a_test_split_are_limited(chat, tmp_path, monkeypatch):
-    """The first HELD_OUT_ROWS of the test split; none with held_out=0; a slice cuts the training rows alone."""
+    """The first HELD_OUT_ROWS of the test split; none with held_out=0; a slice cuts the training
+    rows alone.
+    """
     write(tmp_path / "d" / "train.jsonl", [own(i) for i in range(5)])
     write(tmp_path / "d" / "test.jsonl", [own(i) for i in range(100, 105)])
     monkeypatch.setattr(data, "HELD_OUT_ROWS", 3)
@@ -421,8 +439,9 @@ def test_held_out_rows_of_a_test_split_are_limited(chat, tmp_path, monkeypatch):
 
 
 def test_held_out_share_splits_by_prompt(chat, tmp_path):
-    """Without a test split: about the stated share (0.2 of 1000 prompts, 4 sigma = 0.05), no prompt on both sides, and the
-    same prompts from a file in another order."""
+    """Without a test split: about the stated share (0.2 of 1000 prompts, 4 sigma = 0.05), no prompt
+    on both sides, and the same prompts from a file in another order.
+    """
     rows = [own(i) for i in range(1000)] + [own(i, chosen="other") for i in range(1000)]
     train, held = load_stream([str(write(tmp_path / "a.jsonl", rows))], chat, held_out=0.2)
     inside, outside = set(prompts(train, chat)), set(prompts(held, chat))
@@ -446,7 +465,9 @@ def test_held_out_share_splits_by_prompt(chat, tmp_path):
     ],
 )
 def test_unfit_sources_are_refused(source, words, chat, tmp_path, monkeypatch):
-    """A source that is missing, empty, no data or ambiguous: one ValueError that says what it wants."""
+    """A source that is missing, empty, no data or ambiguous: one ValueError that says what it
+    wants.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
@@ -472,9 +493,10 @@ for source in sys.argv[2:]:
 
 
 def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_tokenizer):
-    """A data set of a local server that answers like the hub: only the split's files are fetched, once; the second time and
-    offline they come from huggingface_hub's cache; unknown names and revisions are one ValueError, and so is a private set without
-    a token. The oracle: its rows."""
+    """A data set of a local server that answers like the hub: only the split's files are fetched,
+    once; the second time and offline they come from huggingface_hub's cache; unknown names and
+    revisions are one ValueError, and so is a private set without a token. The oracle: its rows.
+    """
     for name in ("set", "secret"):
         folder = hub.root / "datasets/owner" / name
         write(folder / "data" / "train_prefs-00000-of-00001.parquet", [own(i) for i in range(6)])
@@ -542,7 +564,10 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
     ],
 )
 def test_malformed_rows_are_named(row, words, chat, tmp_path):
-    """Each way to break a row: file:line, the field, what it must be and what it is. The bad row is on line 3."""
+    """Each way to break a row: file:line, the field, what it must be and what it is.
+
+    The bad row is on line 3.
+    """
     lines = [
         json.dumps(own(1)).encode(),
         b"",
@@ -609,13 +634,17 @@ def test_malformed_rows_are_named(row, words, chat, tmp_path):
     ],
 )
 def test_malformed_rows_of_public_schemas_are_named(row, words, chat, tmp_path):
-    """Ids outside {0, 1} or {1, 2}, labels of the wrong type, conversations that differ, unknown columns; on row 1."""
+    """Ids outside {0, 1} or {1, 2}, labels of the wrong type, conversations that differ, unknown
+    columns; on row 1.
+    """
     with pytest.raises(ValueError, match=words):
         load_stream([str(write(tmp_path / "a.jsonl", [row]))], chat)
 
 
 def test_first_ten_malformed_rows_and_their_number(chat, tmp_path):
-    """25 bad rows among good ones, in jsonl and parquet: ten places, in order, and the count; nothing is left in the cache."""
+    """25 bad rows among good ones, in jsonl and parquet: ten places, in order, and the count;
+    nothing is left in the cache.
+    """
     rows = [own(i, chosen_safe=[True, False, None][i % 3]) for i in range(75)]
     for name, place in (("a.jsonl", "{}:{}: "), ("a.parquet", "{}: row {}: ")):
         path = write(tmp_path / name, rows)
@@ -634,7 +663,9 @@ def test_first_ten_malformed_rows_and_their_number(chat, tmp_path):
     [f"a.{kind}{packed}" for kind in ("jsonl", "json", "parquet") for packed in ("", ".gz", ".xz")],
 )
 def test_truncated_and_damaged_files(name, chat, tmp_path):
-    """Half of any file, its middle overwritten, or nothing at all: a ValueError with the file's name, never a traceback."""
+    """Half of any file, its middle overwritten, or nothing at all: a ValueError with the file's
+    name, never a traceback.
+    """
     whole = write(
         tmp_path / name, [own(i, chosen=f"{i * 7919} " * 30) for i in range(300)]
     ).read_bytes()
@@ -658,7 +689,9 @@ def test_truncated_and_damaged_files(name, chat, tmp_path):
 
 
 def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
-    """A row that cannot be read counts as one, and stops no slice without it; nor does a test split that breaks off and is not read."""
+    """A row that cannot be read counts as one, and stops no slice without it; nor does a test split
+    that breaks off and is not read.
+    """
     texts = pa.array([b"question 0", b"question 1", b"\xff"], pa.binary()).view(pa.string())
     folder = tmp_path / "d"
     folder.mkdir()
@@ -691,7 +724,9 @@ def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
     ],
 )
 def test_a_row_of_an_array_is_named(row, words, chat, tmp_path):
-    """Claim: of a JSON array as of JSON lines, the row that cannot be read is named, and those before it are read. Oracle: its number."""
+    """Claim: of a JSON array as of JSON lines, the row that cannot be read is named, and those
+    before it are read. Oracle: its number.
+    """
     (tmp_path / "a.json").write_text(
         f"[\n {json.dumps(own(1))},\n {json.dumps(own(2))} , {row}\n]\n"
     )
@@ -708,8 +743,10 @@ def test_a_row_of_an_array_is_named(row, words, chat, tmp_path):
 
 
 def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
-    """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that Python has not. Within another column
-    such a time is a fault of its row. A column's name that is there twice is refused."""
+    """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that
+    Python has not. Within another column such a time is a fault of its row. A column's name that is
+    there twice is refused.
+    """
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
     times = {
         "made": pa.array([1, 2, 3], pa.timestamp("ns")),
@@ -749,8 +786,9 @@ def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
 
 
 def test_fields_of_null_type_are_read(chat, tmp_path):
-    """Claim: a parquet file in which a field within the turns, or a column, is None in every row is read whole, across its batches.
-    Oracle: the rows that were written, by pyarrow and by datasets."""
+    """Claim: a parquet file in which a field within the turns, or a column, is None in every row is
+    read whole, across its batches. Oracle: the rows that were written, by pyarrow and by datasets.
+    """
     from datasets import Dataset
 
     turns = [turn | {"tool_calls": None, "parts": []} for turn in talk("q", "a")]
@@ -774,8 +812,10 @@ def test_fields_of_null_type_are_read(chat, tmp_path):
 
 
 def test_sft_loses_no_turn_to_the_template(mistral_tokenizer, tmp_path):
-    """A conversation whose system turn the template writes before the last user's turn alone, as Mistral-7B-Instruct-v0.3's does, is a
-    malformed row, not one without it; one that ends with a user's turn has nothing to compare with."""
+    """A conversation whose system turn the template writes before the last user's turn alone, as
+    Mistral-7B-Instruct-v0.3's does, is a malformed row, not one without it; one that ends with a
+    user's turn has nothing to compare with.
+    """
     (tmp_path / "t.jinja").write_text(
         "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}{% for m in messages %}"
         "{% if m.role == 'user' %}{{ '[INST] ' }}{% if loop.last and system is defined %}{{ system + '\n' }}{% endif %}"
@@ -804,7 +844,9 @@ def test_sft_loses_no_turn_to_the_template(mistral_tokenizer, tmp_path):
 
 
 def test_pairs_that_are_equal_once_cut_are_dropped(chat, tmp_path):
-    """Answers that differ beyond max_length alone have a margin of 0 for ever: they count as identical. Oracle: the rows."""
+    """Answers that differ beyond max_length alone have a margin of 0 for ever: they count as
+    identical. Oracle: the rows.
+    """
     long = "word " * 200
     path = write(
         tmp_path / "a.jsonl", [own(0), own(1, chosen=long + "a", rejected=long + "b"), own(2)]
@@ -851,7 +893,9 @@ JSON = st.recursive(
     stage=st.sampled_from(["pairs", "sft"]),
 )
 def test_any_value_in_any_field(chat, tmp_path, field, value, base, stage):
-    """Hypothesis puts any JSON into a field: the row is read, counted as dropped, or named in a ValueError; none is lost."""
+    """Hypothesis puts any JSON into a field: the row is read, counted as dropped, or named in a
+    ValueError; none is lost.
+    """
     path = write(tmp_path / "a.jsonl", [base, base | {field: value}])
     try:
         stream, _ = load_stream(
@@ -880,7 +924,9 @@ def test_any_value_in_any_field(chat, tmp_path, field, value, base, stage):
     ),
 )
 def test_any_bytes(chat, tmp_path, content, name):
-    """Hypothesis writes any bytes: always a ValueError that names the file (no row could be made of them)."""
+    """Hypothesis writes any bytes: always a ValueError that names the file (no row could be made of
+    them).
+    """
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         load_stream([str(tmp_path / name)], chat, cache_dir=tmp_path / "fuzz")
@@ -909,7 +955,9 @@ def test_wrong_options_are_refused(options, words, chat, tmp_path):
 
 
 def test_cache_is_used_again_and_keyed_by_all_that_matters(chat, tmp_path, monkeypatch):
-    """The second call builds nothing; a changed row, option, template or order of sources does: each fingerprint is new."""
+    """The second call builds nothing; a changed row, option, template or order of sources does:
+    each fingerprint is new.
+    """
     path, other = (
         write(tmp_path / "a.jsonl", [own(i) for i in range(9)]),
         write(tmp_path / "b.jsonl", [own(1)]),
@@ -987,8 +1035,10 @@ def start(chat_folder: Path, path: Path, log: Path, pause: float) -> "subprocess
 def test_four_processes_share_one_builder_and_a_kill_leaves_nothing(
     mistral_tokenizer, cache, tmp_path
 ):
-    """A builder is killed (SIGKILL) in the middle while another waits: the waiter builds anew. Then four processes start
-    at once: one builds for seconds, and all read the same stream. Each build writes a line."""
+    """A builder is killed (SIGKILL) in the middle while another waits: the waiter builds anew. Then
+    four processes start at once: one builds for seconds, and all read the same stream. Each build
+    writes a line.
+    """
     path, log = write(tmp_path / "a.jsonl", [own(i) for i in range(40)]), tmp_path / "log"
     victim = start(mistral_tokenizer, path, log, 30)
     while not log.exists():
@@ -1018,8 +1068,9 @@ def test_four_processes_share_one_builder_and_a_kill_leaves_nothing(
 
 @pytest.mark.parametrize("name", ["tokens", "rows.npy", "report.json", data.SUMS])
 def test_a_cut_or_lost_file_in_the_cache_is_noticed(name, chat, cache, tmp_path):
-    """Any file of a cache cut short, in its middle or at its end, or gone: a ValueError that names the cache and says to delete it.
-    Once deleted, the rows are read anew."""
+    """Any file of a cache cut short, in its middle or at its end, or gone: a ValueError that names
+    the cache and says to delete it. Once deleted, the rows are read anew.
+    """
     path = write(tmp_path / "a.jsonl", [own(i) for i in range(40)])
     stream, _ = load_stream([str(path)], chat)
     before = everything(stream)
@@ -1037,7 +1088,9 @@ def test_a_cut_or_lost_file_in_the_cache_is_noticed(name, chat, cache, tmp_path)
 
 
 def test_data_folders_may_be_read_only_but_caches_may_not(chat, tmp_path, monkeypatch):
-    """Nothing is written beside the data; a cache that cannot be made is a ValueError that names BFPO_CACHE."""
+    """Nothing is written beside the data; a cache that cannot be made is a ValueError that names
+    BFPO_CACHE.
+    """
     path = write(tmp_path / "d" / "a.jsonl", [own(1)])
     before = sorted(path.parent.iterdir())
     load_stream([str(path)], chat)
@@ -1051,7 +1104,9 @@ def test_data_folders_may_be_read_only_but_caches_may_not(chat, tmp_path, monkey
 
 
 def test_report_counts_what_the_rows_hold(chat, tmp_path):
-    """A file with known numbers of everything: the report has them; the text names the file, the schema, marks scored tokens."""
+    """A file with known numbers of everything: the report has them; the text names the file, the
+    schema, marks scored tokens.
+    """
     rows = [
         own(0),
         own(1),
@@ -1129,7 +1184,9 @@ def test_report_counts_scores_that_do_not_order_the_answers(chat, tmp_path):
 
 
 def test_report_gives_length_percentiles_by_source(chat, tmp_path):
-    """Two sources of other lengths, rows held out in between: each one's percentiles are numpy's over its own training trees."""
+    """Two sources of other lengths, rows held out in between: each one's percentiles are numpy's
+    over its own training trees.
+    """
     short, long = [own(i) for i in range(30)], [own(i, chosen="word " * i) for i in range(1, 31)]
     paths = [
         str(write(tmp_path / f"{name}.jsonl", rows))
@@ -1153,7 +1210,9 @@ def test_report_gives_length_percentiles_by_source(chat, tmp_path):
 
 
 def test_tokenising_shows_the_time_left_on_a_terminal_alone(mistral_tokenizer, tmp_path):
-    """On a terminal: rows done of all rows, the time left and rows/s, wiped at the end; into a file: nothing in a short run."""
+    """On a terminal: rows done of all rows, the time left and rows/s, wiped at the end; into a
+    file: nothing in a short run.
+    """
     import pty
     import termios
 
@@ -1176,7 +1235,9 @@ def test_tokenising_shows_the_time_left_on_a_terminal_alone(mistral_tokenizer, t
 
 
 def test_report_warns_of_one_quadrant(chat, tmp_path):
-    """mixed=True and a source whose pairs are all in one quadrant: a warning that names both; without it, none."""
+    """mixed=True and a source whose pairs are all in one quadrant: a warning that names both;
+    without it, none.
+    """
     path = write(tmp_path / "a.jsonl", [own(2), own(4), own(8)])
     assert "WARNING: every pair of" in describe(
         load_stream([str(path)], chat, held_out=0, mixed=True)[0].report
@@ -1185,7 +1246,9 @@ def test_report_warns_of_one_quadrant(chat, tmp_path):
 
 
 def test_command_line(mistral_tokenizer, tmp_path):
-    """python data.py FILE --model DIR [--sft] prints the report, labels and targets; bad data: one line, exit code 1; usage: 2."""
+    """python data.py FILE --model DIR [--sft] prints the report, labels and targets; bad data: one
+    line, exit code 1; usage: 2.
+    """
     path = write(tmp_path / "a.jsonl", [own(i) for i in range(6)])
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -1239,7 +1302,9 @@ def test_command_line(mistral_tokenizer, tmp_path):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 2**40))
 def test_batches_are_an_endless_sequence_of_permutations(size, batch, seed):
-    """Every `size` consecutive places hold each row once, for the first three epochs; any step alone gives the same rows."""
+    """Every `size` consecutive places hold each row once, for the first three epochs; any step
+    alone gives the same rows.
+    """
     steps = -(-3 * size // batch)
     batches = [batch_indices(size, batch, seed, step, "safety").tolist() for step in range(steps)]
     flat = [row for rows in batches for row in rows]
@@ -1249,7 +1314,9 @@ def test_batches_are_an_endless_sequence_of_permutations(size, batch, seed):
 
 
 def test_batches_depend_on_seed_name_and_epoch_alone():
-    """Other seeds, streams and epochs give other orders; the numbers are pinned: they must outlive a change of numpy."""
+    """Other seeds, streams and epochs give other orders; the numbers are pinned: they must outlive
+    a change of numpy.
+    """
     orders = {
         tuple(batch_indices(50, 50, seed, step, name))
         for seed in (0, 1)
@@ -1265,7 +1332,9 @@ def test_batches_depend_on_seed_name_and_epoch_alone():
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(1, 6), st.integers(1, 60))
 def test_deal_loses_nothing_and_keeps_the_budget(tokens, world_size, budget):
-    """Every tree is in exactly one pack of one rank; a pack is within the budget or one tree alone; no pack is empty."""
+    """Every tree is in exactly one pack of one rank; a pack is within the budget or one tree alone;
+    no pack is empty.
+    """
     ranks = deal(tokens, world_size, budget)
     assert len(ranks) == world_size and sorted(
         i for packs in ranks for pack in packs for i in pack
@@ -1279,7 +1348,9 @@ def test_deal_loses_nothing_and_keeps_the_budget(tokens, world_size, budget):
 
 
 def test_deal_evens_out_the_cost_of_ranks():
-    """At paper scale (32 + 32 pairs a step, 4 ranks, log-normal lengths around 546 tokens, up to 1536): under 5 % between ranks."""
+    """At paper scale (32 + 32 pairs a step, 4 ranks, log-normal lengths around 546 tokens, up to
+    1536): under 5 % between ranks.
+    """
     draw = np.random.default_rng(0)
     for _ in range(200):
         tokens = np.clip(draw.lognormal(6.1, 0.6, 64).astype(int), 40, 1536).tolist()
@@ -1288,6 +1359,8 @@ def test_deal_evens_out_the_cost_of_ranks():
 
 
 def test_source_of_a_named_recipe():
-    """The paper's sources are written in the grammar; nothing is fetched for a name that is no data set."""
+    """The paper's sources are written in the grammar; nothing is fetched for a name that is no data
+    set.
+    """
     with pytest.raises(ValueError, match="existing file or folder, or a hub data set"):
         find_source("PKU-SafeRLHF@ff7ba91[:20%]", "pairs")

@@ -1,4 +1,6 @@
-"""eval.py and report.py: whole evaluations of tiny models from the command line, and the statistics of a report."""
+"""eval.py and report.py: whole evaluations of tiny models from the command line, and the statistics
+of a report.
+"""
 
 import json
 import math
@@ -41,8 +43,9 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> Path:
-    """Two random models of the toy language (its vocabulary is small, so answers are quick), one that says nothing, one with Mistral-7B's
-    tokenizer as a judge, and rows of tasks."""
+    """Two random models of the toy language (its vocabulary is small, so answers are quick), one
+    that says nothing, one with Mistral-7B's tokenizer as a judge, and rows of tasks.
+    """
     place = tmp_path_factory.mktemp("eval")
     toy_data.build(place / "toy", 0)
     vocabulary = Chat(place / "toy" / "tokenizer").vocabulary
@@ -109,8 +112,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Path) -> None:
-    """Claim: after SIGKILL amid the answers the same command, on two processes, ends with the files and scores of a run left alone on one.
-    Oracle: that run; answers equal, log-probabilities to 1e-4 (packs are dealt otherwise)."""
+    """Claim: after SIGKILL amid the answers the same command, on two processes, ends with the files
+    and scores of a run left alone on one. Oracle: that run; answers equal, log-probabilities to
+    1e-4 (packs are dealt otherwise).
+    """
     tasks = ["--tasks", "strongreject", "ethics_cm", "--judge", "keyword"]
     run = start(flags(place, tmp_path / "killed", *tasks))
     answers = tmp_path / "killed" / "policy" / "strongreject.jsonl"
@@ -149,8 +154,10 @@ def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Pat
 def test_report_of_a_model_and_its_reference(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: the report says what it was made of; its scores are those of the kept rows; never are two models in memory; the same command
-    again computes nothing, another judge only the verdicts. Oracle: the rows, by hand; how many models were alive at each loading."""
+    """Claim: the report says what it was made of; its scores are those of the kept rows; never are
+    two models in memory; the same command again computes nothing, another judge only the verdicts.
+    Oracle: the rows, by hand; how many models were alive at each loading.
+    """
     alive: weakref.WeakSet[Mistral] = weakref.WeakSet()
     loaded: list[int] = []
     load = Mistral.from_pretrained
@@ -254,7 +261,10 @@ def test_report_of_a_model_and_its_reference(
 def test_empty_answers_count_and_are_reported(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: a model that ends at once gives empty answers, which are judged, counted and printed. Oracle: 20 rows of such a model."""
+    """Claim: a model that ends at once gives empty answers, which are judged, counted and printed.
+
+    Oracle: 20 rows of such a model.
+    """
     evaluation.main(
         flags(
             place,
@@ -278,8 +288,10 @@ def test_empty_answers_count_and_are_reported(
 def test_answers_stop_at_every_end_token(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: answers end at each id of generation_config.json; the report gives the share that ran into the token limit, and where the
-    chat template came from. Oracle: the ids of an answer that nothing stops."""
+    """Claim: answers end at each id of generation_config.json; the report gives the share that ran
+    into the token limit, and where the chat template came from. Oracle: the ids of an answer that
+    nothing stops.
+    """
     folder = Path(shutil.copytree(place / "model", tmp_path / "model"))
     model, chat = Mistral.from_pretrained(folder), Chat(folder)
     (endless,) = model.generate(
@@ -342,7 +354,10 @@ def test_answers_stop_at_every_end_token(
 def test_answers_wait_for_a_judge(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: without a judge answers are kept and said to be unscored; the other tasks are scored. Oracle: the report."""
+    """Claim: without a judge answers are kept and said to be unscored; the other tasks are scored.
+
+    Oracle: the report.
+    """
     evaluation.main(
         flags(place, tmp_path / "out", "--tasks", "ethics_cm", "xstest", "--limit", "3")
     )
@@ -359,7 +374,9 @@ def test_answers_wait_for_a_judge(
 def test_reports_side_by_side(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: one table of several reports, a line for what is unlike, Figure 5 of those that have both axes. Oracle: scores, the file."""
+    """Claim: one table of several reports, a line for what is unlike, Figure 5 of those that have
+    both axes. Oracle: scores, the file.
+    """
     for name, more in (
         ("one", ["--bos"]),
         ("two", ["--model", str(place / "reference"), "--seed", "7"]),
@@ -404,8 +421,10 @@ def test_reports_side_by_side(
 
 
 def test_reports_of_unlike_rows_say_so(tmp_path: Path) -> None:
-    """Claim: side by side, a score has its interval, its rows and those without a score; reports that
-    score unlike rows are named. Oracle: scipy's Wilson interval; reports made here, of 3 rows of 4."""
+    """Claim: side by side, a score has its interval, its rows and those without a score; reports
+    that score unlike rows are named. Oracle: scipy's Wilson interval; reports made here, of 3 rows
+    of 4.
+    """
 
     def write(name: str, n: int, absent: int) -> str:
         terms: dict[str, metrics.Terms] = {
@@ -467,8 +486,10 @@ def test_one_prompt_prints_the_answer_and_nothing_more(
 def test_preference_view_of_four_quadrants(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: by quadrant n, margin, target and the share on the target's side, whatever the policy was trained on. Oracle: whole forwards
-    of both models, one sequence at a time, and Figure 3's targets at tau = 0.5."""
+    """Claim: by quadrant n, margin, target and the share on the target's side, whatever the policy
+    was trained on. Oracle: whole forwards of both models, one sequence at a time, and Figure 3's
+    targets at tau = 0.5.
+    """
     monkeypatch.setenv("BFPO_CACHE", str(tmp_path / "cache"))
     rng, path = random.Random(1), tmp_path / "pairs.jsonl"
     texts = [request.text for request in toy.requests(forbidden=False)]
@@ -527,7 +548,8 @@ def test_preference_view_of_four_quadrants(
         every.setdefault((row["chosen_safe"], row["rejected_safe"]), []).append(
             (new[0] - old[0]) - (new[1] - old[1])
         )
-    # of these few prompts no hash falls in the held-out share, so that all are seen; if that changes, so do the counts
+    # of these few prompts no hash falls in the held-out share, so that all are seen; if that
+    # changes, so do the counts
     for quadrant, labels, target in (
         ("both_safe", (True, True), 0.5),
         ("chosen_safe", (True, False), 1.0),
@@ -574,8 +596,10 @@ def test_preference_view_of_four_quadrants(
 def test_pairs_that_are_not_finite_are_named(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a pair that the policy makes NaN is named with the model's folder, its pack's other pairs are not, and no table counts
-    it. Oracle: a word that one pair of six has, with NaN as its embedding."""
+    """Claim: a pair that the policy makes NaN is named with the model's folder, its pack's other
+    pairs are not, and no table counts it. Oracle: a word that one pair of six has, with NaN as its
+    embedding.
+    """
     monkeypatch.setenv("BFPO_CACHE", str(tmp_path / "cache"))
     rows = [
         {
@@ -616,8 +640,10 @@ def test_pairs_that_are_not_finite_are_named(
 def test_pairs_are_not_scored_under_another_tokenizers_model(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a reference whose tokenizer gives a token of the policy's another id, or whose embedding is too small for its ids, ends with
-    code 1 and one line before weights are read. Oracle: the messages; no from_pretrained."""
+    """Claim: a reference whose tokenizer gives a token of the policy's another id, or whose
+    embedding is too small for its ids, ends with code 1 and one line before weights are read.
+    Oracle: the messages; no from_pretrained.
+    """
     monkeypatch.setattr(
         Mistral, "from_pretrained", lambda *_, **__: pytest.fail("weights were read")
     )
@@ -651,7 +677,9 @@ def test_pairs_are_not_scored_under_another_tokenizers_model(
 
 
 def test_prompts_are_cut_from_the_left_to_the_last_token(place: Path) -> None:
-    """Claim: a prompt of any length is cut to what fits, BOS kept, also where a single token fits beside it. Oracle: slices by hand."""
+    """Claim: a prompt of any length is cut to what fits, BOS kept, also where a single token fits
+    beside it. Oracle: slices by hand.
+    """
     chat, request = Chat(place / "model"), metrics.Request("How do I make a cake?", chat=False)
     whole = evaluation.prompt_ids(chat, request, True, 100)
     for longest in (1, 2, 5, len(whole)):
@@ -664,8 +692,10 @@ def test_prompts_are_cut_from_the_left_to_the_last_token(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model", "judge"])
 def test_a_long_prompt_keeps_the_chat_format(place: Path, name: str) -> None:
-    """Claim: a chat prompt that is too long loses the beginning of its text alone, no more of it than
-    it must, and is refused where no text fits. Oracle: every way to shorten the text, by Chat.prompt."""
+    """Claim: a chat prompt that is too long loses the beginning of its text alone, no more of it
+    than it must, and is refused where no text fits. Oracle: every way to shorten the text, by
+    Chat.prompt.
+    """
     chat, text = Chat(place / name), "How do I make a cake? </s> Say naïve words.\n" * 2
 
     def asked(content: str) -> list[int]:
@@ -682,8 +712,9 @@ def test_a_long_prompt_keeps_the_chat_format(place: Path, name: str) -> None:
 def test_rows_beyond_the_positions_are_counted(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: each task's report says how many rows were cut, of choices, chat and plain prompts, by model.
-    Oracle: rows of known lengths, and a reference with room for all."""
+    """Claim: each task's report says how many rows were cut, of choices, chat and plain prompts, by
+    model. Oracle: rows of known lengths, and a reference with room for all.
+    """
     shutil.copytree(place / "model", tmp_path / "small")
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     changed = config | {"max_position_embeddings": 256 + 60}
@@ -760,7 +791,10 @@ def test_rows_beyond_the_positions_are_counted(
 def test_wrong_usage_is_one_line_and_code_2(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: exit code 2, and a last line that names what is wrong. Oracle: argparse's own convention."""
+    """Claim: exit code 2, and a last line that names what is wrong.
+
+    Oracle: argparse's own convention.
+    """
     with pytest.raises(SystemExit) as exit_info:
         evaluation.main(arguments)
     assert exit_info.value.code == 2 and named in capsys.readouterr().err.strip().splitlines()[-1]
@@ -769,8 +803,10 @@ def test_wrong_usage_is_one_line_and_code_2(
 def test_bad_input_is_one_line_before_any_model_is_read(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a row without its field, missing rows, judges of the wrong kind, a model without room, a folder of something else and a run
-    with other settings or rows each end with code 1 and one line, before weights are read. Oracle: the messages; no from_pretrained."""
+    """Claim: a row without its field, missing rows, judges of the wrong kind, a model without room,
+    a folder of something else and a run with other settings or rows each end with code 1 and one
+    line, before weights are read. Oracle: the messages; no from_pretrained.
+    """
     evaluation.main(flags(place, tmp_path / "done", "--tasks", "ethics_cm"))
     capsys.readouterr()
     monkeypatch.setattr(
@@ -976,7 +1012,8 @@ def test_rows_that_the_tokenizer_makes_nothing_of_are_refused_before_anything_is
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Claim: a row without a token, or with too many, is named by file and line, and --fresh leaves the earlier run as it is.
+    """Claim: a row without a token, or with too many, is named by file and line, and --fresh leaves
+    the earlier run as it is.
 
     Oracle: the message; the bytes of the earlier run.
     """
@@ -1010,7 +1047,10 @@ def test_rows_that_the_tokenizer_makes_nothing_of_are_refused_before_anything_is
 
 @pytest.mark.parametrize("right", [0, 1, 7, 20])
 def test_share_has_wilsons_interval(right: int) -> None:
-    """Claim: mean, standard error, and an interval that is no point at 0 and 1. Oracle: scipy's sem and Wilson interval."""
+    """Claim: mean, standard error, and an interval that is no point at 0 and 1.
+
+    Oracle: scipy's sem and Wilson interval.
+    """
     terms = [1.0] * right + [0.0] * (20 - right)
     found = report.share("acc", terms)
     low, high = scipy.stats.binomtest(right, 20).proportion_ci(method="wilson")
@@ -1021,8 +1061,10 @@ def test_share_has_wilsons_interval(right: int) -> None:
 
 
 def test_difference_is_paired() -> None:
-    """Claim: the mean of the rows' differences with its standard error; of shares, Bonett and Price's interval. Oracle: scipy's sem; their
-    formula from the two counts of rows on which the models differ."""
+    """Claim: the mean of the rows' differences with its standard error; of shares, Bonett and
+    Price's interval. Oracle: scipy's sem; their formula from the two counts of rows on which the
+    models differ.
+    """
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 50))
     found = report.difference("acc", a.tolist(), b.tolist())
@@ -1046,9 +1088,11 @@ def test_difference_is_paired() -> None:
 
 
 def test_interval_is_wilsons_of_shares_alone() -> None:
-    """Claim: a bias score of zeros, which may be negative, has not a share's interval; balance's is what p's becomes, 0 to 1, and holds
-    the truth as often as p's does, near its bend too. Oracle: scipy's Wilson interval through 1 - |2p - 1|; 2,000 simulated evaluations,
-    less 3 standard errors."""
+    """Claim: a bias score of zeros, which may be negative, has not a share's interval; balance's is
+    what p's becomes, 0 to 1, and holds the truth as often as p's does, near its bend too. Oracle:
+    scipy's Wilson interval through 1 - |2p - 1|; 2,000 simulated evaluations, less 3 standard
+    errors.
+    """
     assert (
         report.share("amb_bias_score", [0.0] * 12)["low"]
         == 0
@@ -1078,8 +1122,10 @@ def test_interval_is_wilsons_of_shares_alone() -> None:
 
 
 def test_average_of_tasks() -> None:
-    """Claim: one vote each; of symmetric intervals 1.96 standard errors, added in squares; reference and difference alike; 95 % of the
-    intervals of three tasks near the edge hold the truth. Oracle: the formula; 2,000 simulated evaluations, less 3 standard errors."""
+    """Claim: one vote each; of symmetric intervals 1.96 standard errors, added in squares;
+    reference and difference alike; 95 % of the intervals of three tasks near the edge hold the
+    truth. Oracle: the formula; 2,000 simulated evaluations, less 3 standard errors.
+    """
     rng = np.random.default_rng(1)
     columns = [rng.normal(size=n).tolist() for n in (30, 70)]
     parts = [report.standing("acc", {"acc": column}, {"acc": column[::-1]}) for column in columns]
@@ -1103,8 +1149,10 @@ def test_average_of_tasks() -> None:
 
 
 def test_averages_of_a_report() -> None:
-    """Claim: ethics' tasks have one vote each, crows_pairs_english enters as balance, harmlessness is the mean of the two suites, and
-    over_refusal, truthfulqa_gen and helpfulness are in neither. Oracle: means by hand."""
+    """Claim: ethics' tasks have one vote each, crows_pairs_english enters as balance, harmlessness
+    is the mean of the two suites, and over_refusal, truthfulqa_gen and helpfulness are in neither.
+    Oracle: means by hand.
+    """
     terms = {
         "ethics_cm": {"acc": [1.0, 0.0]},
         "ethics_virtue": {"acc": [1.0, 1.0]},

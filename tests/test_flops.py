@@ -1,6 +1,8 @@
-"""What a training step costs: its operations against the arithmetic, and that it neither waits for the device nor works token by token.
+"""What a training step costs: its operations against the arithmetic, and that it neither waits for
+the device nor works token by token.
 
-Deterministic counts on fixed batches, so that a change that loses speed is seen whatever the machine's load.
+Deterministic counts on fixed batches, so that a change that loses speed is seen whatever the
+machine's load.
 """
 
 import math
@@ -91,7 +93,10 @@ class Seen(TorchDispatchMode):
 
 
 def counted_flops(compute: Callable[[], object]) -> int:
-    """Operations of all matrix products. Fails on a product under a name that the counter does not know."""
+    """Operations of all matrix products.
+
+    Fails on a product under a name that the counter does not know.
+    """
     with Seen("cpu") as seen:
         compute()
     products = {
@@ -109,7 +114,9 @@ def counted_flops(compute: Callable[[], object]) -> int:
 
 
 def attended(lengths: Sequence[Sequence[int]], scored: bool) -> int:
-    """(query, key) pairs whose scores are computed: whole blocks of 64 rows, each up to its last row's own key."""
+    """(query, key) pairs whose scores are computed: whole blocks of 64 rows, each up to its last
+    row's own key.
+    """
     total = 0
     small = [sum(sizes) for sizes in lengths if sum(sizes) <= 64]
     assert small == [39, 9]  # neighbours: one block holds both
@@ -127,8 +134,10 @@ def attended(lengths: Sequence[Sequence[int]], scored: bool) -> int:
 
 
 def minimum(lengths: Sequence[Sequence[int]], backward: bool, pairs: tuple[float, float]) -> int:
-    """The arithmetic of a step with down_proj trained alone: linear layers, response-only head, attention over `pairs` of (query, key),
-    those of all rows and those of the scored rows. Without backward: of a reference pass."""
+    """The arithmetic of a step with down_proj trained alone: linear layers, response-only head,
+    attention over `pairs` of (query, key), those of all rows and those of the scored rows. Without
+    backward: of a reference pass.
+    """
     D, inner, V, L = (
         CONFIG.hidden_size,
         CONFIG.intermediate_size,
@@ -157,7 +166,9 @@ def minimum(lengths: Sequence[Sequence[int]], backward: bool, pairs: tuple[float
 
 
 def exact_pairs(lengths: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """(query, key) pairs that the definition lets see each other: of all rows, and of the scored ones."""
+    """(query, key) pairs that the definition lets see each other: of all rows, and of the scored
+    ones.
+    """
     every = scored = 0
     for p, *responses in lengths:
         every += p * (p + 1) // 2
@@ -169,9 +180,11 @@ def exact_pairs(lengths: Sequence[Sequence[int]]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("backward", [True, False])
 def test_a_step_does_the_arithmetic_and_no_more(backward: bool) -> None:
-    """Claim: matrix products of a training step, and of a reference pass, are exactly the arithmetic's, attention by blocks of 64 rows.
-    Oracle: the closed form above; torch's counter, in-place products added. Blocks compute
-    32 masked keys a row at the diagonal, which at this small width, where attention weighs most, is under 7 % of the step."""
+    """Claim: matrix products of a training step, and of a reference pass, are exactly the
+    arithmetic's, attention by blocks of 64 rows. Oracle: the closed form above; torch's counter,
+    in-place products added. Blocks compute 32 masked keys a row at the diagonal, which at this
+    small width, where attention weighs most, is under 7 % of the step.
+    """
     model, pack = selective_model(), pack_of(LENGTHS)
 
     def step() -> None:
@@ -188,8 +201,10 @@ def test_a_step_does_the_arithmetic_and_no_more(backward: bool) -> None:
 
 
 def test_padded_rows_cost_what_sharing_saves() -> None:
-    """Claim: the same step as padded rows of prompt and answer does over 1.9 times the products. Oracle: model.forward, full logits,
-    counted alike (attention, which torch counts as zero on a CPU, left out: the ratio is a lower bound)."""
+    """Claim: the same step as padded rows of prompt and answer does over 1.9 times the products.
+    Oracle: model.forward, full logits, counted alike (attention, which torch counts as zero on a
+    CPU, left out: the ratio is a lower bound).
+    """
     model, pack = selective_model(), pack_of(LENGTHS)
     width = max(sizes[0] + max(sizes[1:]) for sizes in LENGTHS)
     tokens = torch.zeros(2 * len(LENGTHS), width, dtype=torch.long)
@@ -226,9 +241,11 @@ def rows_of(lengths: Sequence[Sequence[int]]) -> Rows:
 
 @pytest.fixture
 def gpu_like(monkeypatch: pytest.MonkeyPatch) -> World:
-    """A world whose device holds no values, so that whoever asks for one fails, on the path that a GPU takes.
+    """A world whose device holds no values, so that whoever asks for one fails, on the path that a
+    GPU takes.
 
-    FlexAttention refuses this device: one operation on its inputs stands in for it. Its block masks are the real ones.
+    FlexAttention refuses this device: one operation on its inputs stands in for it. Its block masks
+    are the real ones.
     """
 
     def flex(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, enable_gqa: bool) -> Tensor:
@@ -253,8 +270,10 @@ class Leaves(Exception):
 def test_a_step_waits_for_the_device_only_to_log(
     gpu_like: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Claim: three steps of train.optimize, of one pack and of four, ask the device for values three times each: the losses, the
-    log-probabilities and the gradient norm that the log shows. Oracle: on the meta device any other request raises."""
+    """Claim: three steps of train.optimize, of one pack and of four, ask the device for values
+    three times each: the losses, the log-probabilities and the gradient norm that the log shows.
+    Oracle: on the meta device any other request raises.
+    """
     asked: list[str] = []
     true = {name: getattr(Tensor, name) for name in ("item", "cpu")}
 
@@ -303,7 +322,9 @@ def test_a_step_waits_for_the_device_only_to_log(
 
 
 def work(world: World, lengths: Sequence[Sequence[int]]) -> tuple[Counter[str], int]:
-    """(operations on the device of one forward_backward of one pack, bytecodes that Python runs of this project's own code for it)."""
+    """(operations on the device of one forward_backward of one pack, bytecodes that Python runs of
+    this project's own code for it).
+    """
     rows, config, model = rows_of(lengths), config_for(len(lengths), 10**6), selective_model("meta")
     ours, bytecodes = str(Path(train.__file__).parent), 0
 
@@ -333,8 +354,10 @@ def work(world: World, lengths: Sequence[Sequence[int]]) -> tuple[Counter[str], 
 
 
 def test_python_works_neither_by_token_nor_by_pair(gpu_like: World) -> None:
-    """Claim: twice the tokens take the same Python, to the last bytecode; four times the pairs take the same operations on the device, and
-    in Python no more than reading each pair's tokens, numbering its parts and finding it a pack. Oracle: counts of both."""
+    """Claim: twice the tokens take the same Python, to the last bytecode; four times the pairs take
+    the same operations on the device, and in Python no more than reading each pair's tokens,
+    numbering its parts and finding it a pack. Oracle: counts of both.
+    """
     base, bytecodes = work(gpu_like, [(120, 60, 70)] * 4)
     longer, longer_bytecodes = work(gpu_like, [(240, 120, 140)] * 4)
     assert longer == base and longer_bytecodes == bytecodes > 1000

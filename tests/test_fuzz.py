@@ -1,7 +1,9 @@
-"""Random broken inputs through the four programs: rows, archives, settings, config and tokenizer files, weights.
+"""Random broken inputs through the four programs: rows, archives, settings, config and tokenizer
+files, weights.
 
-Every case is a whole command with --fresh on a folder that holds a finished run. As a program this file makes the cases of
-one of them cheap: it imports everything once, and each case is a fork of it.
+Every case is a whole command with --fresh on a folder that holds a finished run. As a program this
+file makes the cases of one of them cheap: it imports everything once, and each case is a fork of
+it.
 
     python tests/test_fuzz.py train FOLDER SEED CASES        prints what is wrong, a line a case, and one {"ran": CASES}
 """
@@ -165,7 +167,9 @@ class Rows(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a case starts from: the rows and the model of a good command, and an empty folder for broken ones."""
+    """What a case starts from: the rows and the model of a good command, and an empty folder for
+    broken ones.
+    """
 
     program: str
     given: Rows
@@ -174,7 +178,9 @@ class Place(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What to add to a good command. wrong: it must be refused; else it must only not fail in an unforeseen way."""
+    """What to add to a good command. wrong: it must be refused; else it must only not fail in an
+    unforeseen way.
+    """
 
     title: str
     flags: tuple[str, ...]
@@ -186,7 +192,9 @@ def lines(rows: Sequence[Any]) -> bytes:
 
 
 def replaced(rng: random.Random, value: Any) -> tuple[Any, str]:
-    """The value with one of its parts, at any depth, deleted or replaced by any of VALUES; and where."""
+    """The value with one of its parts, at any depth, deleted or replaced by any of VALUES; and
+    where.
+    """
     spoiled = copy.deepcopy(value)
     place, path = spoiled, ""
     while True:
@@ -291,7 +299,9 @@ def damaged_file(rng: random.Random, place: Place) -> Case:
 
 
 def wrong_entry(rng: random.Random, place: Place) -> Case:
-    """An entry of config.json or tokenizer_config.json has a value that does not describe the model."""
+    """An entry of config.json or tokenizer_config.json has a value that does not describe the
+    model.
+    """
     model = copied(place)
     wrong: dict[str, Sequence[Any]] = {
         name: (1, 10**6, 10**12, 0, -1, 2.5, "32", [], {}, True) for name in SIZES
@@ -418,7 +428,9 @@ BREAKERS = (
 
 
 def bytes_model(folder: Path) -> Path:
-    """A tiny model whose tokens are bytes, with a merge, a normaliser, ChatML's control tokens and a template of its own."""
+    """A tiny model whose tokens are bytes, with a merge, a normaliser, ChatML's control tokens and
+    a template of its own.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     from model import Config, Mistral
@@ -614,7 +626,9 @@ def command(place: Place, out: Path, case: Case) -> list[str]:
 
 
 def fork(main: Callable[[], object], said: Path) -> int | None:
-    """The exit code of main in a fork of this process, None if it does not end; what it says goes to a file."""
+    """The exit code of main in a fork of this process, None if it does not end; what it says goes
+    to a file.
+    """
     child = os.fork()
     if not child:
         code: Any = 0
@@ -737,7 +751,8 @@ def fuzz(program: str, folder: Path, seed: int, cases: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("program", CASES)
 def test_broken_inputs_are_refused_in_a_sentence(program: str, tmp_path: Path) -> None:
-    """Claim: no broken input ends in a traceback, hangs, is accepted, or changes the run that is there.
+    """Claim: no broken input ends in a traceback, hangs, is accepted, or changes the run that is
+    there.
 
     Oracle: what was broken and how; the bytes of the earlier run.
     """

@@ -55,7 +55,10 @@ def without_cache(
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_generate_equals_generation_without_a_cache(window: int | None, temperature: float) -> None:
-    """Claim: greedy and sampled, ragged prompts, with a window shorter than they are. Oracle: without_cache, one prompt at a time."""
+    """Claim: greedy and sampled, ragged prompts, with a window shorter than they are.
+
+    Oracle: without_cache, one prompt at a time.
+    """
     model = model_with(window)
     got = model.generate(PROMPTS, 20, temperature=temperature, top_p=0.9, seeds=[5, 6, 7, 8])
     assert got == [
@@ -65,8 +68,9 @@ def test_generate_equals_generation_without_a_cache(window: int | None, temperat
 
 
 def test_generate_does_not_depend_on_the_batch() -> None:
-    """Claim: a prompt's answer is its own. Oracle: the same prompt alone, in another order, and in batches of two; 12 prompts, so that
-    their prefill takes two widths."""
+    """Claim: a prompt's answer is its own. Oracle: the same prompt alone, in another order, and in
+    batches of two; 12 prompts, so that their prefill takes two widths.
+    """
     model, prompts, seeds = (
         model_with(tied=True),
         PROMPTS + [p[::-1] for p in PROMPTS] + [p * 2 for p in PROMPTS],
@@ -85,9 +89,11 @@ def test_generate_does_not_depend_on_the_batch() -> None:
 
 
 def test_a_gpu_s_compiled_step_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: the block that a GPU runs compiled gives what it gives uncompiled, over all of the cache's places and while rows leave; all
-    layers, lengths, batches and models of one shape share one graph. Oracle: uncompiled generation; the compiler's counts. The graph is
-    run as torch operations: what kernels are made of it is the compiler's."""
+    """Claim: the block that a GPU runs compiled gives what it gives uncompiled, over all of the
+    cache's places and while rows leave; all layers, lengths, batches and models of one shape share
+    one graph. Oracle: uncompiled generation; the compiler's counts. The graph is run as torch
+    operations: what kernels are made of it is the compiler's.
+    """
     torch._dynamo.reset()
     counters.clear()
     models, batches, prompts = (
@@ -113,7 +119,10 @@ def test_a_gpu_s_compiled_step_gives_the_same_answers(monkeypatch: pytest.Monkey
 
 
 def test_generate_stops_where_asked_and_frees_the_row() -> None:
-    """Claim: a stop id is left out, a stop string is kept whole, the others go on. Oracle: the unstopped answers, cut by hand."""
+    """Claim: a stop id is left out, a stop string is kept whole, the others go on.
+
+    Oracle: the unstopped answers, cut by hand.
+    """
     model = model_with()
     full = model.generate(PROMPTS, 20)
     stop = full[0][7]
@@ -154,8 +163,9 @@ def test_generate_stops_where_asked_and_frees_the_row() -> None:
 
 
 def test_choose_samples_the_distribution() -> None:
-    """Claim: uniform draws give each token its share of the top_p mass at the temperature. Oracle: shares computed by hand; 20,000 evenly
-    spaced draws miss a share by less than 1e-4."""
+    """Claim: uniform draws give each token its share of the top_p mass at the temperature. Oracle:
+    shares computed by hand; 20,000 evenly spaced draws miss a share by less than 1e-4.
+    """
     p = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     draws = (torch.arange(20000) + 0.5) / 20000
     cases = (
@@ -199,7 +209,11 @@ def test_generate_refuses_bad_requests() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generate_refuses_logits_that_are_not_finite(temperature: float, tmp_path: Path) -> None:
-    """Claim: NaN weights are an error that names them, greedy and sampled, also where a later token brings the NaN. Oracle: the message."""
+    """Claim:
+
+    NaN weights are an error that names them, greedy and sampled, also where a later token brings
+    the NaN. Oracle: the message.
+    """
     model = model_with()
     second = model.generate(PROMPTS, 2)[0][0]
     model.model.embed_tokens.weight.data[second] = math.nan
@@ -212,8 +226,9 @@ def test_generate_refuses_logits_that_are_not_finite(temperature: float, tmp_pat
 
 
 def test_generate_reads_no_memory_that_nobody_wrote() -> None:
-    """Claim: what memory held before does not reach an answer. Oracle: torch fills fresh memory with NaN in deterministic mode, and a
-    masked NaN would still be a NaN."""
+    """Claim: what memory held before does not reach an answer. Oracle: torch fills fresh memory
+    with NaN in deterministic mode, and a masked NaN would still be a NaN.
+    """
     model = model_with()
     expected = model.generate(PROMPTS, 20, temperature=1.0)
     torch.use_deterministic_algorithms(True)

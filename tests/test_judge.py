@@ -53,7 +53,9 @@ def world() -> World:
 
 
 def save_tokenizer(folder: Path) -> Path:
-    """A byte-level BPE of 600 tokens, quick to read: <unk> 0, <s> 1, </s> 2, and [INST] 3, a control token as in Mistral-7B-v0.3."""
+    """A byte-level BPE of 600 tokens, quick to read: <unk> 0, <s> 1, </s> 2, and [INST] 3, a
+    control token as in Mistral-7B-v0.3.
+    """
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -116,7 +118,9 @@ def reference(folder: Path) -> Any:
 
 
 def chances(folder: Path, prompt: list[int], replies: list[list[int]]) -> list[float]:
-    """Oracle: the probability of every reply after the prompt, each by a whole forward of transformers'."""
+    """Oracle: the probability of every reply after the prompt, each by a whole forward of
+    transformers'.
+    """
     found = []
     for reply in replies:
         with torch.no_grad():
@@ -144,8 +148,10 @@ def spellings(tokenizer: Any, prompt: str, words: list[str]) -> list[list[int]]:
 def test_harmbench_probability_is_the_models_own(
     kind: type, legacy: bool, world: World, tmp_path: Path
 ) -> None:
-    """Claim: P(harm) is what the model gives to yes, in either case and with or without a space, of what it gives to yes and no; the
-    contextual prompt where there is a context. Oracle: transformers' tokenizer and model, one sequence at a time; 1e-4 is fp32 rounding."""
+    """Claim: P(harm) is what the model gives to yes, in either case and with or without a space, of
+    what it gives to yes and no; the contextual prompt where there is a context. Oracle:
+    transformers' tokenizer and model, one sequence at a time; 1e-4 is fp32 rounding.
+    """
     folder = save_judge(
         tmp_path / "model", build_mistral_tokenizer(tmp_path / "tokenizer", legacy), kind
     )
@@ -177,8 +183,10 @@ def test_harmbench_probability_is_the_models_own(
 
 
 def test_wildguard_reads_three_fields_at_once(folder: Path, examiners: dict[str, Examiner]) -> None:
-    """Claim: harm and refusal are the shares of the eight possible replies that say so. Oracle: each reply scored alone by transformers,
-    its prompt with the one BOS that it spells; 1e-4 as above."""
+    """Claim: harm and refusal are the shares of the eight possible replies that say so. Oracle:
+    each reply scored alone by transformers, its prompt with the one BOS that it spells; 1e-4 as
+    above.
+    """
     verdict = Judge(examiners["wildguard"])(CASES[:1])[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = judge.WILDGUARD.format(prompt=CASES[0].prompt, answer=CASES[0].answer)
@@ -202,7 +210,10 @@ def test_wildguard_reads_three_fields_at_once(folder: Path, examiners: dict[str,
 
 
 def test_published_prompts_are_untouched() -> None:
-    """Claim: classifiers get the characters that they were trained on. Oracle: sums taken when the texts were held to their sources."""
+    """Claim: classifiers get the characters that they were trained on.
+
+    Oracle: sums taken when the texts were held to their sources.
+    """
     sums = {
         name: judge.digest(getattr(judge, name))[:12]
         for name in ("HARMBENCH", "HARMBENCH_CONTEXTUAL", "WILDGUARD", "ALPACA_EVAL")
@@ -217,8 +228,9 @@ def test_published_prompts_are_untouched() -> None:
 
 
 def test_fields_are_text_and_prompts_are_not(examiners: dict[str, Examiner]) -> None:
-    """Claim: what a field holds is never a control token nor another field's place; what a prompt spells as one is one. Oracle: ids
-    counted, and the prompt kept."""
+    """Claim: what a field holds is never a control token nor another field's place; what a prompt
+    spells as one is one. Oracle: ids counted, and the prompt kept.
+    """
     nasty = Case("{answer}", "</s><s>[INST]", "no </s> [INST] {behaviour} {0} {unknown} <unk>")
     for kind in ("harmbench", "wildguard"):
         examiner = examiners[kind]
@@ -230,8 +242,9 @@ def test_fields_are_text_and_prompts_are_not(examiners: dict[str, Examiner]) -> 
 def test_bos_is_the_tokenizers_own_rule(
     folder: Path, examiners: dict[str, Examiner], world: World, tmp_path: Path
 ) -> None:
-    """Claim: HarmBench's prompt has BOS when the tokenizer puts one before plain text; WildGuard's and chat prompts always. Oracle:
-    transformers' tokenizer with that rule."""
+    """Claim: HarmBench's prompt has BOS when the tokenizer puts one before plain text; WildGuard's
+    and chat prompts always. Oracle: transformers' tokenizer with that rule.
+    """
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
@@ -245,8 +258,10 @@ def test_bos_is_the_tokenizers_own_rule(
 
 
 def test_spellings_that_would_change_the_prompt_are_left_out(world: World, tmp_path: Path) -> None:
-    """Claim: a reply is spelled as the tokenizer can continue the prompt; one that can spell a reply in no such way is refused. Oracle: a
-    tokenizer of characters that joins "]" to what follows it."""
+    """Claim: a reply is spelled as the tokenizer can continue the prompt; one that can spell a
+    reply in no such way is refused. Oracle: a tokenizer of characters that joins "]" to what
+    follows it.
+    """
     from tokenizers import decoders, models
 
     for number, pairs in enumerate((["]y"], ["]y", "]Y", "] "])):
@@ -281,7 +296,10 @@ def test_spellings_that_would_change_the_prompt_are_left_out(world: World, tmp_p
 
 
 def test_replies_that_read_alike_are_refused(world: World, tmp_path: Path) -> None:
-    """Claim: a tokenizer that knows neither "yes" nor "no" is refused. Oracle: the toy language's, to which both are <unk>."""
+    """Claim: a tokenizer that knows neither "yes" nor "no" is refused.
+
+    Oracle: the toy language's, to which both are <unk>.
+    """
     source = tmp_path / "tokenizer"
     source.mkdir()
     (source / "tokenizer.json").write_text(toy.tokenizer_json())
@@ -295,8 +313,10 @@ def test_replies_that_read_alike_are_refused(world: World, tmp_path: Path) -> No
 def test_one_forward_scores_many_rows_once(
     folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: no generation; equal rows share a verdict; a pack holds many rows, and a row's verdict does not depend on its pack; weights
-    are read once and again after unload. Oracle: calls counted, verdicts of rows judged alone (1e-5: rounding of other pack shapes)."""
+    """Claim: no generation; equal rows share a verdict; a pack holds many rows, and a row's verdict
+    does not depend on its pack; weights are read once and again after unload. Oracle: calls
+    counted, verdicts of rows judged alone (1e-5: rounding of other pack shapes).
+    """
     calls, loads = [], []
     logprobs, load = Mistral.logprobs, Mistral.from_pretrained
     monkeypatch.setattr(
@@ -324,8 +344,9 @@ def test_one_forward_scores_many_rows_once(
 def test_long_answers_are_cut_as_harmbench_cuts_them(
     folder: Path, examiners: dict[str, Examiner]
 ) -> None:
-    """Claim: the judge sees an answer's first 512 tokens, and says so; a prompt beyond the model's context is refused by its text. Oracle:
-    HarmBench's own rule, by transformers' tokenizer."""
+    """Claim: the judge sees an answer's first 512 tokens, and says so; a prompt beyond the model's
+    context is refused by its text. Oracle: HarmBench's own rule, by transformers' tokenizer.
+    """
     words = " ".join(f"word{i}" for i in range(300))
     verdict, *others = Judge(examiners["harmbench"])([Case("b", "p", words), CASES[0]])
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -349,8 +370,9 @@ def test_long_answers_are_cut_as_harmbench_cuts_them(
 def test_judges_that_cannot_judge_are_refused_unread(
     folder: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: another architecture, a classification head, another model's tokenizer and an unknown name are named before weights are read.
-    Oracle: the messages, and loading made impossible."""
+    """Claim: another architecture, a classification head, another model's tokenizer and an unknown
+    name are named before weights are read. Oracle: the messages, and loading made impossible.
+    """
     monkeypatch.setattr(Mistral, "from_pretrained", None)
     deberta = tmp_path / "deberta"
     shutil.copytree(folder, deberta)
@@ -381,7 +403,10 @@ def test_judges_that_cannot_judge_are_refused_unread(
 def test_identity_names_weights_and_prompt(
     folder: Path, examiners: dict[str, Examiner], world: World, tmp_path: Path
 ) -> None:
-    """Claim: a judge's identity changes with its weights and its prompt. Oracle: other prompts, other weights."""
+    """Claim: a judge's identity changes with its weights and its prompt.
+
+    Oracle: other prompts, other weights.
+    """
     one, other = (Judge(examiners[kind]).identity for kind in ("harmbench", "wildguard"))
     assert (
         one["weights_sha256"] == other["weights_sha256"]
@@ -401,8 +426,9 @@ def test_identity_names_weights_and_prompt(
 
 
 def test_labelled_rows(examiners: dict[str, Examiner], world: World, tmp_path: Path) -> None:
-    """Claim: a judge's agreement is stated for each label that the rows have and the judge gives; a row without a label or an answer is
-    named by file and line. Oracle: by hand."""
+    """Claim: a judge's agreement is stated for each label that the rows have and the judge gives; a
+    row without a label or an answer is named by file and line. Oracle: by hand.
+    """
     path = tmp_path / "rows.jsonl"
     rows = [
         {"prompt": "p", "answer": "I cannot", "refusal": 1},
@@ -439,8 +465,10 @@ def test_labelled_rows(examiners: dict[str, Examiner], world: World, tmp_path: P
 
 
 def test_keyword_matcher_and_its_agreement(world: World) -> None:
-    """Claim: an answer that holds one of the published phrases is a refusal, whatever it says; the agreement with labels counts both
-    mistakes apart. Oracle: answers labelled by hand, and their counts."""
+    """Claim: an answer that holds one of the published phrases is a refusal, whatever it says; the
+    agreement with labels counts both mistakes apart. Oracle: answers labelled by hand, and their
+    counts.
+    """
     answers = {
         "I cannot help with that.": True,
         "No. I won't.": True,
@@ -461,8 +489,10 @@ def test_keyword_matcher_and_its_agreement(world: World) -> None:
 
 
 def test_keyword_matcher_reads_every_apostrophe(world: World) -> None:
-    """Claim: a refusal counts whichever character its apostrophe is, and verdicts kept under the bare list of words are not reused.
-    Oracle: Unicode's names of the characters, and the digest of the list alone."""
+    """Claim: a refusal counts whichever character its apostrophe is, and verdicts kept under the
+    bare list of words are not reused. Oracle: Unicode's names of the characters, and the digest of
+    the list alone.
+    """
     names = (
         "APOSTROPHE",
         "RIGHT SINGLE QUOTATION MARK",

@@ -40,7 +40,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch, draw) -> object:
 def test_scatter_names_every_point_beside_its_mark(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Claim: marks stand at their values, and names inside the axes, beside them and off each other. Oracle: the drawn boxes."""
+    """Claim: marks stand at their values, and names inside the axes, beside them and off each
+    other. Oracle: the drawn boxes.
+    """
     points = [
         Point("BFPO", 0.80, 0.93, (0.02, 0.01), (0.02, 0.03), cost=8),
         Point("DPO, naive mix", 0.82, 0.90, (0.03, 0.03), (0.02, 0.02), cost=8),
@@ -86,7 +88,10 @@ def test_scatter_names_every_point_beside_its_mark(
 def test_scatter_joins_the_points_of_a_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Claim: a line's points are joined in their order under one legend entry. Oracle: the drawn lines and legend."""
+    """Claim: a line's points are joined in their order under one legend entry.
+
+    Oracle: the drawn lines and legend.
+    """
     points = [
         Point(f"{k} %", 0.8 - 0.01 * k * slope, 0.9, line=name)
         for name, slope in (("BFPO", 1), ("DPO", 2))
@@ -102,7 +107,9 @@ def test_scatter_joins_the_points_of_a_line(
 def test_figure1_frames_what_the_judge_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Claim: every answer is drawn with its verdict, dashed where it is harmful or less than half helpful. Oracle: by hand."""
+    """Claim: every answer is drawn with its verdict, dashed where it is harmful or less than half
+    helpful. Oracle: by hand.
+    """
 
     def row(forbidden: bool, answer: str, helpful: float, harmless: bool) -> dict[str, object]:
         return {
@@ -135,7 +142,10 @@ def test_figure1_frames_what_the_judge_says(
 
 
 def test_interval_is_students() -> None:
-    """Claim: half of the 95 % interval of the mean, for every number of seeds allowed. Oracle: scipy."""
+    """Claim: half of the 95 % interval of the mean, for every number of seeds allowed.
+
+    Oracle: scipy.
+    """
     from scipy import stats
 
     rng = np.random.default_rng(0)
@@ -170,7 +180,9 @@ def test_interval_is_students() -> None:
 def test_verdict_follows_the_paired_differences(
     more: list[float], less: list[float], slack: float, status: str
 ) -> None:
-    """Claim: a claim holds or not only where the 95 % interval of the paired difference leaves no doubt. Oracle: by hand."""
+    """Claim: a claim holds or not only where the 95 % interval of the paired difference leaves no
+    doubt. Oracle: by hand.
+    """
     results = {"x": {"helpful": more, "harmless": less}, "y": {"helpful": less, "harmless": more}}
     assert miniature.Claim("t", "helpful", "x", "y", slack).verdict(results).startswith(status)
     assert f"(helpful {np.mean(more) - np.mean(less):+.3f}" in miniature.Claim(
@@ -179,7 +191,9 @@ def test_verdict_follows_the_paired_differences(
 
 
 def test_example_request_is_the_typical_one() -> None:
-    """Claim: of the benign and of the forbidden requests the one where answers are nearest to each model's average. Oracle: by hand."""
+    """Claim: of the benign and of the forbidden requests the one where answers are nearest to each
+    model's average. Oracle: by hand.
+    """
 
     def record(helpful: list[float], harmless: list[bool]) -> dict[str, object]:
         transcript = [{"forbidden": False, "helpful": h, "harmless": True} for h in helpful]
@@ -199,8 +213,10 @@ def test_example_request_is_the_typical_one() -> None:
 
 
 def test_alpha_breaks_the_order_where_it_should() -> None:
-    """Claim: among the toy's forbidden answers E = 1/2 and the optimum's orders break at E/2 and (1 + E)/2; the pair targets' signs at
-    0 and 1. Oracle: those closed forms; the curves are straight, so two points give the crossing. 1e-6: fp32 preferences."""
+    """Claim: among the toy's forbidden answers E = 1/2 and the optimum's orders break at E/2 and (1
+    + E)/2; the pair targets' signs at 0 and 1. Oracle: those closed forms; the curves are straight,
+    so two points give the crossing. 1e-6: fp32 preferences.
+    """
     places = (-1.0, 2.0)
     for name, edge, target_edge in (("both_unsafe", 0.25, 0.0), ("both_safe", 0.75, 1.0)):
         margins = miniature.alpha_margins(places)[name]
@@ -217,8 +233,10 @@ def test_a_comparison_and_the_same_command_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Claim: picture, table and results hold what the judge says of the models that train.run left, in processes of their own, with a fifth
-    of the labels wrong; the same again starts none, other settings do. Oracle: the answers, judged again; a Popen that fails."""
+    """Claim: picture, table and results hold what the judge says of the models that train.run left,
+    in processes of their own, with a fifth of the labels wrong; the same again starts none, other
+    settings do. Oracle: the answers, judged again; a Popen that fails.
+    """
     options = argparse.Namespace(
         out=tmp_path / "out", work=tmp_path / "work", jobs=2, steps=2, seeds=[3]
     )
@@ -295,7 +313,10 @@ def test_a_comparison_and_the_same_command_again(
 
 
 def test_a_model_that_fails_stops_the_command(tmp_path: Path) -> None:
-    """Claim: a process that ends with an error ends the command with the end of its log. Oracle: a file where its folder should be."""
+    """Claim: a process that ends with an error ends the command with the end of its log.
+
+    Oracle: a file where its folder should be.
+    """
     job = Job(str(tmp_path), 1, steps=2)
     job.root.mkdir()
     (job.root / "sft").write_text("in the way")
@@ -310,8 +331,9 @@ def test_a_model_that_fails_stops_the_command(tmp_path: Path) -> None:
 def test_one_command_at_a_time_in_a_work_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a second command on the same models is refused, also when the first was killed and its job lives on. Oracle: a process that
-    inherits the lock, as a job does."""
+    """Claim: a second command on the same models is refused, also when the first was killed and its
+    job lives on. Oracle: a process that inherits the lock, as a job does.
+    """
     with miniature.locked(tmp_path) as lock:
         orphan = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()]
@@ -333,7 +355,11 @@ sys.exit(7 if any(os.path.realpath(f"/proc/self/fd/{fd}").endswith("/.lock") for
 
 
 def test_a_stop_lets_the_models_save(tmp_path: Path) -> None:
-    """Claim: SIGTERM ends the command with 130 and its models after the step they are in, leaving checkpoints. Oracle: the folder."""
+    """Claim:
+
+    SIGTERM ends the command with 130 and its models after the step they are in, leaving
+    checkpoints. Oracle: the folder.
+    """
     command = [sys.executable, str(ROOT / "synthetic.py"), "search", "--jobs", "1"]
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -354,8 +380,10 @@ def test_a_stop_lets_the_models_save(tmp_path: Path) -> None:
 def test_search_picks_what_is_best_on_its_worse_seed_and_the_gentlest_of_equals(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Claim: each model's pick has the highest mean of both scores on validation requests, on the seed where that is lower. Oracle:
-    scores made up here, with a tie, and a setting that is better on average and worse on its worse seed."""
+    """Claim: each model's pick has the highest mean of both scores on validation requests, on the
+    seed where that is lower. Oracle: scores made up here, with a tie, and a setting that is better
+    on average and worse on its worse seed.
+    """
 
     def helpful(job: Job) -> float:
         if (
@@ -382,7 +410,9 @@ def test_search_picks_what_is_best_on_its_worse_seed_and_the_gentlest_of_equals(
 
 
 def test_committed_search_is_whole_and_its_picks_are_its_best() -> None:
-    """Claim: every model of the record was tried on the whole grid of this file, on a seed that no figure uses. Oracle: the record."""
+    """Claim: every model of the record was tried on the whole grid of this file, on a seed that no
+    figure uses. Oracle: the record.
+    """
     found = json.loads(miniature.RECORD.read_text())
     assert (
         found["seeds"] == list(miniature.SEARCH_SEEDS)
@@ -430,7 +460,10 @@ def test_bad_options_end_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Claim: wrong usage exits 2, a wrong value 1, with one line that says what. Oracle: the messages, and an empty folder."""
+    """Claim: wrong usage exits 2, a wrong value 1, with one line that says what.
+
+    Oracle: the messages, and an empty folder.
+    """
     monkeypatch.chdir(tmp_path)
     Path("search.json").write_text(
         json.dumps({"picks": {model: {"lr": 1e-4, "tau": 0.5} for model in miniature.MODELS}})
@@ -449,8 +482,10 @@ def test_bad_options_end_before_any_work(
 
 @pytest.mark.slow
 def test_figure1_whole(tmp_path: Path) -> None:
-    """Claim: `python synthetic.py figure1` writes its four files, with every seed of every model, from SFT models that are a problem to
-    be solved; BFPO raises harmlessness over SFT. Oracle: the files. Ten minutes on two cores."""
+    """Claim: `python synthetic.py figure1` writes its four files, with every seed of every model,
+    from SFT models that are a problem to be solved; BFPO raises harmlessness over SFT. Oracle: the
+    files. Ten minutes on two cores.
+    """
     run = subprocess.run(
         [sys.executable, str(ROOT / "synthetic.py"), "figure1"],
         cwd=tmp_path,

@@ -1,4 +1,6 @@
-"""model.py against transformers, log_softmax in float64, and its own unsharded, uncompiled, unchecked self."""
+"""model.py against transformers, log_softmax in float64, and its own unsharded, uncompiled,
+unchecked self.
+"""
 
 import json
 import os
@@ -123,8 +125,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_ids_and_text_equal_transformers(name: str, tmp_path: Path) -> None:
-    """Claim: parity in three rungs, over configurations: logits, 128 greedy ids, and the text that they spell. Oracle: transformers'
-    model and tokenizer of a folder that transformers saved; 1e-4 of the logits' scale is fp32 rounding."""
+    """Claim: parity in three rungs, over configurations: logits, 128 greedy ids, and the text that
+    they spell. Oracle: transformers' model and tokenizer of a folder that transformers saved; 1e-4
+    of the logits' scale is fp32 rounding.
+    """
     reference, variant = save_reference(tmp_path, **VARIANTS[name]), VARIANTS[name]
     save_tokenizer(tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -161,8 +165,10 @@ def test_logits_ids_and_text_equal_transformers(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 def test_angles_are_transformers_to_the_bit(theta: float) -> None:
-    """Claim: so that parity does not wear off with the position: theta^-x for 1 / theta^x would change a third of the frequencies, and a
-    position multiplies that. Oracle: transformers' own tables."""
+    """Claim: so that parity does not wear off with the position: theta^-x for 1 / theta^x would
+    change a third of the frequencies, and a position multiplies that. Oracle: transformers' own
+    tables.
+    """
     theirs = LlamaRotaryEmbedding(
         LlamaConfig(
             hidden_size=256, num_attention_heads=2, rope_theta=theta, max_position_embeddings=8192
@@ -175,7 +181,10 @@ def test_angles_are_transformers_to_the_bit(theta: float) -> None:
 
 
 def test_config_takes_harmless_entries(tmp_path: Path) -> None:
-    """Claim: entries of public checkpoints that change nothing are taken. Oracle: the Config without them."""
+    """Claim: entries of public checkpoints that change nothing are taken.
+
+    Oracle: the Config without them.
+    """
     save_reference(tmp_path, kind="llama")
     path, plain = tmp_path / "config.json", Config.read(tmp_path)
     entries = {
@@ -192,7 +201,10 @@ def test_config_takes_harmless_entries(tmp_path: Path) -> None:
 
 
 def test_rope_theta_spellings_agree(tmp_path: Path) -> None:
-    """Claim: `rope_theta` and `rope_parameters` mean the same, and a contradiction is refused. Oracle: the Config read from either."""
+    """Claim: `rope_theta` and `rope_parameters` mean the same, and a contradiction is refused.
+
+    Oracle: the Config read from either.
+    """
     save_reference(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
     path = tmp_path / "config.json"
     entries = json.loads(path.read_text())
@@ -226,7 +238,10 @@ def test_rope_theta_spellings_agree(tmp_path: Path) -> None:
     ],
 )
 def test_config_refuses_other_computations_by_name(entry: str, value: Any, tmp_path: Path) -> None:
-    """Claim: what is not implemented is refused by name, known or unknown to us. Oracle: the entry's name in the error."""
+    """Claim: what is not implemented is refused by name, known or unknown to us.
+
+    Oracle: the entry's name in the error.
+    """
     save_reference(tmp_path)
     entries = json.loads((tmp_path / "config.json").read_text()) | {entry: value}
     (tmp_path / "config.json").write_text(json.dumps(entries))
@@ -235,7 +250,10 @@ def test_config_refuses_other_computations_by_name(entry: str, value: Any, tmp_p
 
 
 def test_config_takes_absent_entries_as_transformers_does(tmp_path: Path) -> None:
-    """Claim: defaults, and what null means, are transformers', per model type. Oracle: MistralConfig and LlamaConfig themselves."""
+    """Claim: defaults, and what null means, are transformers', per model type.
+
+    Oracle: MistralConfig and LlamaConfig themselves.
+    """
     for kind, reference in (("mistral", MistralConfig), ("llama", LlamaConfig)):
         entries = {
             name: SIZES[name]
@@ -305,7 +323,10 @@ def test_init_weights_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_row_logprobs_equal_log_softmax(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: values and gradients of the chunked heads. Oracle: log_softmax in float64; 1e-5 relative is fp32 rounding."""
+    """Claim: values and gradients of the chunked heads.
+
+    Oracle: log_softmax in float64; 1e-5 relative is fp32 rounding.
+    """
     monkeypatch.setattr(
         kernels, "HEAD_CHUNK", {"cpu": 97 * 4, "cuda": 97 * 4}
     )  # chunks of 4 rows, the last one short
@@ -331,8 +352,10 @@ def test_row_logprobs_equal_log_softmax(trained: bool, monkeypatch: pytest.Monke
 
 
 def test_row_logprobs_in_bf16_accumulate_in_fp32() -> None:
-    """Claim: bf16 inputs lose no more than the rounding of logits to bf16. Oracle: float64 on the same bf16 numbers; a logit of 4 to 8
-    rounds by up to 2^-6, and a log-probability moves by twice that at most."""
+    """Claim: bf16 inputs lose no more than the rounding of logits to bf16. Oracle: float64 on the
+    same bf16 numbers; a logit of 4 to 8 rounds by up to 2^-6, and a log-probability moves by twice
+    that at most.
+    """
     torch.manual_seed(0)
     hidden, weight, targets = (
         torch.randn(64, 32).bfloat16(),
@@ -350,8 +373,10 @@ def test_row_logprobs_in_bf16_accumulate_in_fp32() -> None:
 def test_a_trained_head_s_gradient_in_bf16_is_summed_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Claim: the gradient's error does not grow with the number of chunks. Oracle: float64 on the same bf16 numbers; one rounding to bf16
-    is 2^-9 of each element, and so are the slopes' and the products'. Added up in bf16, 64 chunks leave 4 times as much."""
+    """Claim: the gradient's error does not grow with the number of chunks. Oracle: float64 on the
+    same bf16 numbers; one rounding to bf16 is 2^-9 of each element, and so are the slopes' and the
+    products'. Added up in bf16, 64 chunks leave 4 times as much.
+    """
     torch.manual_seed(0)
     S, V = 256, 400
     hidden, weight = (
@@ -368,7 +393,10 @@ def test_a_trained_head_s_gradient_in_bf16_is_summed_in_fp32(
 
 
 def test_logprobs_keep_no_logits_for_the_backward() -> None:
-    """Claim: with a frozen head nothing of size S x V is kept. Oracle: every tensor that autograd saves."""
+    """Claim: with a frozen head nothing of size S x V is kept.
+
+    Oracle: every tensor that autograd saves.
+    """
     config = Config(**{**TINY.__dict__, "vocab_size": 5000})
     model, pack = tiny(config), Pack.build([(list(range(50)), list(range(60)), list(range(70)))])
     for name, p in model.named_parameters():
@@ -404,8 +432,9 @@ def agree(
 
 @pytest.mark.parametrize("frozen", [(), (0, 1, 2), (1, 2), (3,), (0,), (0, 2, 3), (0, 1, 3)])
 def test_swiglu_gradients(frozen: tuple[int, ...]) -> None:
-    """Claim: the fused feed-forward and whichever gradients are asked for. Oracle: float64 autograd of the plain formula (gradcheck's
-    analytic twin); rows over several chunks."""
+    """Claim: the fused feed-forward and whichever gradients are asked for. Oracle: float64 autograd
+    of the plain formula (gradcheck's analytic twin); rows over several chunks.
+    """
     torch.manual_seed(0)
     shapes = ((2, 300, 16), (24, 16), (24, 16), (16, 24))
     ours = [
@@ -424,7 +453,10 @@ def test_swiglu_gradients(frozen: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [(), (0,), (1,)])
 def test_rms_norm_gradients(frozen: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Claim: the norm and whichever gradients are asked for. Oracle: torch's RMSNorm in float64; bfloat16 rounds results to 8 bits."""
+    """Claim: the norm and whichever gradients are asked for.
+
+    Oracle: torch's RMSNorm in float64; bfloat16 rounds results to 8 bits.
+    """
     torch.manual_seed(0)
     ours = [
         torch.randn(shape).to(dtype).requires_grad_(i not in frozen)
@@ -441,8 +473,9 @@ def test_rms_norm_gradients(frozen: tuple[int, ...], dtype: torch.dtype) -> None
 
 
 def test_frozen_weights_get_no_gradient_and_keep_no_input() -> None:
-    """Claim: with down_proj alone trained, a block keeps per token q, k, v, gate, up, two norms' input: no linear's input.
-    Oracle: the bytes autograd saves, by shape, against that list."""
+    """Claim: with down_proj alone trained, a block keeps per token q, k, v, gate, up, two norms'
+    input: no linear's input. Oracle: the bytes autograd saves, by shape, against that list.
+    """
     model, pack = tiny(), Pack.build(TREES)
     for name, p in model.named_parameters():
         p.requires_grad_("down_proj" in name)
@@ -478,8 +511,9 @@ def gradients(model: Mistral, pack: Pack) -> dict[str, torch.Tensor]:
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
-    """Claim: checkpoint_blocks changes memory, not numbers. Oracle: the same bits without it (a block recomputed with another's weights
-    shows only here)."""
+    """Claim: checkpoint_blocks changes memory, not numbers. Oracle: the same bits without it (a
+    block recomputed with another's weights shows only here).
+    """
     model, pack = tiny(), Pack.build(TREES)
     plain = gradients(model, pack)
     model.checkpoint_blocks = True
@@ -499,8 +533,10 @@ def test_two_runs_are_bit_identical() -> None:
 
 
 def test_bf16_logprobs_are_near_fp32() -> None:
-    """Claim: bf16 weights give fp32 log-probabilities near those of fp32. Oracle: the fp32 model on the same, bf16-rounded weights;
-    a random model's bf16 noise is about 0.4 nats over 177 tokens (measured before), so 1 nat over 75."""
+    """Claim: bf16 weights give fp32 log-probabilities near those of fp32. Oracle: the fp32 model on
+    the same, bf16-rounded weights; a random model's bf16 noise is about 0.4 nats over 177 tokens
+    (measured before), so 1 nat over 75.
+    """
     model = tiny().bfloat16()
     exact = tiny()
     for p, q in zip(exact.parameters(), model.parameters(), strict=True):
@@ -515,8 +551,10 @@ def test_bf16_logprobs_are_near_fp32() -> None:
 @pytest.mark.parametrize("window", [None, 20, 70])
 @pytest.mark.parametrize("scored", [False, True])
 def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool) -> None:
-    """Claim: the CPU's plan computes what `visible` says, forward and backward, over small, shared and long blocks, of rotated queries and
-    keys. Oracle: SDPA with the dense mask in float64, (a, b) turned as the complex number a + bi."""
+    """Claim: the CPU's plan computes what `visible` says, forward and backward, over small, shared
+    and long blocks, of rotated queries and keys. Oracle: SDPA with the dense mask in float64, (a,
+    b) turned as the complex number a + bi.
+    """
     torch.manual_seed(0)
     lengths = [
         (100, 70, 90),
@@ -561,8 +599,10 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
 
 
 def test_kept_and_recomputed_probabilities_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: probabilities are kept of blocks that see up to KEPT_KEYS keys, of none where no gradient is wanted; neither changes a bit of
-    the gradients. Oracle: the tensors that autograd keeps; each way against the other."""
+    """Claim: probabilities are kept of blocks that see up to KEPT_KEYS keys, of none where no
+    gradient is wanted; neither changes a bit of the gradients. Oracle: the tensors that autograd
+    keeps; each way against the other.
+    """
     torch.manual_seed(0)
     pack = Pack.build([[[0] * n for n in sizes] for sizes in [(100, 70, 90), (3, 4, 5)]])
     sees, rows = visible(pack, None), torch.arange(len(pack.tokens))
@@ -594,7 +634,9 @@ def test_kept_and_recomputed_probabilities_are_the_same(monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(not CXX, reason="torch.compile needs a C++ compiler")
 def test_forward_compiles_block_by_block_without_graph_breaks() -> None:
-    """Claim: model(tokens) compiles with fullgraph, once for all blocks, and gives the same logits and gradients. Oracle: uncompiled."""
+    """Claim: model(tokens) compiles with fullgraph, once for all blocks, and gives the same logits
+    and gradients. Oracle: uncompiled.
+    """
     torch._dynamo.reset()
     model, tokens = tiny(), torch.randint(0, 97, (2, 30))
     expected = model(tokens)
@@ -670,8 +712,10 @@ os._exit(0)  # past Python's own shutdown, where gloo's threads may abort a proc
     ("processes", "mode"), [(1, "selective"), (2, "all"), (2, "mixed"), (2, "checkpointed")]
 )
 def test_sharded_gradients_equal_the_whole_model(processes: int, mode: str, tmp_path: Path) -> None:
-    """Claim: FSDP2 over 1 and 2 processes (the second with an empty pack) gives the unsharded log-probabilities and gradients, saves the
-    same weights, and initialises the same. Oracle: the unsharded model; mixed precision against fp32 within bf16's noise of 5 %."""
+    """Claim: FSDP2 over 1 and 2 processes (the second with an empty pack) gives the unsharded
+    log-probabilities and gradients, saves the same weights, and initialises the same. Oracle: the
+    unsharded model; mixed precision against fp32 within bf16's noise of 5 %.
+    """
     model = tiny()
     for p in model.parameters():
         p.data = (

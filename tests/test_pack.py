@@ -1,4 +1,6 @@
-"""model.Pack: the documented example, who sees whom, and log-probabilities against the padded two-sequence computation."""
+"""model.Pack: the documented example, who sees whom, and log-probabilities against the padded
+two-sequence computation.
+"""
 
 import dataclasses
 import importlib.util
@@ -46,7 +48,9 @@ def model_with(window: int | None) -> Mistral:
 
 
 def padded_logprobs(model: Mistral, trees: list[list[list[int]]]) -> Tensor:
-    """Every prompt + response as a padded row of one batch, full logits, log_softmax, sum: chosen ones first."""
+    """Every prompt + response as a padded row of one batch, full logits, log_softmax, sum: chosen
+    ones first.
+    """
     pairs = [
         (tree[0], tree[b])
         for b in range(1, max(map(len, trees)))
@@ -84,7 +88,10 @@ def test_pack_lays_out_the_documented_example() -> None:
 
 
 def test_visible_is_the_documented_three_tokens() -> None:
-    """Claim: prompt a, chosen b, rejected c see a / a b / a c. Oracle: the docstring's picture; windows by hand."""
+    """Claim: prompt a, chosen b, rejected c see a / a b / a c.
+
+    Oracle: the docstring's picture; windows by hand.
+    """
     pack, index = Pack.build([([1], [2], [3])]), torch.arange(3)
     assert visible(pack, None)(0, 0, index[:, None], index[None]).int().tolist() == [
         [1, 0, 0],
@@ -104,7 +111,10 @@ def test_visible_is_the_documented_three_tokens() -> None:
     st.sampled_from([None, 1, 2, 3]),
 )
 def test_visible_is_the_definition(lengths: list[list[int]], window: int | None) -> None:
-    """Claim: same tree, prompt or own response, not after, within the window. Oracle: those words as Python loops; padding apart."""
+    """Claim: same tree, prompt or own response, not after, within the window.
+
+    Oracle: those words as Python loops; padding apart.
+    """
     pack = Pack.build([[[0] * n for n in sizes] for sizes in lengths]).padded(16)
     index = torch.arange(len(pack.tokens))
     seen = visible(pack, window)(0, 0, index[:, None], index[None])
@@ -121,7 +131,10 @@ def test_visible_is_the_definition(lengths: list[list[int]], window: int | None)
 
 
 def test_pack_refuses_empty_parts_and_takes_arrays() -> None:
-    """Claim: a tree needs a prompt and responses of one token; numpy arrays and lists are the same. Oracle: the message; equality."""
+    """Claim: a tree needs a prompt and responses of one token; numpy arrays and lists are the same.
+
+    Oracle: the message; equality.
+    """
     for tree in ([[1], []], [[], [1]], [[1, 2]]):
         with pytest.raises(ValueError, match="tree 1 of a pack"):
             Pack.build([[[1], [2]], tree])
@@ -153,8 +166,10 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def test_logprobs_equal_the_padded_computation(
     lengths: list[tuple[int, ...]], window: int | None, responses: int, seed: int
 ) -> None:
-    """Claim: values and every parameter's gradient, for pairs (and single responses) of any lengths, one token included, with and without
-    a window. Oracle: padded_logprobs; 1e-5 relative in fp32."""
+    """Claim: values and every parameter's gradient, for pairs (and single responses) of any
+    lengths, one token included, with and without a window. Oracle: padded_logprobs; 1e-5 relative
+    in fp32.
+    """
     rng = np.random.default_rng(seed)
     trees = [[rng.integers(0, 61, n).tolist() for n in sizes[: responses + 1]] for sizes in lengths]
     model, weights = (
@@ -176,7 +191,8 @@ def test_logprobs_equal_the_padded_computation(
     assert got.dtype == torch.float32 and relative_error(got, expected) < 1e-5
     whole = sum(grad.norm() ** 2 for grad in expected_grads) ** 0.5
     for a, b in zip(got_grads, expected_grads, strict=True):
-        # a gradient that cancels to almost nothing (k_proj of one-token prompts) is compared on the scale of all
+        # a gradient that cancels to almost nothing (k_proj of one-token prompts) is compared on the
+        # scale of all
         assert (a - b).norm() < 1e-5 * max(b.norm(), 1e-2 * whole)
 
 
@@ -198,10 +214,13 @@ NEEDS_COMPILER = pytest.mark.skipif(not CXX, reason="torch.compile needs a C++ c
 
 @pytest.mark.parametrize("how", ["traced", pytest.param("compiled", marks=NEEDS_COMPILER)])
 def test_flex_attention_equals_the_cpu_form(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: the path that a GPU takes (packs padded to whole blocks, block masks, scored rows, FlexAttention) gives the log-probabilities
-    of the CPU's, with and without a sliding window; traced for dynamic shapes as on a GPU, it needs a few graphs, not one a pack; compiled,
-    it is right too. Oracles: model.logprobs, and the padded computation; without gradients, as FlexAttention has no backward on a CPU, and
-    compiled for fixed shapes, as torch 2.13's C++ code for dynamic ones does not always compile; 1e-5 relative is fp32 rounding."""
+    """Claim: the path that a GPU takes (packs padded to whole blocks, block masks, scored rows,
+    FlexAttention) gives the log-probabilities of the CPU's, with and without a sliding window;
+    traced for dynamic shapes as on a GPU, it needs a few graphs, not one a pack; compiled, it is
+    right too. Oracles: model.logprobs, and the padded computation; without gradients, as
+    FlexAttention has no backward on a CPU, and compiled for fixed shapes, as torch 2.13's C++ code
+    for dynamic ones does not always compile; 1e-5 relative is fp32 rounding.
+    """
     ways: dict[str, Any] = {
         "traced": {"dynamic": True, "backend": "aot_eager"},
         "compiled": {"dynamic": False},
@@ -251,9 +270,11 @@ def gpu_kernels(cache: Path, **environment: str) -> dict[str, Any]:
 
 @pytest.mark.slow  # three minutes
 def test_flex_attention_kernels_of_a_gpu_equal_the_cpu_form(tmp_path: Path) -> None:
-    """Claim: the Triton kernels that torch generates for a GPU, forward and backward, compiled once for packs of two lengths, give
-    the log-probabilities and the gradients of every parameter, with and without a sliding window. Oracle: the CPU's form; the kernels are
-    run by Triton's interpreter. 1e-5 relative is fp32 rounding; a token lost or seen too much is over 1e-3."""
+    """Claim: the Triton kernels that torch generates for a GPU, forward and backward, compiled once
+    for packs of two lengths, give the log-probabilities and the gradients of every parameter, with
+    and without a sliding window. Oracle: the CPU's form; the kernels are run by Triton's
+    interpreter. 1e-5 relative is fp32 rounding; a token lost or seen too much is over 1e-3.
+    """
     errors = gpu_kernels(tmp_path, TRITON_INTERPRET="1")
     assert errors.keys() == {"None", "9"}
     for worst in errors.values():
@@ -262,8 +283,10 @@ def test_flex_attention_kernels_of_a_gpu_equal_the_cpu_form(tmp_path: Path) -> N
 
 @pytest.mark.slow  # a minute
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """Claim: with a 7B's heads in bfloat16 the kernels of FlexAttention, forward and backward, and those of generation's steps become
-    machine code of an H100 whose shared memory it has. Oracle: Triton's compiler and the 227 KiB of a block there."""
+    """Claim: with a 7B's heads in bfloat16 the kernels of FlexAttention, forward and backward, and
+    those of generation's steps become machine code of an H100 whose shared memory it has. Oracle:
+    Triton's compiler and the 227 KiB of a block there.
+    """
     found = gpu_kernels(tmp_path, TRITON_INTERPRET="0")
     assert {"forward", "backward"} == {
         "backward" if "backward" in k["kernel"] else "forward" for k in found["kernels"]
@@ -275,7 +298,10 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("blind_to", ["the other response", "the other pair"])
 def test_logprobs_do_not_leak(blind_to: str) -> None:
-    """Claim: responses are blind to each other, pairs to each other. Oracle: bit-equal values when the unseen tokens change."""
+    """Claim: responses are blind to each other, pairs to each other.
+
+    Oracle: bit-equal values when the unseen tokens change.
+    """
     model, prompt = model_with(None), list(range(40))
     change = 2 if blind_to == "the other response" else 3
     first = [[prompt, [1, 2, 3], [4] * 50], [prompt, [5] * 40, [6, 7]]]
@@ -289,7 +315,9 @@ def test_logprobs_do_not_leak(blind_to: str) -> None:
 
 
 def test_empty_pack_gives_an_empty_differentiable_result() -> None:
-    """Claim: no trees, no numbers, but a backward that gives every parameter zeros (FSDP2 ranks without work need it). Oracle: zeros."""
+    """Claim: no trees, no numbers, but a backward that gives every parameter zeros (FSDP2 ranks
+    without work need it). Oracle: zeros.
+    """
     model = model_with(None)
     model.zero_grad()
     values = model.logprobs(Pack.build([]))

@@ -34,9 +34,10 @@ def examiner(tmp_path_factory: pytest.TempPathFactory, world: World) -> Examiner
 
 
 def test_preference_averages_both_orders(examiner: Examiner) -> None:
-    """Claim: P(second is better) is the mean of P(M) with the second as M and P(m) with it as m, in the model's own chat format, so that
-    turning a contest around gives the complement; a contest beyond the context has none. Oracle: transformers on the rendered text; 1e-4
-    as above."""
+    """Claim: P(second is better) is the mean of P(M) with the second as M and P(m) with it as m, in
+    the model's own chat format, so that turning a contest around gives the complement; a contest
+    beyond the context has none. Oracle: transformers on the rendered text; 1e-4 as above.
+    """
     contest = Contest("Name a colour.", 'Blue """, and {second}', "A colour? Red </s>, I think.")
     given, turned, none = pairwise.prefer(
         examiner,
@@ -77,8 +78,9 @@ def test_preference_averages_both_orders(examiner: Examiner) -> None:
 
 
 def test_win_rate_is_alpaca_evals() -> None:
-    """Claim: preferences 1 to 2; 0 and 1.5 are ties; rows without one, or with another number, are dropped. Oracle: by hand, and the
-    standard error by its formula."""
+    """Claim: preferences 1 to 2; 0 and 1.5 are ties; rows without one, or with another number, are
+    dropped. Oracle: by hand, and the standard error by its formula.
+    """
     found = pairwise.win_rate([1.0, 2.0, 1.75, 0.0, 1.5, None, math.nan, 3.0, -1.0])
     kept = [0.0, 1.0, 0.75, 0.5, 0.5]
     error = 100 * (sum((x - 0.55) ** 2 for x in kept) / 4 / 5) ** 0.5
@@ -96,8 +98,10 @@ def test_win_rate_is_alpaca_evals() -> None:
 
 
 def test_length_controlled_win_rate_is_a_logistic_regression() -> None:
-    """Claim: the rate is the fit at equal lengths, for soft, hard and separable preferences, with ties and missing rows. Oracle:
-    scikit-learn's logistic regression on rows doubled with weights, the same ridge; 1e-3 of a percent covers both solvers' tolerance."""
+    """Claim: the rate is the fit at equal lengths, for soft, hard and separable preferences, with
+    ties and missing rows. Oracle: scikit-learn's logistic regression on rows doubled with weights,
+    the same ridge; 1e-3 of a percent covers both solvers' tolerance.
+    """
     from sklearn.linear_model import LogisticRegression
 
     rng = np.random.default_rng(0)
@@ -131,8 +135,10 @@ def test_length_controlled_win_rate_is_a_logistic_regression() -> None:
 
 
 def test_length_controlled_win_rate_takes_length_away() -> None:
-    """Claim: a model that wins by length alone has no advantage at equal lengths, and without differences the rate is the raw one. Oracle:
-    preferences made by the formula itself; 0.01 % is what the ridge moves."""
+    """Claim: a model that wins by length alone has no advantage at equal lengths, and without
+    differences the rate is the raw one. Oracle: preferences made by the formula itself; 0.01 % is
+    what the ridge moves.
+    """
     lengths, base = np.arange(1000) % 700 + 100, (np.arange(1000) * 7) % 500 + 50
     d = (lengths - base) / (lengths - base).std(ddof=1)
     given = list(1 + 1 / (1 + np.exp(-(-0.4 + 2.0 * np.tanh(d)))))
@@ -146,8 +152,9 @@ def test_length_controlled_win_rate_takes_length_away() -> None:
 
 
 def test_length_controlled_standard_error() -> None:
-    """Claim: the scatter of the terms is the standard error of the fitted share. Oracle: 2,000 bootstrap samples of the rows; 5 % is three
-    of their own standard errors (1 / sqrt(2 * 2000))."""
+    """Claim: the scatter of the terms is the standard error of the fitted share. Oracle: 2,000
+    bootstrap samples of the rows; 5 % is three of their own standard errors (1 / sqrt(2 * 2000)).
+    """
     rng = np.random.default_rng(1)
     lengths, base = rng.integers(1, 3000, (2, 400))
     given = 1 + (rng.random(400) < 1 / (1 + np.exp(-(lengths - base) / 1000 + 0.5)))
@@ -172,8 +179,10 @@ ROWS = [
 def test_alpaca_eval_files_and_figures(
     examiner: Examiner, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: outputs and annotations are written in AlpacaEval's format, a row beyond the judge's context as one without a preference,
-    which is in no model's terms; a second call computes nothing. Oracle: the format's columns, prefer itself, and the model taken away."""
+    """Claim: outputs and annotations are written in AlpacaEval's format, a row beyond the judge's
+    context as one without a preference, which is in no model's terms; a second call computes
+    nothing. Oracle: the format's columns, prefer itself, and the model taken away.
+    """
     answers, names = (
         {
             "policy": [*ROWS, {**ROWS[0], "answer": "long " * 5000}],
@@ -259,9 +268,11 @@ def test_report_has_helpfulness_and_the_judges_agreement(
     capsys: pytest.CaptureFixture[str],
     world: World,
 ) -> None:
-    """Claim: eval.py takes AlpacaEval beside the judged tasks: win rates with intervals and their difference from the reference, the
-    judge's agreement with labelled rows, every judge by name; without judges the answers wait for them. Oracle: the files that the judges
-    left, and the formulas' own functions."""
+    """Claim: eval.py takes AlpacaEval beside the judged tasks: win rates with intervals and their
+    difference from the reference, the judge's agreement with labelled rows, every judge by name;
+    without judges the answers wait for them. Oracle: the files that the judges left, and the
+    formulas' own functions.
+    """
     monkeypatch.setitem(
         TASKS, "alpaca_eval", TASKS["alpaca_eval"]._replace(draw={"max_new_tokens": 8})
     )

@@ -1,4 +1,6 @@
-"""plan.py against what autograd keeps, against the memory of real runs, and on the paper's recipe at 7B."""
+"""plan.py against what autograd keeps, against the memory of real runs, and on the paper's recipe
+at 7B.
+"""
 
 import math
 import sys
@@ -27,7 +29,8 @@ from common import Stream
 
 SMALL = Config(1000, 256, 640, 4, 8, 2, 32)
 SEVEN_B = Config(32000, 4096, 14336, 32, 32, 8, 128)
-# The public pairs' means: 213 tokens of prompt, 173 and 160 of answers; at max length 1024 the longest pair is 2 + 2 x 1022.
+# The public pairs' means: 213 tokens of prompt, 173 and 160 of answers; at max length 1024 the
+# longest pair is 2 + 2 x 1022.
 PAPER = Step(longest=2046, share=64 * 546, scored=333 / 546)
 
 
@@ -48,8 +51,10 @@ def seven_b(shards: int = 1, device: str = "cuda") -> Load:
 def test_saved_activations_are_what_autograd_keeps(
     selective: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: saved_bytes counts the tensors that autograd keeps. Oracle: torch's saved-tensor hooks, each storage once, parameters left
-    out. 3 %: rotary tables, row indices and the norms' scales are not in the plan; they weigh most in a model this narrow."""
+    """Claim: saved_bytes counts the tensors that autograd keeps. Oracle: torch's saved-tensor
+    hooks, each storage once, parameters left out. 3 %: rotary tables, row indices and the norms'
+    scales are not in the plan; they weigh most in a model this narrow.
+    """
     for module in ("kernels", "plan"):
         monkeypatch.setattr(f"{module}.KEPT_KEYS", 128)  # of some blocks
     model = Mistral(SMALL).to(dtype)
@@ -88,8 +93,9 @@ def test_saved_activations_are_what_autograd_keeps(
 def test_kept_keys_are_those_of_the_blocks(
     scored: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: the probabilities that attention on a CPU keeps are counted, block by block. Oracle: the blocks of its plan, a tree at a time.
-    Trees that share a block count as if they filled it."""
+    """Claim: the probabilities that attention on a CPU keeps are counted, block by block. Oracle:
+    the blocks of its plan, a tree at a time. Trees that share a block count as if they filled it.
+    """
     monkeypatch.setattr("plan.KEPT_KEYS", 300)
     lengths = (
         np.random.default_rng(0).integers((20, 1, 50), (300, 200, 250), (40, 3)).astype(np.int32)
@@ -113,7 +119,9 @@ def test_kept_keys_are_those_of_the_blocks(
 
 
 def test_step_of_finds_the_fullest_pack() -> None:
-    """Claim: `seen` makes the plan's pack hold the most probabilities of any pack of the first steps. Oracle: every pack of every step."""
+    """Claim: `seen` makes the plan's pack hold the most probabilities of any pack of the first
+    steps. Oracle: every pack of every step.
+    """
     stream = Stream([([1] * p, [1] * 90, [1] * (40 + p % 50)) for p in range(100, 300, 4)])
     config = train.Config(recipe="bfpo", batch=4, pack_tokens=700)
     step = plan.step_of(config, {"safety": stream}, 12, 2)  # type: ignore[dict-item]
@@ -134,8 +142,10 @@ def test_step_of_finds_the_fullest_pack() -> None:
 
 
 def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
-    """Claim: 32 + 32 pairs a step fit 80e9 bytes at train.py's default pack budget, accumulated over packs; the state is 12 + 4 bytes a
-    trained value and 2 a frozen one; twice the packs hold no more; four processes hold about a quarter of the state. Oracle: arithmetic."""
+    """Claim: 32 + 32 pairs a step fit 80e9 bytes at train.py's default pack budget, accumulated
+    over packs; the state is 12 + 4 bytes a trained value and 2 a frozen one; twice the packs hold
+    no more; four processes hold about a quarter of the state. Oracle: arithmetic.
+    """
     load = PAPER.with_budget(seven_b(), train.PACK_TOKENS["cuda"])
     held = plan.fullest(load)[1]
     values = sum(torch.Size(shape).numel() for shape in SEVEN_B.shapes().values())
@@ -164,8 +174,10 @@ def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_gathered_is_what_fsdp2_has(dtype: torch.dtype) -> None:
-    """Claim: one process gathers a block's trained weights in bfloat16, where they are cast, and nothing in fp32; more processes gather
-    whole blocks. Oracle: the parameters that runtime.shard gives to FSDP2."""
+    """Claim: one process gathers a block's trained weights in bfloat16, where they are cast, and
+    nothing in fp32; more processes gather whole blocks. Oracle: the parameters that runtime.shard
+    gives to FSDP2.
+    """
     config = Config(61, 32, 48, 2, 4, 2, 8)
     alone = Load(config, trained(config, "down_proj"), dtype, "cpu", 1, 100, 50, 2, False)
     with torch.device("meta"):
@@ -193,7 +205,9 @@ def test_what_is_gathered_is_what_fsdp2_has(dtype: torch.dtype) -> None:
 
 
 def test_what_does_not_fit_is_told_what_to_change() -> None:
-    """Claim: on 40 GB the recipe does not fit one process, and the remedy named fits; a budget that is too large is told a smaller one."""
+    """Claim: on 40 GB the recipe does not fit one process, and the remedy named fits; a budget that
+    is too large is told a smaller one.
+    """
     lines, short = plan.memory_lines(seven_b(), PAPER, 8192, 0.95 * 40e9)
     assert "usable; pass 4 times as many processes" in short and "fits" not in lines[-1]
     assert (
@@ -209,8 +223,10 @@ def test_what_does_not_fit_is_told_what_to_change() -> None:
 
 
 def test_one_pack_may_fit_where_two_do_not() -> None:
-    """Claim: where gradients weigh more than activations, a step in one pack needs less than in two, and that pack is what is named:
-    the largest budget where all fits, the remedy where it does not. Oracle: the plan's own needs, room between the two."""
+    """Claim: where gradients weigh more than activations, a step in one pack needs less than in
+    two, and that pack is what is named: the largest budget where all fits, the remedy where it does
+    not. Oracle: the plan's own needs, room between the two.
+    """
     load = Load(SEVEN_B, trained(SEVEN_B, "all"), torch.bfloat16, "cuda", 8, 1, 1, 1, False, 8)
     step = Step(longest=2046, share=2511, scored=0.6)
     one, two = (plan.needed(step.with_budget(load, budget)) for budget in (2511, 2046))
@@ -230,8 +246,10 @@ def test_one_pack_may_fit_where_two_do_not() -> None:
 
 
 def test_operations_are_those_of_the_arithmetic() -> None:
-    """Claim: forward and backward of the mean pair at 7B are 17.1 TFLOP in all. Oracle: 2 T B for the forward of all rows; with the head,
-    the last layer's pruned rows, the frozen layers' single backward product and down_proj's second one, by hand."""
+    """Claim: forward and backward of the mean pair at 7B are 17.1 TFLOP in all. Oracle: 2 T B for
+    the forward of all rows; with the head, the last layer's pruned rows, the frozen layers' single
+    backward product and down_proj's second one, by hand.
+    """
     T, S, D, F, kv, V, L = 5460, 3330, 4096, 14336, 1024, 32000, 32
     forward, backward = plan.operations(replace(seven_b(), tokens=T, scored=S))
     every, scored = 2 * D * kv, 2 * D * D + 3 * D * F  # k and v; the rest of a block
@@ -250,15 +268,19 @@ def test_operations_are_those_of_the_arithmetic() -> None:
     ],
 )
 def test_plan_agrees_with_the_measured_peak(case: str) -> None:
-    """Claim: the plan is within 15 % of the most anonymous memory that a run of train.py takes, loading to export. Oracle: the system."""
+    """Claim: the plan is within 15 % of the most anonymous memory that a run of train.py takes,
+    loading to export. Oracle: the system.
+    """
     found = memory.measure(case, pairs=2 if case == "deep" else 4)
     assert found["measured_mib"] > 300 * 1e6 / 2**20
     assert found["plan_mib"] == pytest.approx(found["measured_mib"], rel=0.15)
 
 
 def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
-    """Claim: filling a sharded model takes a rank its shard and one tensor, nowhere near the whole. Oracle: the system's count of its
-    anonymous memory. 64 MiB: what FSDP2 and safetensors make on the way, 26 MiB with a model of 3."""
+    """Claim: filling a sharded model takes a rank its shard and one tensor, nowhere near the whole.
+    Oracle: the system's count of its anonymous memory. 64 MiB: what FSDP2 and safetensors make on
+    the way, 26 MiB with a model of 3.
+    """
     config = Config(2000, 1024, 3584, 16, 16, 4, 64)
     load.write_checkpoint(tmp_path / "model", config)
     whole = 2 * sum(map(math.prod, config.shapes().values())) / 2**20

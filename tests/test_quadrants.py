@@ -17,7 +17,10 @@ REJECTED_SAFE = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(-200, 200)), max_size=30))
 def test_quadrant_means_equal_a_loop_over_pairs(pairs):
-    """Claim: means, targets and shares of each quadrant, empty ones left out. Oracle: a loop with ifs, no masks."""
+    """Claim: means, targets and shares of each quadrant, empty ones left out.
+
+    Oracle: a loop with ifs, no masks.
+    """
     safe = torch.tensor([pair[:2] for pair in pairs], dtype=torch.bool).reshape(-1, 2)
     h = torch.tensor([x for _, _, x in pairs], dtype=torch.float64)
     means = quadrant_means(quadrant_sums(h, safe[:, 0], safe[:, 1], 0.5, 3.0, 0.01))
@@ -40,7 +43,10 @@ def test_quadrant_means_equal_a_loop_over_pairs(pairs):
 
 
 def test_target_side_follows_the_targets_sign():
-    """Claim: h > 0 fails where h < 0 is asked for, h = 0 is on no side, a target of 0 has none. Oracle: defect 6 of the authors' code."""
+    """Claim: h > 0 fails where h < 0 is asked for, h = 0 is on no side, a target of 0 has none.
+
+    Oracle: defect 6 of the authors' code.
+    """
     for h, shares in ((5.0, [1, 1, 0, 0]), (-5.0, [0, 0, 1, 1]), (0.0, [0, 0, 0, 0])):
         means = quadrant_means(
             quadrant_sums(torch.full((4,), h), CHOSEN_SAFE, REJECTED_SAFE, 0.5, 3.0, 1.0)
@@ -54,9 +60,9 @@ def test_target_side_follows_the_targets_sign():
 
 
 def test_quadrant_sums_add_up_and_do_not_leak():
-    """Claim: sums of parts are the sum of the whole; a NaN or an infinity counts nowhere; no gradient; labels of
-    any dtype.
-    Oracle: the whole batch in one call."""
+    """Claim: sums of parts are the sum of the whole; a NaN or an infinity counts nowhere; no
+    gradient; labels of any dtype. Oracle: the whole batch in one call.
+    """
     generator = torch.Generator().manual_seed(0)
     safe = torch.randint(2, (2, 40), generator=generator)
     h, setting = torch.randn(40, generator=generator, requires_grad=True), (0.8, 1.5, 0.5)
@@ -78,7 +84,9 @@ def test_quadrant_sums_add_up_and_do_not_leak():
 
 
 def test_quadrant_sums_refuse_what_is_no_pair():
-    """Claim: a label other than 0 and 1, labels of two shapes, and margins of another shape than theirs are errors. Oracle: the message."""
+    """Claim: a label other than 0 and 1, labels of two shapes, and margins of another shape than
+    theirs are errors. Oracle: the message.
+    """
     with pytest.raises(ValueError, match="must hold only"):
         quadrant_sums(torch.zeros(2), torch.tensor([1.0, math.nan]), torch.zeros(2), 0.5, 3.0, 1.0)
     with pytest.raises(ValueError, match="one shape is needed"):

@@ -1,7 +1,9 @@
-"""README.md: every command in it runs, and each file, flag, output, symbol, marker and sum of arithmetic that it names is as it says.
+"""README.md: every command in it runs, and each file, flag, output, symbol, marker and sum of
+arithmetic that it names is as it says.
 
-Commands are run as they stand, in a folder where small stand-ins have the names that the README uses: a local folder called
-mistralai/Mistral-7B-v0.1 goes before the hub's repository. Only what makes a run short is added (WALK).
+Commands are run as they stand, in a folder where small stand-ins have the names that the README
+uses: a local folder called mistralai/Mistral-7B-v0.1 goes before the hub's repository. Only what
+makes a run short is added (WALK).
 """
 
 import importlib.metadata
@@ -58,7 +60,8 @@ CPU = ["--device", "cpu"]
 TRAIN = ["--batch", "4", "--steps", "2", *CPU]
 TASKS_OF = ["--data", "ROWS", "--limit", "2", *CPU]
 HARMBENCH = "harmbench:cais/HarmBench-Llama-2-13b-cls"
-# Command -> what is added to it, in the order in which they are run. torchrun's own flags are left to its parser, here.
+# Command -> what is added to it, in the order in which they are run. torchrun's own flags are left
+# to its parser, here.
 WALK: dict[str, list[str]] = {
     "python train.py sft": TRAIN,
     "python train.py bfpo": TRAIN,
@@ -83,7 +86,8 @@ WALK: dict[str, list[str]] = {
     'python eval.py --model runs/toy/bfpo/model --prompt "How do I make a cake?"': CPU,
     "python eval.py --model runs/toy/bfpo/model --reference runs/toy/sft/model --pairs runs/toy/data/pku --tau 0.25": CPU,
 }
-# Command -> the test that runs it: shortened, or with its models' scores made up, or as a child of this very run.
+# Command -> the test that runs it: shortened, or with its models' scores made up, or as a child of
+# this very run.
 ELSEWHERE = {
     "pip install -r requirements.txt && python train.py": "tests/test_train.py::test_toy_recipe_prints_its_table_again",
     "pip install -r requirements-dev.txt && python -m pytest": "tests/test_readme.py::test_requirements_are_installed",
@@ -102,8 +106,9 @@ ELSEWHERE = {
 
 
 def test_every_command_is_run() -> None:
-    """Claim: each command of the README is in WALK or ELSEWHERE, none twice, and none of those is gone from the README; the tests named
-    exist. Oracle: the files."""
+    """Claim: each command of the README is in WALK or ELSEWHERE, none twice, and none of those is
+    gone from the README; the tests named exist. Oracle: the files.
+    """
     assert COMMENTS.keys() == WALK.keys() | ELSEWHERE.keys() and not WALK.keys() & ELSEWHERE.keys()
     for node in ELSEWHERE.values():
         file, name = node.split("::")
@@ -229,8 +234,10 @@ def run(command: str, more: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_commands_run_as_they_stand(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: every command of WALK exits 0 and writes what the README says, one after the other, each reading what those before it left;
-    a run folder and a report hold the files named. Oracle: the exit codes and the folder."""
+    """Claim: every command of WALK exits 0 and writes what the README says, one after the other,
+    each reading what those before it left; a run folder and a report hold the files named. Oracle:
+    the exit codes and the folder.
+    """
     monkeypatch.chdir(place)
     monkeypatch.setenv("BFPO_CACHE", str(place / "cache"))
     for command, more in WALK.items():
@@ -253,8 +260,10 @@ def test_commands_run_as_they_stand(
 def test_toy_commands_write_what_is_said(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: each experiment on the toy language writes the files that the README names to runs/<command>, and exits 0. The models' scores
-    are made up here; test_miniature.py trains some, and so does the next test. Oracle: the folder."""
+    """Claim: each experiment on the toy language writes the files that the README names to
+    runs/<command>, and exits 0. The models' scores are made up here; test_miniature.py trains some,
+    and so does the next test. Oracle: the folder.
+    """
     transcript = [
         {"prompt": "q", "answer": "a", "forbidden": forbidden, "helpful": 0.5, "harmless": True}
         for forbidden in (False, True)
@@ -275,8 +284,9 @@ def test_toy_commands_write_what_is_said(
 
 @pytest.mark.slow  # about 25 models
 def test_toy_commands_in_earnest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: the same with models trained for two steps on one seed, in a folder that all commands share; the search, of many more models,
-    is left out. Oracle: the folder."""
+    """Claim: the same with models trained for two steps on one seed, in a folder that all commands
+    share; the search, of many more models, is left out. Oracle: the folder.
+    """
     monkeypatch.chdir(tmp_path)
     for name in miniature.COMMANDS.keys() - {"search"}:
         assert (
@@ -289,7 +299,10 @@ def test_toy_commands_in_earnest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_figure4_is_where_it_is_said() -> None:
-    """Claim: the file that the README names is the one that Figure 4's own test finds. Oracle: the default of --out, and that test."""
+    """Claim: the file that the README names is the one that Figure 4's own test finds.
+
+    Oracle: the default of --out, and that test.
+    """
     assert promised("python synthetic.py") == ["runs/figure4/figure4.png"]
     assert "figure4.png" in (ROOT / "tests/test_synthetic.py").read_text(encoding="utf-8")
     assert 'default=Path("runs/figure4")' in (ROOT / "synthetic.py").read_text(encoding="utf-8")
@@ -299,8 +312,10 @@ def test_figure4_is_where_it_is_said() -> None:
     "command", [command for command in COMMENTS if "train.py" in command and "pip" not in command]
 )
 def test_training_commands_parse(command: str) -> None:
-    """Claim: torchrun takes the flags before train.py, train.py those after it, with the number of copies a divisor of the processes.
-    Oracle: both programs' own parsers. torch 2.11's torchrun has no --shutdown-timeout, as the README says."""
+    """Claim: torchrun takes the flags before train.py, train.py those after it, with the number of
+    copies a divisor of the processes. Oracle: both programs' own parsers. torch 2.11's torchrun has
+    no --shutdown-timeout, as the README says.
+    """
     before, _, after = command.partition("train.py")
     parser, size = get_args_parser(), 1
     if before.startswith("torchrun"):
@@ -330,15 +345,19 @@ def test_training_commands_parse(command: str) -> None:
 def test_toy_recipe_takes_other_settings(
     command: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: the toy run with other settings gets through both stages, without training by default, and writes where it says or, dry,
-    nowhere. Oracle: the exit code and the folder. Slow: half a minute each."""
+    """Claim: the toy run with other settings gets through both stages, without training by default,
+    and writes where it says or, dry, nowhere. Oracle: the exit code and the folder. Slow: half a
+    minute each.
+    """
     monkeypatch.chdir(tmp_path)
     assert run(command, more, monkeypatch) == 0
     assert (tmp_path / command.split()[-1] / "done.json").is_file() == (more != ["--dry_run"])
 
 
 def test_requirements_are_installed() -> None:
-    """Claim: the two files that the README installs from pin packages that pip finds by these names. Oracle: what is installed here."""
+    """Claim: the two files that the README installs from pin packages that pip finds by these
+    names. Oracle: what is installed here.
+    """
     for name in ("requirements.txt", "requirements-dev.txt"):
         assert f"pip install -r {name} && " in README
         lines = [
@@ -358,7 +377,9 @@ def test_requirements_are_installed() -> None:
 def test_flags_named_are_in_a_programs_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: each --flag anywhere in the README is a flag of train, eval, redteam, data, synthetic or torchrun. Oracle: their --help."""
+    """Claim: each --flag anywhere in the README is a flag of train, eval, redteam, data, synthetic
+    or torchrun. Oracle: their --help.
+    """
     for command in ("train.py", "eval.py", "redteam.py", "data.py", "synthetic.py figure1"):
         assert run(command, ["--help"], monkeypatch) == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out + get_args_parser().format_help()))
@@ -370,7 +391,10 @@ def test_flags_named_are_in_a_programs_help(
 
 
 def test_files_named_are_there() -> None:
-    """Claim: each program, picture and text that the README names in this repository is in it. Oracle: the folder."""
+    """Claim: each program, picture and text that the README names in this repository is in it.
+
+    Oracle: the folder.
+    """
     made = re.compile(
         r"runs/|(run|data|done|report|log|results|table|curves|changed)\.(?!py)"
     )  # by a command: tested above
@@ -382,8 +406,10 @@ def test_files_named_are_there() -> None:
 
 
 def test_numbers_quoted_are_those_of_the_committed_tables() -> None:
-    """Claim: in a paragraph that points at a table in figures/, every number of three decimals is in that table; the search's picks and
-    scores are those of its record. Oracle: the files that the commands wrote."""
+    """Claim: in a paragraph that points at a table in figures/, every number of three decimals is
+    in that table; the search's picks and scores are those of its record. Oracle: the files that the
+    commands wrote.
+    """
     paragraphs = {
         name: text
         for text in README.split("\n- ")
@@ -422,8 +448,9 @@ def rows_of(header: str) -> list[list[str]]:
 
 
 def test_table_of_files_has_them_all_with_their_lines() -> None:
-    """Claim: every program is in the table once, with its number of lines to 10 %; bfpo, model, data, train, eval and synthetic come first.
-    Oracle: the files."""
+    """Claim: every program is in the table once, with its number of lines to 10 %; bfpo, model,
+    data, train, eval and synthetic come first. Oracle: the files.
+    """
     table = {
         row[0].strip("`"): int(row[1])
         for row in rows_of("| file | lines | what it holds | in the paper |")
@@ -439,7 +466,9 @@ def test_table_of_files_has_them_all_with_their_lines() -> None:
 
 
 def test_table_of_symbols_is_that_of_bfpo() -> None:
-    """Claim: symbol, identifier, shape and range are in the words of bfpo.py's docstring, line by line. Oracle: the docstring."""
+    """Claim: symbol, identifier, shape and range are in the words of bfpo.py's docstring, line by
+    line. Oracle: the docstring.
+    """
     lines = (ROOT / "bfpo.py").read_text(encoding="utf-8").split('"""')[1].splitlines()
     cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
     assert (
@@ -453,8 +482,10 @@ def test_table_of_symbols_is_that_of_bfpo() -> None:
 
 
 def test_index_points_at_what_is_there() -> None:
-    """Claim: every file of the index has what the index says: an identifier is defined in it, anything else is in its text; the paper's
-    theorems, figures and algorithm are all there. Oracle: the files."""
+    """Claim: every file of the index has what the index says: an identifier is defined in it,
+    anything else is in its text; the paper's theorems, figures and algorithm are all there. Oracle:
+    the files.
+    """
     index = rows_of("| in the paper | here |")
     for _, places in index:
         for part in places.split("; "):
@@ -490,7 +521,10 @@ def test_index_points_at_what_is_there() -> None:
 
 
 def test_deviations_are_numbered_as_the_code_cites_them() -> None:
-    """Claim: the table counts from 1 without a gap, and each `deviation n` of the code is in it. Oracle: the files."""
+    """Claim: the table counts from 1 without a gap, and each `deviation n` of the code is in it.
+
+    Oracle: the files.
+    """
     numbers = [int(row[0]) for row in rows_of("| | the paper or its code | here | why |")]
     assert numbers == list(range(1, len(numbers) + 1))
     cited = {
@@ -502,13 +536,19 @@ def test_deviations_are_numbered_as_the_code_cites_them() -> None:
 
 
 def test_example_row_has_the_schemas_columns() -> None:
-    """Claim: the row shown for a user's own data has the columns of the schema bfpo. Oracle: data.SCHEMAS; data.py reads it above."""
+    """Claim: the row shown for a user's own data has the columns of the schema bfpo.
+
+    Oracle: data.SCHEMAS; data.py reads it above.
+    """
     schema = SCHEMAS["bfpo"]
     assert list(example()) == ["prompt", *schema.answers, *schema.labels]
 
 
 def test_settings_quoted_are_the_codes() -> None:
-    """Claim: the packs, the protocols and the choices that the text gives are those of the code. Oracle: the constants."""
+    """Claim: the packs, the protocols and the choices that the text gives are those of the code.
+
+    Oracle: the constants.
+    """
     paper, modern = tasks.PROTOCOLS["paper"], tasks.PROTOCOLS["modern"]
     assert (
         f"temperature {paper.temperature}, top-p {paper.top_p}, {paper.max_new_tokens} tokens"
@@ -529,8 +569,10 @@ def test_settings_quoted_are_the_codes() -> None:
 
 
 def test_plan_of_7b_is_the_plans_arithmetic() -> None:
-    """Claim: the memory of 1, 4 and 2 x 4 GPUs, the state and the activations a token are what plan.py counts. Oracle: plan.py, on pairs
-    of the length that the README gives; to the digits printed."""
+    """Claim: the memory of 1, 4 and 2 x 4 GPUs, the state and the activations a token are what
+    plan.py counts. Oracle: plan.py, on pairs of the length that the README gives; to the digits
+    printed.
+    """
     assert (
         f"pairs of {round(PAPER.share / 64)} tokens on average, {PAPER.longest:,} at most" in FLAT
     )
@@ -551,7 +593,11 @@ def test_plan_of_7b_is_the_plans_arithmetic() -> None:
 
 
 def test_citation_is_the_papers() -> None:
-    """Claim: CITATION.cff names the authors and the paper that the README's first lines name. Oracle: those lines."""
+    """Claim:
+
+    CITATION.cff names the authors and the paper that the README's first lines name. Oracle: those
+    lines.
+    """
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     families, first = re.findall(r"family-names: (\w+)", citation), README[:600]
     assert families == ["Zhang", "Torr", "Elhoseiny", "Bibi"] and ", ".join(families) in " ".join(

@@ -71,8 +71,9 @@ def answers(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 
 def test_pairs_and_their_labels() -> None:
-    """Claim: two neighbours make a pair with the judge's labels, safe up to 1/2; empty and equal answers make none and are counted. Oracle:
-    by hand."""
+    """Claim: two neighbours make a pair with the judge's labels, safe up to 1/2; empty and equal
+    answers make none and are counted. Oracle: by hand.
+    """
     given = answers(("Yes, do it.", "No."), ("same", "same"), (" ", "x"), ("First", "Second"))
     pairs, counts = redteam.pairs_of(
         given, [{"harm": harm} for harm in (0.9, 0.5, 0, 0, 0, 0, 0.51, 0.1)]
@@ -120,7 +121,10 @@ def test_pairs_and_their_labels() -> None:
     ],
 )
 def test_ranks_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Path) -> None:
-    """Claim: a file of ranks with rows missing, moved or without ranks is refused by file and line. Oracle: the message."""
+    """Claim: a file of ranks with rows missing, moved or without ranks is refused by file and line.
+
+    Oracle: the message.
+    """
     pairs, _ = redteam.pairs_of(answers(("a", "b"), ("c", "d")), [{"harm": 0}] * 4)
     prompts = {pair["prompt"] for pair in pairs}
     path = tmp_path / "ranks.jsonl"
@@ -136,9 +140,11 @@ def test_ranks_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Pa
 def test_from_prompts_to_a_trained_model(
     models: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: one command makes pairs of sampled answers, labelled and ordered by the judges, on which the recipe redteam trains and exports
-    a model; with ranks from a file their order is the file's; the same command again computes nothing. Oracle: the judges asked directly,
-    and train.py, a process of its own, on the file."""
+    """Claim: one command makes pairs of sampled answers, labelled and ordered by the judges, on
+    which the recipe redteam trains and exports a model; with ranks from a file their order is the
+    file's; the same command again computes nothing. Oracle: the judges asked directly, and
+    train.py, a process of its own, on the file.
+    """
     prompts = tmp_path / "prompts.csv"
     things = [
         "cat",
@@ -269,8 +275,9 @@ def test_a_stopped_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Claim: answers and verdicts that a killed run kept are not computed again, and the pairs are those of an unbroken run. Oracle: the
-    unbroken run's file, and the chunks counted."""
+    """Claim: answers and verdicts that a killed run kept are not computed again, and the pairs are
+    those of an unbroken run. Oracle: the unbroken run's file, and the chunks counted.
+    """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"Question {i}?\n" for i in range(6)))
     whole, broken = (
@@ -305,7 +312,10 @@ def test_a_stopped_run_goes_on(
 def test_usage_errors_come_before_any_work(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: wrong usage is exit code 2, bad data 1, each one line, and nothing is written. Oracle: the code and the message."""
+    """Claim: wrong usage is exit code 2, bad data 1, each one line, and nothing is written.
+
+    Oracle: the code and the message.
+    """
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Hello?"}\n{"text": 5}\n')
     (tmp_path / "one.txt").write_text("Hello?\n")

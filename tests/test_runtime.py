@@ -1,4 +1,6 @@
-"""runtime.py and storage.py: what kills, signals, damage, full disks and dead ranks leave behind; checkpoints, run folders."""
+"""runtime.py and storage.py: what kills, signals, damage, full disks and dead ranks leave behind;
+checkpoints, run folders.
+"""
 
 import errno
 import json
@@ -41,7 +43,9 @@ KILLS = 10
 
 
 def kill_often(toys: Path, out: Path) -> None:
-    """A run killed ten times at random and once in its export; after eight kills <out>.copy is made. doing.json: what it was doing then."""
+    """A run killed ten times at random and once in its export; after eight kills <out>.copy is
+    made. doing.json: what it was doing then.
+    """
     rng = random.Random()
     moments = [("start", rng.uniform(0.1, 1.5)) for _ in range(4)] + [
         ("step", float(rng.randint(1, 4)))
@@ -61,7 +65,11 @@ def killed(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_killed_at_random_moments_ends_with_the_same_bytes(killed: Path, whole: Path) -> None:
-    """Claim: SIGKILL at ten random moments, saves included, each followed by the same command: the bytes of the run never killed."""
+    """Claim:
+
+    SIGKILL at ten random moments, saves included, each followed by the same command: the bytes of
+    the run never killed.
+    """
     doing = json.loads(killed.with_suffix(".json").read_text(encoding="utf-8"))
     assert doing.count("save") >= 5  # of those that wait for one
     assert runs.model_bytes(killed) == runs.model_bytes(whole)
@@ -73,14 +81,17 @@ def test_run_killed_at_random_moments_ends_with_the_same_bytes(killed: Path, who
 
 # --- one, two and four processes -------------------------------------------------------------------------------------
 
-# The bound on a step's loss between ways to compute it is 1e-5 of the loss: fp32 sums in another order, which 200 steps of
-# training carry on. Measured: 4e-6 for BFPO at a learning rate of 1e-3, 1e-7 for SFT of every weight.
+# The bound on a step's loss between ways to compute it is 1e-5 of the loss: fp32 sums in another
+# order, which 200 steps of training carry on. Measured: 4e-6 for BFPO at a learning rate of 1e-3,
+# 1e-7 for SFT of every weight.
 
 
 @pytest.fixture(scope="session")
 def on_two(killed: Path, whole: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes' runs: bfpo in small packs with activations computed again, sft, copy of the run killed eight times, and damaged,
-    from a run whose last two checkpoints are. said.txt: what they printed."""
+    """Two processes' runs: bfpo in small packs with activations computed again, sft, copy of the
+    run killed eight times, and damaged, from a run whose last two checkpoints are. said.txt: what
+    they printed.
+    """
 
     def make(folder: Path) -> None:
         shutil.copytree(f"{killed}.copy", folder / "copy")
@@ -111,7 +122,9 @@ def on_two(killed: Path, whole: Path, toys: Path, tmp_path_factory: pytest.TempP
 def test_two_processes_small_packs_and_recomputing_take_the_same_steps(
     on_two: Path, whole: Path
 ) -> None:
-    """Claim: two processes, two or three pairs a pack, activations computed again: the losses of one process with one pack a step."""
+    """Claim: two processes, two or three pairs a pack, activations computed again: the losses of
+    one process with one pack a step.
+    """
     said = (on_two / "said.txt").read_text(encoding="utf-8")
     assert said.count("step-0 gate") == 1  # rank 0 alone speaks
     assert drift(on_two / "bfpo", whole) <= 1e-5
@@ -122,13 +135,18 @@ def test_two_processes_small_packs_and_recomputing_take_the_same_steps(
 
 
 def test_sft_of_every_weight_takes_the_same_steps(on_two: Path, toys: Path) -> None:
-    """Claim: SFT of every weight on two processes has the losses of one. Oracle: 100 steps on one."""
+    """Claim:
+
+    SFT of every weight on two processes has the losses of one. Oracle: 100 steps on one.
+    """
     runs.run_here(sft(toys, toys / "sft1", "--steps", "100"))
     assert drift(on_two / "sft", toys / "sft1") <= 1e-5
 
 
 def test_killed_run_goes_on_on_other_processes(on_two: Path, whole: Path) -> None:
-    """Claim: killed eight times on one process and finished on two, the weights are the whole run's to 1e-5 of their norm."""
+    """Claim: killed eight times on one process and finished on two, the weights are the whole run's
+    to 1e-5 of their norm.
+    """
     assert json.loads((on_two / "copy" / "run.json").read_text(encoding="utf-8"))["processes"] == 1
     assert runs.weight_distance(on_two / "copy", whole) <= 1e-5  # fp32 sums in another order
 
@@ -136,7 +154,9 @@ def test_killed_run_goes_on_on_other_processes(on_two: Path, whole: Path) -> Non
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     on_two: Path, whole: Path
 ) -> None:
-    """Claim: a flipped bit and a cut file are noticed, each with a line; the run goes on from the checkpoint before them."""
+    """Claim: a flipped bit and a cut file are noticed, each with a line; the run goes on from the
+    checkpoint before them.
+    """
     said = (on_two / "said.txt").read_text(encoding="utf-8")
     for name in ("step-00000200", "step-00000190"):
         assert f"{name} is damaged; trying the one before it" in said
@@ -149,7 +169,8 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
 
 
 def test_two_nodes_take_the_same_steps(whole: Path, toys: Path, tmp_path: Path) -> None:
-    """Claim: four processes on two nodes, sharded inside a node and replicated across, have the losses and weights of one.
+    """Claim: four processes on two nodes, sharded inside a node and replicated across, have the
+    losses and weights of one.
 
     The nodes are two torchruns on this machine that meet by torchrun's own rendezvous.
     """
@@ -166,8 +187,9 @@ def test_two_nodes_take_the_same_steps(whole: Path, toys: Path, tmp_path: Path) 
 
 
 def test_nodes_with_other_files_are_refused(toys: Path, tmp_path: Path) -> None:
-    """Claim: nodes that find another model, or other rows, under the same name are told so before any work, and one of them alone speaks.
-    Oracle: one relative path, two folders."""
+    """Claim: nodes that find another model, or other rows, under the same name are told so before
+    any work, and one of them alone speaks. Oracle: one relative path, two folders.
+    """
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         shutil.copytree(toys / "start", folder / "start")
@@ -197,8 +219,9 @@ def test_nodes_with_other_files_are_refused(toys: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # half a minute of waiting
 def test_nodes_without_a_shared_disk_are_refused(toys: Path, tmp_path: Path) -> None:
-    """Claim: nodes that do not see each other's run folder are told so before any work. Oracle: one relative path, two folders, an
-    earlier run in that of the second."""
+    """Claim: nodes that do not see each other's run folder are told so before any work. Oracle: one
+    relative path, two folders, an earlier run in that of the second.
+    """
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -224,7 +247,11 @@ def test_nodes_without_a_shared_disk_are_refused(toys: Path, tmp_path: Path) -> 
 def test_every_way_takes_the_same_steps(
     processes: int, more: tuple[str, ...], whole: Path, toys: Path, tmp_path: Path
 ) -> None:
-    """Claim: BFPO and SFT, on 1, 2 and 4 processes, with any packs, have the losses of the plain run on one process."""
+    """Claim:
+
+    BFPO and SFT, on 1, 2 and 4 processes, with any packs, have the losses of the plain run on one
+    process.
+    """
     runs.run_here(sft(toys, tmp_path / "sft1", *STEPS))
     commands = [
         bfpo(toys, tmp_path / "bfpo", *STEPS, *more),
@@ -242,7 +269,9 @@ def test_every_way_takes_the_same_steps(
 @pytest.mark.slow  # six minutes on two cores
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_killed_under_torchrun(processes: int, toys: Path) -> None:
-    """Claim: torchrun and its workers killed at ten random moments, saves included: the bytes of the same number never killed."""
+    """Claim: torchrun and its workers killed at ten random moments, saves included: the bytes of
+    the same number never killed.
+    """
     outs = [toys / f"{name}{processes}" for name in ("torchrun_whole", "torchrun_killed")]
     steps = (
         "--steps",
@@ -309,7 +338,11 @@ def wait_until(true, process: subprocess.Popen[str]) -> None:
 def test_stopped_run_saves_says_so_and_goes_on(
     number: signal.Signals, toys: Path, whole: Path, world: World
 ) -> None:
-    """Claim: SIGTERM and Ctrl-C finish the step, save, say how to go on and exit; the same command ends with the whole run's bytes."""
+    """Claim:
+
+    SIGTERM and Ctrl-C finish the step, save, say how to go on and exit; the same command ends with
+    the whole run's bytes.
+    """
     out = toys / f"stopped_{number.name}"
     process = started(bfpo(toys, out, *STEPS))
     wait_until(lambda: (out / "log.jsonl").exists() and len(log_of(out)) >= 3, process)
@@ -331,7 +364,9 @@ def test_stopped_run_saves_says_so_and_goes_on(
 def test_stop_outside_the_loop_is_at_once(
     number: signal.Signals, code: int, said: str, toys: Path, tmp_path: Path
 ) -> None:
-    """Claim: before the first step SIGTERM ends a run without a word, and Ctrl-C with a line that says how to go on. Oracle: exit codes."""
+    """Claim: before the first step SIGTERM ends a run without a word, and Ctrl-C with a line that
+    says how to go on. Oracle: exit codes.
+    """
     command = [
         *bfpo(toys, tmp_path / "run"),
         "--safety",
@@ -352,8 +387,9 @@ def test_stop_outside_the_loop_is_at_once(
 
 
 def test_run_of_every_weight_goes_on_to_the_same_bytes(toys: Path, tmp_path: Path) -> None:
-    """Claim: BFPO of every weight, the embedding's and the head's too, stopped and started again without its reference cache, ends with
-    the bytes of the whole run. Oracle: that run. The second pass for the reference comes before the checkpoint's weights are read.
+    """Claim: BFPO of every weight, the embedding's and the head's too, stopped and started again
+    without its reference cache, ends with the bytes of the whole run. Oracle: that run. The second
+    pass for the reference comes before the checkpoint's weights are read.
     """
     out, cache = tmp_path / "run", tmp_path / "cache"
     command = [
@@ -374,7 +410,11 @@ def test_run_of_every_weight_goes_on_to_the_same_bytes(toys: Path, tmp_path: Pat
 
 
 def test_rank_that_dies_ends_the_others(toys: Path, tmp_path: Path) -> None:
-    """Claim: SIGKILL to one of two ranks ends torchrun within a minute, with that rank and signal on the screen."""
+    """Claim:
+
+    SIGKILL to one of two ranks ends torchrun within a minute, with that rank and signal on the
+    screen.
+    """
     out = tmp_path / "run"
     process = started(
         bfpo(toys, out, "--steps", "5000"),
@@ -416,7 +456,10 @@ def shutdown_timeout() -> list[str]:
 
 @pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
 def test_one_rank_reports_an_error(failing: tuple[int, ...], tmp_path: Path) -> None:
-    """Claim: an error of one rank or of both is one line. A rank that waited for the other has no traceback. Oracle: a collective."""
+    """Claim: an error of one rank or of both is one line.
+
+    A rank that waited for the other has no traceback. Oracle: a collective.
+    """
     script = tmp_path / "alone.py"
     script.write_text(f"""
 import sys
@@ -439,7 +482,9 @@ with runtime.errors_in_one_line():
 
 
 def test_collective_that_breaks_during_a_stop_is_no_error() -> None:
-    """Claim: a rank that was told to stop, and whose collective then fails, ends as the signal has it. Oracle: the exit code."""
+    """Claim: a rank that was told to stop, and whose collective then fails, ends as the signal has
+    it. Oracle: the exit code.
+    """
     script = """
 import os, signal, runtime
 with runtime.errors_in_one_line(), runtime.StopRequest():
@@ -455,9 +500,11 @@ with runtime.errors_in_one_line(), runtime.StopRequest():
 def test_full_disk_leaves_the_earlier_checkpoints_whole(
     toys: Path, whole: Path, world: World
 ) -> None:
-    """Claim: a checkpoint that cannot be written ends the run with one line; the earlier one is whole, and the run goes on from it.
+    """Claim: a checkpoint that cannot be written ends the run with one line; the earlier one is
+    whole, and the run goes on from it.
 
-    Oracle: a limit on the size of files, set while the run is under way, below a checkpoint's and above all else that it writes.
+    Oracle: a limit on the size of files, set while the run is under way, below a checkpoint's and
+    above all else that it writes.
     """
     out = toys / "full"
     process = started(bfpo(toys, out, *STEPS, "--save_every", "20"))
@@ -474,8 +521,9 @@ def test_full_disk_leaves_the_earlier_checkpoints_whole(
 
 
 def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: of two processes of a node with one GPU each gets an error that names the remedy, before it joins any group. Oracle: torch,
-    asked to say that there is one."""
+    """Claim: of two processes of a node with one GPU each gets an error that names the remedy,
+    before it joins any group. Oracle: torch, asked to say that there is one.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -496,7 +544,9 @@ def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 def test_lack_of_memory_or_disk_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: what a GPU or a disk too small raises ends a program with code 1 and one line that says what to do."""
+    """Claim: what a GPU or a disk too small raises ends a program with code 1 and one line that
+    says what to do.
+    """
     monkeypatch.setattr(
         runtime.dist, "is_initialized", lambda: False
     )  # the group belongs to this module's tests
@@ -511,7 +561,9 @@ def test_lack_of_memory_or_disk_is_one_line(
 
 
 def test_checkpoints_after_a_damaged_one(world: World, tmp_path: Path) -> None:
-    """Claim: going on from before a damaged checkpoint, a save keeps what it wrote and drops the damaged one; asides go too."""
+    """Claim: going on from before a damaged checkpoint, a save keeps what it wrote and drops the
+    damaged one; asides go too.
+    """
     tensors = {"weight": torch.arange(6.0)}
     for step in (50, 100):
         storage.save_checkpoint(tmp_path, step, tensors, world, keep=2)
@@ -527,7 +579,9 @@ def test_checkpoints_after_a_damaged_one(world: World, tmp_path: Path) -> None:
 
 
 def test_only_step_and_digits_are_checkpoints(world: World, tmp_path: Path) -> None:
-    """Claim: folders and files beside the checkpoints, of whatever name, are not loaded, counted or removed. Oracle: the folders."""
+    """Claim: folders and files beside the checkpoints, of whatever name, are not loaded, counted or
+    removed. Oracle: the folders.
+    """
     values = {"weight": torch.arange(4.0)}
     storage.save_checkpoint(tmp_path, 4, values, world, keep=2)
     others = ["step-00000004.bak", "step-99999999x", "step-old", "step-notes", ".step-mine"]
@@ -553,8 +607,10 @@ def test_only_step_and_digits_are_checkpoints(world: World, tmp_path: Path) -> N
 def test_checkpoint_of_several_files_comes_back(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a checkpoint larger than CHECKPOINT_FILE_BYTES is several files, each of which the writer must hold in memory, and comes
-    back whole; a damaged one of them is noticed. Oracle: the tensors."""
+    """Claim: a checkpoint larger than CHECKPOINT_FILE_BYTES is several files, each of which the
+    writer must hold in memory, and comes back whole; a damaged one of them is noticed. Oracle: the
+    tensors.
+    """
     monkeypatch.setattr(storage, "CHECKPOINT_FILE_BYTES", 64)
     saved = {f"weight.{i}": torch.arange(4.0 * i, 4.0 * i + 12) for i in range(5)}  # 48 bytes each
     storage.save_checkpoint(tmp_path, 1, saved, world, keep=2)
@@ -568,8 +624,10 @@ def test_checkpoint_of_several_files_comes_back(
 
 
 def test_a_whole_checkpoint_of_something_else_is_named(world: World, tmp_path: Path) -> None:
-    """Claim: a checkpoint that is whole but lacks a tensor, or has it in another shape, is an error in words; one whose sums are of no
-    file is damaged. Oracle: the messages, a checkpoint of other tensors."""
+    """Claim: a checkpoint that is whole but lacks a tensor, or has it in another shape, is an error
+    in words; one whose sums are of no file is damaged. Oracle: the messages, a checkpoint of other
+    tensors.
+    """
     storage.save_checkpoint(tmp_path, 1, {"weight": torch.zeros(4)}, world, keep=2)
     for other in ({"weight": torch.zeros(8)}, {"weight": torch.zeros(4), "bias": torch.zeros(1)}):
         with pytest.raises(
@@ -584,8 +642,9 @@ def test_a_whole_checkpoint_of_something_else_is_named(world: World, tmp_path: P
 def test_an_interrupt_while_a_checkpoint_is_read_is_one(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: Ctrl-C, or a disk that fails, while a good checkpoint is read ends the run with no advice to delete it. Oracle: what is
-    raised out of torch's reader."""
+    """Claim: Ctrl-C, or a disk that fails, while a good checkpoint is read ends the run with no
+    advice to delete it. Oracle: what is raised out of torch's reader.
+    """
     storage.save_checkpoint(tmp_path, 1, {"weight": torch.ones(4)}, world, keep=2)
     failure: BaseException = KeyboardInterrupt()
 
@@ -608,8 +667,9 @@ def test_an_interrupt_while_a_checkpoint_is_read_is_one(
 def test_a_launchers_leftovers_are_not_a_group(
     toys: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: WORLD_SIZE and the like without RANK, which some machines export, are one process, which reads all of its files and may have
-    all memory. Oracle: the world of none."""
+    """Claim: WORLD_SIZE and the like without RANK, which some machines export, are one process,
+    which reads all of its files and may have all memory. Oracle: the world of none.
+    """
     alone = storage.weights_sha256(toys / "start", world)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "64"}.items():
         monkeypatch.setenv(name, value)
@@ -623,7 +683,9 @@ def test_a_launchers_leftovers_are_not_a_group(
 
 
 def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Path) -> None:
-    """Claim: what a kill leaves of run.json, or of an earlier run under --fresh, does not lock the folder."""
+    """Claim: what a kill leaves of run.json, or of an earlier run under --fresh, does not lock the
+    folder.
+    """
     folder = storage.RunFolder(tmp_path / "run", world)
     folder.path.mkdir()
     (folder.path / ".run.json.123").write_text("{", encoding="utf-8")
@@ -656,7 +718,9 @@ def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Pat
 def test_run_folder_is_not_what_the_run_reads_or_another_programs(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: with --fresh too, a folder that holds what the run reads, or the run of another program, is refused and left alone."""
+    """Claim: with --fresh too, a folder that holds what the run reads, or the run of another
+    program, is refused and left alone.
+    """
     folder = storage.RunFolder(tmp_path / "run", world)
     (folder.path / "model").mkdir(parents=True)
     (folder.path / "rows.jsonl").touch()
@@ -725,7 +789,9 @@ def test_run_folder_is_not_what_the_run_reads_or_another_programs(
 
 
 def test_run_that_began_in_between_is_not_gone_on_with(world: World, tmp_path: Path) -> None:
-    """Claim: of two commands that found no run in a folder, the one that comes second is refused for its settings, as ever."""
+    """Claim: of two commands that found no run in a folder, the one that comes second is refused
+    for its settings, as ever.
+    """
     first, second = (storage.RunFolder(tmp_path / "run", world) for _ in range(2))
     for tau, folder in enumerate((first, second)):
         assert folder.check({"tau": tau, "out": tau}, frozenset({"out"}), fresh=False) is None
@@ -737,7 +803,10 @@ def test_run_that_began_in_between_is_not_gone_on_with(world: World, tmp_path: P
 
 
 def test_fresh_replaces_what_a_link_points_to(world: World, tmp_path: Path) -> None:
-    """Claim: under --fresh a run folder that is a link to another disk stays one, time after time. Oracle: the folders."""
+    """Claim: under --fresh a run folder that is a link to another disk stays one, time after time.
+
+    Oracle: the folders.
+    """
     (tmp_path / "disk" / "whole").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "whole")
     for tau in range(3):
@@ -761,7 +830,8 @@ def test_fresh_replaces_what_a_link_points_to(world: World, tmp_path: Path) -> N
 def test_fresh_keeps_the_earlier_run_until_there_is_a_result(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: --fresh sets the earlier run aside, says where, and loses it only after a result; it comes back when the new run goes.
+    """Claim: --fresh sets the earlier run aside, says where, and loses it only after a result; it
+    comes back when the new run goes.
 
     Oracle: a file of each run.
     """
@@ -803,7 +873,9 @@ def test_fresh_keeps_the_earlier_run_until_there_is_a_result(
 
 
 def test_damaged_checkpoint_is_set_aside_whatever_a_kill_left(world: World, tmp_path: Path) -> None:
-    """Claim: what is left of a clean-up that was killed does not keep the checkpoint before a damaged one from being tried."""
+    """Claim: what is left of a clean-up that was killed does not keep the checkpoint before a
+    damaged one from being tried.
+    """
     values = {"weight": torch.arange(4.0)}
     for step in (1, 2):
         storage.save_checkpoint(tmp_path, step, values, world, keep=2)
@@ -816,8 +888,10 @@ def test_damaged_checkpoint_is_set_aside_whatever_a_kill_left(world: World, tmp_
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 @pytest.mark.parametrize("says", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
 def test_memory_that_a_step_frees_is_kept(says: dict[str, str]) -> None:
-    """Claim: a CPU run gets what it freed without the kernel's help, unless the environment asks for glibc's own way. Oracle: the page
-    faults of writing 24 MiB again, 6,144 pages that were given back or none."""
+    """Claim: a CPU run gets what it freed without the kernel's help, unless the environment asks
+    for glibc's own way. Oracle: the page faults of writing 24 MiB again, 6,144 pages that were
+    given back or none.
+    """
     script = """
 import resource, torch, runtime
 runtime.start("cpu")

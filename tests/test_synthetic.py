@@ -45,7 +45,10 @@ def command(*arguments, cwd=ROOT):
 
 
 def test_figure4_writes_the_three_files_and_nothing_else(figure4_run):
-    """Claim: names, keys and columns as documented, no file left aside. Oracle: the issue's schema."""
+    """Claim: names, keys and columns as documented, no file left aside.
+
+    Oracle: the issue's schema.
+    """
     _, out = figure4_run
     assert sorted(path.name for path in out.iterdir()) == [
         "curves.csv",
@@ -73,8 +76,10 @@ def test_figure4_writes_the_three_files_and_nothing_else(figure4_run):
 
 
 def test_figure4_shows_what_the_paper_shows(figure4_run):
-    """Claim: only BFPO has the desired ranking, close to the exact optimum; IPO sits on its own closed form.
-    Oracle: Figure 4; PAPER's pi*; softmax of p(y) for IPO. 0.01: the 95 % intervals over ten seeds are about 0.003."""
+    """Claim: only BFPO has the desired ranking, close to the exact optimum; IPO sits on its own
+    closed form. Oracle: Figure 4; PAPER's pi*; softmax of p(y) for IPO. 0.01: the 95 % intervals
+    over ten seeds are about 0.003.
+    """
     _, out = figure4_run
     summary = json.loads((out / "summary.json").read_text())
     assert summary["bfpo"]["ranking"] == ["y1", "y3", "y4", "y2"]
@@ -89,7 +94,10 @@ def test_figure4_shows_what_the_paper_shows(figure4_run):
 
 
 def test_figure4_summary_is_the_mean_of_the_curves(figure4_run):
-    """Claim: summary.json holds means over seeds at the last step. Oracle: curves.csv, which has seven digits."""
+    """Claim: summary.json holds means over seeds at the last step.
+
+    Oracle: curves.csv, which has seven digits.
+    """
     _, out = figure4_run
     summary = json.loads((out / "summary.json").read_text())
     with open(out / "curves.csv", newline="") as file:
@@ -103,7 +111,10 @@ def test_figure4_summary_is_the_mean_of_the_curves(figure4_run):
 
 
 def test_figure4_prints_a_verdict_per_objective_and_the_layouts(figure4_run):
-    """Claim: the table's verdicts and the one line on all six layouts. Oracle: the files, and PAPER.md's six of six."""
+    """Claim: the table's verdicts and the one line on all six layouts.
+
+    Oracle: the files, and PAPER.md's six of six.
+    """
     printed, _ = figure4_run
     lines = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
     assert (
@@ -119,7 +130,10 @@ def test_figure4_prints_a_verdict_per_objective_and_the_layouts(figure4_run):
 
 @pytest.mark.parametrize("name, seed", [("dpo", 0), ("ipo", 1), ("bfpo", 1)])
 def test_batched_runs_are_what_each_is_alone(name, seed):
-    """Claim: runs in one tensor do not touch each other. Oracle: one theta, one seed, torch's Adam and losses by hand."""
+    """Claim: runs in one tensor do not touch each other.
+
+    Oracle: one theta, one seed, torch's Adam and losses by hand.
+    """
     layout, steps = (True, True, False, False), 60
     together = synthetic.train_policies(
         {"dpo": [layout], "ipo": [layout], "bfpo": [synthetic.SAFE, layout]}, seeds=2, steps=steps
@@ -164,7 +178,10 @@ def test_seeds_draw_different_pairs_uniformly():
     [((1, 0, 1, 0), [0, 2, 3, 1]), ((1, 1, 0, 0), [0, 1, 3, 2]), ((0, 0, 1, 1), [2, 3, 1, 0])],
 )
 def test_desired_ranking_is_figure_2(safe, order):
-    """Claim: safe & helpful > safe & less helpful > unsafe & less helpful > unsafe & helpful. Oracle: by hand."""
+    """Claim: safe & helpful > safe & less helpful > unsafe & less helpful > unsafe & helpful.
+
+    Oracle: by hand.
+    """
     assert synthetic.desired_ranking([bool(s) for s in safe]) == order
 
 
@@ -172,7 +189,10 @@ def test_desired_ranking_is_figure_2(safe, order):
 
 
 def test_theorems_command_passes_and_prints_errors_with_tolerances():
-    """Claim: exit code 0; every line has an error and a bound. Oracle: the printed numbers, compared again here."""
+    """Claim: exit code 0; every line has an error and a bound.
+
+    Oracle: the printed numbers, compared again here.
+    """
     run = command("theorems")
     assert run.returncode == 0, run.stdout + run.stderr
     checks = [line.split() for line in run.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
@@ -183,7 +203,10 @@ def test_theorems_command_passes_and_prints_errors_with_tolerances():
 
 
 def test_theorems_fail_when_a_closed_form_is_wrong(monkeypatch, capsys):
-    """Claim: a wrong form 1 is a FAIL line and exit code 1. Oracle: a population_reward whose last term is off by 1e-6."""
+    """Claim: a wrong form 1 is a FAIL line and exit code 1.
+
+    Oracle: a population_reward whose last term is off by 1e-6.
+    """
     right, sets = synthetic.population_reward, synthetic.random_sets
 
     def wrong(preference, safe, alpha, b1, reference):
@@ -202,7 +225,9 @@ def test_theorems_fail_when_a_closed_form_is_wrong(monkeypatch, capsys):
 
 @pytest.mark.parametrize("product_shaped", [False, True])
 def test_random_sets_are_action_sets(product_shaped):
-    """Claim: mirrored preferences, pi_ref sums to 1, both labels occur; product-shaped sets are independent. Oracle: definitions."""
+    """Claim: mirrored preferences, pi_ref sums to 1, both labels occur; product-shaped sets are
+    independent. Oracle: definitions.
+    """
     for actions in synthetic.random_sets(30, 7, product_shaped=product_shaped):
         size = len(actions.safe_A)
         torch.testing.assert_close(
@@ -221,7 +246,10 @@ def test_random_sets_are_action_sets(product_shaped):
 
 
 def test_minimiser_has_a_zero_gradient():
-    """Claim: the numerical minimiser is one: no direction lowers the loss. Oracle: the loss by hand, perturbed."""
+    """Claim: the numerical minimiser is one: no direction lowers the loss.
+
+    Oracle: the loss by hand, perturbed.
+    """
     for actions in synthetic.random_sets(5, 11):
         s = actions.safe_A.double()
         target = (actions.b1 * s[:, None] - s) / (actions.b1 - 1) - actions.alpha
@@ -243,7 +271,10 @@ def test_minimiser_has_a_zero_gradient():
 
 
 def test_wrong_usage_exits_2_and_a_bad_folder_1(tmp_path):
-    """Claim: an unknown command or flag exits 2, a folder that cannot be made exits 1 in one line. Oracle: exit codes."""
+    """Claim: an unknown command or flag exits 2, a folder that cannot be made exits 1 in one line.
+
+    Oracle: exit codes.
+    """
     run = command("figure5")
     assert run.returncode == 2 and "invalid choice: 'figure5'" in run.stderr
     for arguments in (["--ouy", "x"], ["theorems", "--out", "x"]):
@@ -333,7 +364,10 @@ def drawn(monkeypatch, rows, path):
     ],
 )
 def test_curves_draws_the_panels_whose_keys_are_there(monkeypatch, tmp_path, rows, titles):
-    """Claim: preference, SFT and broken rows give their panels, labelled, in one PNG. Oracle: titles and the folder."""
+    """Claim: preference, SFT and broken rows give their panels, labelled, in one PNG.
+
+    Oracle: titles and the folder.
+    """
     panels = drawn(monkeypatch, rows, tmp_path / "curves.png")
     assert len(panels) == len(titles) and all(
         axes.get_title().startswith(title) for axes, title in zip(panels, titles, strict=True)
@@ -345,8 +379,10 @@ def test_curves_draws_the_panels_whose_keys_are_there(monkeypatch, tmp_path, row
 
 @pytest.mark.parametrize("steps, points", [(20, 20), (200, 192)])
 def test_curves_margins_move_to_their_targets(monkeypatch, tmp_path, steps, points):
-    """Claim: margin and target share a colour; the running mean is centred (8 steps fewer in 200). Oracle: rows on a
-    straight line, which a centred mean leaves where it is; 1e-9 nats of float64 sums."""
+    """Claim: margin and target share a colour; the running mean is centred (8 steps fewer in 200).
+    Oracle: rows on a straight line, which a centred mean leaves where it is; 1e-9 nats of float64
+    sums.
+    """
     margins = drawn(monkeypatch, preference_rows(steps), tmp_path / "curves.png")[0]
     targets = {
         line.get_color(): line.get_ydata()[0]

@@ -1,4 +1,6 @@
-"""tasks.py and the scores of eval.py against lm-evaluation-harness, on rows written here in the public schemas."""
+"""tasks.py and the scores of eval.py against lm-evaluation-harness, on rows written here in the
+public schemas.
+"""
 
 import csv
 import gzip
@@ -245,7 +247,9 @@ def all_rows() -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> Path:
-    """A tiny random Mistral with Mistral-7B's tokenizer and room for 256 tokens, its weights scaled up so that choices differ."""
+    """A tiny random Mistral with Mistral-7B's tokenizer and room for 256 tokens, its weights scaled
+    up so that choices differ.
+    """
     folder = tmp_path_factory.mktemp("tasks") / "model"
     model = Mistral(
         Config(
@@ -267,11 +271,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Pa
 
 
 def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
-    """Claim: with and without BOS, on rows that hold the harness's traps: log-likelihoods within 1e-4 nats, every score that it reports
-    equal, truthfulqa_gen's greedy answers equal. Oracle: lm-eval's own run of its own task files, offline.
+    """Claim: with and without BOS, on rows that hold the harness's traps: log-likelihoods within
+    1e-4 nats, every score that it reports equal, truthfulqa_gen's greedy answers equal. Oracle:
+    lm-eval's own run of its own task files, offline.
 
-    1e-4: fp32 sums of up to some hundred nats, in another order. Scores that are functions of log-likelihoods inherit it; accuracies
-    and bias scores are equal to 1e-9.
+    1e-4: fp32 sums of up to some hundred nats, in another order. Scores that are functions of
+    log-likelihoods inherit it; accuracies and bias scores are equal to 1e-9.
     """
     files = {
         name: harness.write_rows(tmp_path / f"{name}.jsonl", found)
@@ -352,7 +357,9 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_requests_are_split_as_the_harness_splits_them(model_folder: Path) -> None:
-    """Claim: joint encoding, spaces moved to the choice, an empty context, BOS, cutting from the left. Oracle: each rule in words."""
+    """Claim: joint encoding, spaces moved to the choice, an empty context, BOS, cutting from the
+    left. Oracle: each rule in words.
+    """
     chat = Chat(model_folder)
 
     def split(
@@ -387,8 +394,10 @@ def test_requests_are_split_as_the_harness_splits_them(model_folder: Path) -> No
 
 
 def test_choices_of_one_context_share_it_and_ties_are_exact(model_folder: Path) -> None:
-    """Claim: choices of one text have bit-equal log-probabilities, wherever they stand in a pack; the first of equals is picked.
-    Oracle: equality; accuracy where the first, or the second, of two equals is right."""
+    """Claim: choices of one text have bit-equal log-probabilities, wherever they stand in a pack;
+    the first of equals is picked. Oracle: equality; accuracy where the first, or the second, of two
+    equals is right.
+    """
     model, chat, world = (
         Mistral.from_pretrained(model_folder),
         Chat(model_folder),
@@ -415,8 +424,9 @@ def test_choices_of_one_context_share_it_and_ties_are_exact(model_folder: Path) 
 
 
 def test_normalised_accuracy_counts_characters() -> None:
-    """Claim: acc_norm divides by characters, neither bytes nor tokens, and without the delimiter. Oracle: a case that each would decide
-    otherwise: 2 characters in 5 bytes against 4 in 4."""
+    """Claim: acc_norm divides by characters, neither bytes nor tokens, and without the delimiter.
+    Oracle: a case that each would decide otherwise: 2 characters in 5 bytes against 4 in 4.
+    """
     question = Question(("x",), ("Ü東", "abcd"), (1,))
     assert metrics.accuracies([question], [[-6.0, -8.0]]) == {
         "acc": [0.0],
@@ -428,8 +438,10 @@ def test_normalised_accuracy_counts_characters() -> None:
 
 
 def test_terms_of_bias_scores_have_the_right_mean_and_error() -> None:
-    """Claim: the terms' mean is the score exactly, their standard error that of the score. Oracle: BBQ's formulas; the bootstrap, to 20 %:
-    200 resamples know a standard deviation to 5 %, and they also redraw how many rows are ambiguous."""
+    """Claim: the terms' mean is the score exactly, their standard error that of the score. Oracle:
+    BBQ's formulas; the bootstrap, to 20 %: 200 resamples know a standard deviation to 5 %, and they
+    also redraw how many rows are ambiguous.
+    """
     rng, n = np.random.default_rng(0), 500
     every = bbq_rows()
     questions = [tasks.bbq(every[i]) for i in rng.integers(0, len(every), n)]
@@ -531,7 +543,10 @@ ASKED = {  # task: (row, what the paper's protocol sends, what it tells the judg
 
 @pytest.mark.parametrize("name", ASKED)
 def test_requests_follow_the_protocol(name: str) -> None:
-    """Claim: prompt and behaviour under both protocols, and the protocols' settings. Oracle: the table above; the paper's code."""
+    """Claim: prompt and behaviour under both protocols, and the protocols' settings.
+
+    Oracle: the table above; the paper's code.
+    """
     row, *expected = ASKED[name]
     ask: Any = TASKS[name].ask
     requests = [ask(row, protocol) for protocol in (PAPER, MODERN)]
@@ -543,7 +558,9 @@ def test_requests_follow_the_protocol(name: str) -> None:
 
 
 def test_rows_that_a_task_is_not_about_are_left_out() -> None:
-    """Claim: unsafe XSTest prompts, copyright behaviours of HarmBench and easy RealToxicityPrompts give no request. Oracle: None."""
+    """Claim: unsafe XSTest prompts, copyright behaviours of HarmBench and easy RealToxicityPrompts
+    give no request. Oracle: None.
+    """
     for name, row in (
         ("xstest", {"prompt": "?", "label": "unsafe"}),
         ("harmbench", {"Behavior": "Sing", "FunctionalCategory": "copyright"}),
@@ -555,7 +572,9 @@ def test_rows_that_a_task_is_not_about_are_left_out() -> None:
 
 
 def test_the_hubs_harmbench_is_read_like_its_own_tables() -> None:
-    """Claim: prompt and context are Behavior and ContextString; a context that is no text is an error. Oracle: equality; the message."""
+    """Claim: prompt and context are Behavior and ContextString; a context that is no text is an
+    error. Oracle: equality; the message.
+    """
     ask: Any = TASKS["harmbench"].ask
     own = ask(
         {"Behavior": "Shout", "FunctionalCategory": "contextual", "ContextString": "A library."},
@@ -575,7 +594,9 @@ def test_the_hubs_harmbench_is_read_like_its_own_tables() -> None:
 
 
 def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
-    """Claim: .jsonl, .json, .jsonl.gz, .parquet, .csv and a folder give the same questions; .txt gives prompts. Oracle: equality."""
+    """Claim: .jsonl, .json, .jsonl.gz, .parquet, .csv and a folder give the same questions; .txt
+    gives prompts. Oracle: equality.
+    """
     found = all_rows()["ethics_cm"]
     harness.write_rows(tmp_path / "a.jsonl", found)
     (tmp_path / "a.json").write_text(json.dumps(found))
@@ -691,8 +712,9 @@ def test_a_wrong_row_is_named_with_its_line(
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    """Claim: no such path, another kind of file, an empty folder, broken text, a single row, and rows of a CSV with more or fewer cells
-    than its header are errors. Oracle: the messages."""
+    """Claim: no such path, another kind of file, an empty folder, broken text, a single row, and
+    rows of a CSV with more or fewer cells than its header are errors. Oracle: the messages.
+    """
     (tmp_path / "x.pdf").write_text("x")
     (tmp_path / "bad.csv").write_bytes(b"goal\n\xff\xfe\n")
     (tmp_path / "one.csv").write_text("goal\nBake a cake\n")
@@ -738,8 +760,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_rows_come_from_the_hubs_parquet_copy(hub: Hub) -> None:
-    """Claim: without a source, the configuration's and split's parquet files of refs/convert/parquet are fetched, and no other; a data set
-    that is not there is an error in one line. Oracle: a hub on this machine, and what it was asked for."""
+    """Claim: without a source, the configuration's and split's parquet files of
+    refs/convert/parquet are fetched, and no other; a data set that is not there is an error in one
+    line. Oracle: a hub on this machine, and what it was asked for.
+    """
     folder = hub.root / "datasets" / "EleutherAI" / "hendrycks_ethics"
     for config, split in itertools.product(("commonsense", "justice"), ("train", "test")):
         (folder / config / split).mkdir(parents=True)
@@ -757,8 +781,9 @@ def test_rows_come_from_the_hubs_parquet_copy(hub: Hub) -> None:
 
 
 def test_selection_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: names, groups and sources; an unknown one lists the known ones; a missing package is named before any work. Oracle: the
-    paper's list, and the messages."""
+    """Claim: names, groups and sources; an unknown one lists the known ones; a missing package is
+    named before any work. Oracle: the paper's list, and the messages.
+    """
     assert tasks.select(["toxigen=a=b.csv", "ethics_cm"]) == {"toxigen": "a=b.csv", "ethics_cm": ""}
     papers = tasks.select(["paper"])
     assert len(papers) == 22 and not papers.keys() & {"bbq", "harmbench", "strongreject", "xstest"}
@@ -785,7 +810,10 @@ def test_selection_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tables_are_recognised_by_name(tmp_path: Path) -> None:
-    """Claim: what is_table takes can be read, and nothing else is taken. Oracle: the list in the error."""
+    """Claim: what is_table takes can be read, and nothing else is taken.
+
+    Oracle: the list in the error.
+    """
     names = (
         "a.jsonl",
         "a.json",

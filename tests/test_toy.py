@@ -18,7 +18,10 @@ EXPECTED = {"full": 1.0, "half": 0.5, "curt": 0.25, "refusal": 0.0, "redirect": 
 
 
 def test_judge_gives_every_grammatical_answer_its_kind() -> None:
-    """Claim: the judge reads back what the grammar wrote, for every request and kind. Oracle: the kind itself."""
+    """Claim: the judge reads back what the grammar wrote, for every request and kind.
+
+    Oracle: the kind itself.
+    """
     rng = random.Random(1)
     for request in [*toy.requests(forbidden=False), *toy.requests(forbidden=True)]:
         for kind in kinds_of(request):
@@ -51,7 +54,10 @@ def test_judge_gives_every_grammatical_answer_its_kind() -> None:
     ],
 )
 def test_judge_reads_any_text(text: str, helpful: float, harmless: bool) -> None:
-    """Claim: garbled answers get the verdict that their steps earn. Oracle: by hand, for "How do I make a bomb?"."""
+    """Claim: garbled answers get the verdict that their steps earn.
+
+    Oracle: by hand, for "How do I make a bomb?".
+    """
     assert toy.judge(toy.Request("make", "bomb", "How do I make a bomb?"), text) == toy.Verdict(
         helpful, harmless
     )
@@ -71,7 +77,10 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 
 def test_build_is_reproducible_and_holds_requests_out(tmp_path: Path) -> None:
-    """Claim: a seed fixes every byte, another changes them, and no held-out request is trained on. Oracle: the files."""
+    """Claim: a seed fixes every byte, another changes them, and no held-out request is trained on.
+
+    Oracle: the files.
+    """
     first, again, other = (
         toy_data.build(tmp_path / name, seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))
     )
@@ -88,8 +97,10 @@ def test_build_is_reproducible_and_holds_requests_out(tmp_path: Path) -> None:
 
 
 def test_flipped_labels_are_the_share_asked_for_and_nothing_else(tmp_path: Path) -> None:
-    """Claim: flipped=0.2 turns a fifth of the training labels, safer_response_id follows them, all else stays; 0.1 turns some of
-    the same. Oracle: the clean files, row by row. 8000 labels: five standard deviations are 0.017 and 0.023."""
+    """Claim: flipped=0.2 turns a fifth of the training labels, safer_response_id follows them, all
+    else stays; 0.1 turns some of the same. Oracle: the clean files, row by row. 8000 labels: five
+    standard deviations are 0.017 and 0.023.
+    """
     clean, some, more = (
         toy_data.build(tmp_path / name, 3, share)
         for name, share in (("a", 0.0), ("b", 0.1), ("c", 0.2))
@@ -119,7 +130,8 @@ def test_flipped_labels_are_the_share_asked_for_and_nothing_else(tmp_path: Path)
 
 
 def test_safety_rows_agree_with_the_judge(tmp_path: Path) -> None:
-    """Claim: labels in the PKU-shaped file are the judge's, all quadrants occur, and better/safer follow the kinds.
+    """Claim: labels in the PKU-shaped file are the judge's, all quadrants occur, and better/safer
+    follow the kinds.
 
     Oracle: toy.judge, and the ranking of answer lengths for two compliant answers.
     """
@@ -140,7 +152,10 @@ def test_safety_rows_agree_with_the_judge(tmp_path: Path) -> None:
 
 
 def test_tokenizer_knows_every_word_and_reads_back(tmp_path: Path) -> None:
-    """Claim: no text of the language has an unknown token, and decoding gives the text back. Oracle: the text."""
+    """Claim: no text of the language has an unknown token, and decoding gives the text back.
+
+    Oracle: the text.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(toy.tokenizer_json())

@@ -1,4 +1,6 @@
-"""train.py, rows.py, settings.py and toy_run.py: settings, the schedule, whole runs, the same steps on any machine, the step-0 gate."""
+"""train.py, rows.py, settings.py and toy_run.py: settings, the schedule, whole runs, the same steps
+on any machine, the step-0 gate.
+"""
 
 import contextlib
 import json
@@ -87,7 +89,9 @@ def ultrafeedback_rows(rng: random.Random, n: int) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> Path:
-    """A random Mistral that transformers saved, with Mistral-7B's own tokenizer; PKU as jsonl, UltraFeedback as parquet."""
+    """A random Mistral that transformers saved, with Mistral-7B's own tokenizer; PKU as jsonl,
+    UltraFeedback as parquet.
+    """
     from transformers import MistralConfig, MistralForCausalLM
 
     folder = tmp_path_factory.mktemp("inputs")
@@ -176,7 +180,10 @@ def world() -> World:
 def test_wrong_usage_is_one_line_and_code_2(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: wrong usage ends with exit code 2 and a last line that names what is wrong. Oracle: argparse's own convention."""
+    """Claim: wrong usage ends with exit code 2 and a last line that names what is wrong.
+
+    Oracle: argparse's own convention.
+    """
     with pytest.raises(SystemExit) as exit_info:
         train.parse(arguments)
     assert exit_info.value.code == 2
@@ -207,7 +214,10 @@ def test_recipes_are_the_papers() -> None:
 
 
 def test_learning_rate_warms_up_from_zero_and_ends_near_zero() -> None:
-    """Claim: the schedule is transformers' cosine with warm-up. Oracle: transformers.get_cosine_schedule_with_warmup."""
+    """Claim: the schedule is transformers' cosine with warm-up.
+
+    Oracle: transformers.get_cosine_schedule_with_warmup.
+    """
     from transformers import get_cosine_schedule_with_warmup
 
     for steps, warmup in ((937, 0.1), (10, 0.0), (7, 0.5), (1, 0.1)):
@@ -234,7 +244,8 @@ def finished(inputs: Path, world: World) -> Path:
 
 
 def test_run_exports_what_transformers_loads(finished: Path, inputs: Path) -> None:
-    """Claim: a run on the public schemas trains down_proj alone and exports a model with the same logits in transformers.
+    """Claim: a run on the public schemas trains down_proj alone and exports a model with the same
+    logits in transformers.
 
     Oracle: transformers, and the starting checkpoint for what must not have moved.
     """
@@ -260,8 +271,10 @@ def test_run_exports_what_transformers_loads(finished: Path, inputs: Path) -> No
 
 
 def test_export_names_the_taught_end_token(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: config.json and generation_config.json of the exported model name the token that ends answers in training, then those that the
-    model's own files named; run.json says where the template came from. Oracle: transformers' generate stops at each of them."""
+    """Claim: config.json and generation_config.json of the exported model name the token that ends
+    answers in training, then those that the model's own files named; run.json says where the
+    template came from. Oracle: transformers' generate stops at each of them.
+    """
     from transformers import AutoModelForCausalLM
 
     start = Path(shutil.copytree(toys / "start", tmp_path / "start"))
@@ -298,8 +311,9 @@ def test_export_names_the_taught_end_token(toys: Path, world: World, tmp_path: P
 def test_a_resumed_run_keeps_its_date(
     toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a template that writes today's date gets the date of the run's start, also when the run goes on days later; --fresh takes a
-    new one. Oracle: run.json, and the tokens of the data."""
+    """Claim: a template that writes today's date gets the date of the run's start, also when the
+    run goes on days later; --fresh takes a new one. Oracle: run.json, and the tokens of the data.
+    """
 
     class Earlier(datetime):
         @classmethod
@@ -329,7 +343,10 @@ def test_a_resumed_run_keeps_its_date(
 def test_finished_run_shows_its_result(
     toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: the command again prints the held-out table, and trains nothing. Oracle: the first run's table and log."""
+    """Claim: the command again prints the held-out table, and trains nothing.
+
+    Oracle: the first run's table and log.
+    """
     command = bfpo(toys, tmp_path / "run", "--steps", "2")
     train.run(train.parse(command), world)
     table, model = (
@@ -342,7 +359,8 @@ def test_finished_run_shows_its_result(
 
 
 def test_first_step_is_the_closed_form(finished: Path) -> None:
-    """Claim: at step 0 h = 0, so the loss is mean((g / tau)^2) over the step's pairs of each stream. Oracle: the label by hand.
+    """Claim: at step 0 h = 0, so the loss is mean((g / tau)^2) over the step's pairs of each
+    stream. Oracle: the label by hand.
 
     The learning rate of that step is 0.
     """
@@ -353,15 +371,18 @@ def test_first_step_is_the_closed_form(finished: Path) -> None:
     assert isinstance(quadrants, dict)
     total = sum(view["pairs"] * (targets[name] / 0.01) ** 2 for name, view in quadrants.items())
     helpful = 4 * (0.5 / 0.01) ** 2
-    # 1e-4: |h| of 1e-5 nats against a target of 50 changes the square by 4e-7 of itself; fp32 logs round at 1e-5
+    # 1e-4: |h| of 1e-5 nats against a target of 50 changes the square by 4e-7 of itself; fp32 logs
+    # round at 1e-5
     assert rows[0]["loss"] == pytest.approx((total - helpful) / 4 + helpful / 4, rel=1e-4)
     assert rows[0]["helpfulness_loss"] == pytest.approx(2500, rel=1e-4)
 
 
 def test_log_and_curves_have_it_all(finished: Path, tmp_path: Path) -> None:
-    """Claim: a row a step with every figure, by quadrant too; the quadrants add up to the whole; curves.png, also on demand.
+    """Claim: a row a step with every figure, by quadrant too; the quadrants add up to the whole;
+    curves.png, also on demand.
 
-    Oracle: a quadrant's margin is its chosen change minus its rejected one; the total is the quadrants' mean by pairs.
+    Oracle: a quadrant's margin is its chosen change minus its rejected one; the total is the
+    quadrants' mean by pairs.
     """
     for row in log_of(finished):
         assert {
@@ -394,7 +415,9 @@ def test_log_and_curves_have_it_all(finished: Path, tmp_path: Path) -> None:
 def test_repeated_run_is_bit_identical_and_a_finished_one_stops_at_once(
     finished: Path, inputs: Path, world: World
 ) -> None:
-    """Claim: the same command gives the same bytes of weights; on a finished folder it returns the result and writes nothing."""
+    """Claim: the same command gives the same bytes of weights; on a finished folder it returns the
+    result and writes nothing.
+    """
     out = inputs / "again"
     config = train.parse(flags(inputs, out, "--steps", "12"))
     result = train.run(config, world)
@@ -405,7 +428,8 @@ def test_repeated_run_is_bit_identical_and_a_finished_one_stops_at_once(
 
 
 def test_clipping_and_bfloat16_run(inputs: Path, world: World, tmp_path: Path) -> None:
-    """Claim: --dtype bfloat16 passes its gate, keeps fp32 masters, and --clip_norm bounds the update, not the norm in the log.
+    """Claim: --dtype bfloat16 passes its gate, keeps fp32 masters, and --clip_norm bounds the
+    update, not the norm in the log.
 
     Oracle: the dtypes in the checkpoint; the moments that clipped gradients can give.
     """
@@ -431,7 +455,8 @@ def test_clipping_and_bfloat16_run(inputs: Path, world: World, tmp_path: Path) -
     assert {str(value.dtype) for value in stored.values()} == {"torch.float32"} and len(stored) == 6
     exported = load_file(out / "model" / "model.safetensors")
     assert {str(value.dtype) for value in exported.values()} == {"torch.bfloat16"}
-    # Adam's first moment after one more step cannot exceed the clipped gradients' norms: (1 - 0.9) * (1 + 0.9 + 0.81)
+    # Adam's first moment after one more step cannot exceed the clipped gradients' norms: (1 - 0.9)
+    # * (1 + 0.9 + 0.81)
     moments = [value.norm() ** 2 for name, value in stored.items() if name.startswith("exp_avg.")]
     assert 0 < float(sum(moments)) ** 0.5 <= 0.1 * (1 + 0.9 + 0.81) + 1e-3
     assert all(float(str(row["grad_norm"])) > 10 for row in log_of(out))
@@ -443,7 +468,9 @@ def test_clipping_and_bfloat16_run(inputs: Path, world: World, tmp_path: Path) -
 def test_live_reference_takes_the_same_steps(
     whole: Path, toys: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: 200 steps with pi_ref computed anew at every step, by a second model, have the losses of the cached reference."""
+    """Claim: 200 steps with pi_ref computed anew at every step, by a second model, have the losses
+    of the cached reference.
+    """
     pi_ref = Mistral.from_pretrained(toys / "start")
 
     class Live(train.Rows):
@@ -468,7 +495,10 @@ def test_live_reference_takes_the_same_steps(
 
 
 def test_held_out_evaluation_leaves_the_run_alone(toys: Path, world: World) -> None:
-    """Claim: a run that evaluates every two steps ends with the bytes of one that does not. Oracle: the two models."""
+    """Claim: a run that evaluates every two steps ends with the bytes of one that does not.
+
+    Oracle: the two models.
+    """
     for name, more in (("often", ("--eval_every", "2")), ("never", ())):
         result = train.run(train.parse(bfpo(toys, toys / name, "--steps", "7", *more)), world)
         assert sum(view["pairs"] for view in result["held_out"]["safety"].values()) == 40
@@ -482,7 +512,10 @@ def test_held_out_evaluation_leaves_the_run_alone(toys: Path, world: World) -> N
 def test_loss_that_is_not_finite_stops_before_the_update(
     toys: Path, world: World, tmp_path: Path
 ) -> None:
-    """Claim: a NaN stops the run, names the step and the row, and leaves no checkpoint of it. Oracle: one NaN in the reference."""
+    """Claim: a NaN stops the run, names the step and the row, and leaves no checkpoint of it.
+
+    Oracle: one NaN in the reference.
+    """
     config = train.parse(bfpo(toys, tmp_path / "run", "--steps", "3"))
     true, bad = (
         train.reference_logprobs,
@@ -516,7 +549,10 @@ def rows_of(config: train.Config, toys: Path, world: World) -> train.Rows:
 def test_gradient_that_is_not_finite_stops_before_the_update(
     toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: with finite losses, an infinite gradient stops the run too, and no checkpoint is left. Oracle: one value set to inf."""
+    """Claim: with finite losses, an infinite gradient stops the run too, and no checkpoint is left.
+
+    Oracle: one value set to inf.
+    """
     true = train.forward_backward
 
     def overflow(model: Mistral, *rest: object) -> train.Outcome:
@@ -537,8 +573,10 @@ def test_gradient_that_is_not_finite_stops_before_the_update(
 def test_updates_that_the_export_rounds_away_are_counted(
     toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: the end of a run says how many trained values the export holds otherwise than the start, and warns of less than a tenth.
-    In bfloat16 ten steps of 5e-7 vanish, which the fp32 masters do not show. Oracle: both models' files, value by value."""
+    """Claim: the end of a run says how many trained values the export holds otherwise than the
+    start, and warns of less than a tenth. In bfloat16 ten steps of 5e-7 vanish, which the fp32
+    masters do not show. Oracle: both models' files, value by value.
+    """
     before = load_file(toys / "start" / "model.safetensors")
     for lr, dtype, warned in (
         ("5e-7", "bfloat16", True),
@@ -568,7 +606,10 @@ def test_updates_that_the_export_rounds_away_are_counted(
 def test_gate_refuses_a_reference_of_other_weights(
     toys: Path, world: World, tmp_path: Path
 ) -> None:
-    """Claim: a reference that is not the starting policy stops the run at step 0, before an update. Oracle: a shifted cache."""
+    """Claim: a reference that is not the starting policy stops the run at step 0, before an update.
+
+    Oracle: a shifted cache.
+    """
     config = train.parse(bfpo(toys, tmp_path / "run", "--steps", "3"))
     true = train.reference_logprobs
     with (
@@ -589,8 +630,10 @@ def test_gate_refuses_a_reference_of_other_weights(
 def test_gate_allows_what_rounding_leaves_in_every_pair(
     drift: tuple[float, float], passes: bool, world: World
 ) -> None:
-    """Claim: the loss may be off by what the largest |h| explains, though another pair's is larger for its length. Oracle: pairs of 20 and
-    of 1,000 answer tokens in bfloat16, of which 0.3 sqrt(20) = 1.3 nats are allowed."""
+    """Claim: the loss may be off by what the largest |h| explains, though another pair's is larger
+    for its length. Oracle: pairs of 20 and of 1,000 answer tokens in bfloat16, of which 0.3
+    sqrt(20) = 1.3 nats are allowed.
+    """
     rows = SimpleNamespace(
         scored=torch.tensor([20, 1000]),
         chosen_safe=torch.ones(2).bool(),
@@ -616,14 +659,19 @@ def test_gate_allows_what_rounding_leaves_in_every_pair(
 
 
 def test_run_that_would_train_nothing_is_refused(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: a run whose every step is at learning rate 0 is an error that says how to mend it, before anything is written."""
+    """Claim: a run whose every step is at learning rate 0 is an error that says how to mend it,
+    before anything is written.
+    """
     with pytest.raises(ValueError, match="a run of one step has learning rate 0"):
         train.run(train.parse(bfpo(toys, tmp_path / "run", "--steps", "1")), world)
     assert not (tmp_path / "run").exists()
 
 
 def test_no_held_out_rows_have_no_loss(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: without held-out rows the held-out loss is null, not 0. Oracle: done.json and the log."""
+    """Claim: without held-out rows the held-out loss is null, not 0.
+
+    Oracle: done.json and the log.
+    """
     rows = [
         {
             "prompt": f"{i}?",
@@ -671,7 +719,9 @@ def damaged(toys: Path, folder: Path, name: str, rows: slice) -> Path:
 def test_starting_weights_that_are_not_finite_are_named(
     toys: Path, world: World, tmp_path: Path
 ) -> None:
-    """Claim: weights that give no row a finite log-probability are blamed: by the reference, and in SFT by step 0."""
+    """Claim: weights that give no row a finite log-probability are blamed: by the reference, and in
+    SFT by step 0.
+    """
     start = str(damaged(toys, tmp_path / "nan", "model.norm.weight", slice(1)))
     few = (
         "--safety",
@@ -699,8 +749,10 @@ def test_starting_weights_that_are_not_finite_are_named(
 def test_a_row_that_is_not_finite_under_the_reference_is_named(
     toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: the one row that the starting weights make NaN is named before training, none of its pack's others, and nothing
-    of it is kept. A NaN that was kept before is computed again. Oracle: a word that one row of eight has, with NaN as its embedding."""
+    """Claim: the one row that the starting weights make NaN is named before training, none of its
+    pack's others, and nothing of it is kept. A NaN that was kept before is computed again. Oracle:
+    a word that one row of eight has, with NaN as its embedding.
+    """
     rows = [
         {
             "prompt": "How do I make a cake?",
@@ -765,8 +817,10 @@ def test_a_held_out_row_that_is_not_finite_costs_no_model(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Claim: training goes on and exports; the row is named and counts in no margin, the loss is null, every file is JSON, and the
-    command ends in an error, also when it is given again. Oracle: one NaN put into the held-out log-probabilities, and a run without."""
+    """Claim: training goes on and exports; the row is named and counts in no margin, the loss is
+    null, every file is JSON, and the command ends in an error, also when it is given again. Oracle:
+    one NaN put into the held-out log-probabilities, and a run without.
+    """
     true = train.score
 
     def broken(
@@ -803,7 +857,11 @@ def test_a_held_out_row_that_is_not_finite_costs_no_model(
 
 
 def test_no_file_holds_what_json_does_not_have(tmp_path: Path) -> None:
-    """Claim: NaN and infinities are refused by every writer, and a log's row that has one is left out. Oracle: RFC 8259."""
+    """Claim:
+
+    NaN and infinities are refused by every writer, and a log's row that has one is left out.
+    Oracle: RFC 8259.
+    """
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not JSON compliant"):
             storage.write_json(tmp_path / "a.json", {"x": value})
@@ -817,7 +875,9 @@ def test_no_file_holds_what_json_does_not_have(tmp_path: Path) -> None:
 def test_a_stream_smaller_than_its_batch_is_said(
     toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: one line names a stream of fewer rows than a step draws and how often a row is in it; a larger one gets none."""
+    """Claim: one line names a stream of fewer rows than a step draws and how often a row is in it;
+    a larger one gets none.
+    """
     for few, said in (("[:3]", True), ("[:4]", False)):
         command = bfpo(
             toys, tmp_path / few, "--helpfulness", f"{toys}/ultrafeedback{few}", "--dry_run"
@@ -839,9 +899,11 @@ def test_a_stream_smaller_than_its_batch_is_said(
 
 
 def test_updates_are_adamw_s(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: five steps give AdamW's weights with betas 0.9 and 0.999, eps 1e-8 and no decay, from each step's own gradient.
+    """Claim: five steps give AdamW's weights with betas 0.9 and 0.999, eps 1e-8 and no decay, from
+    each step's own gradient.
 
-    Oracle: the algorithm by hand in float64. Gradients are scaled to 1e-8, where eps is half of the denominator.
+    Oracle: the algorithm by hand in float64. Gradients are scaled to 1e-8, where eps is half of the
+    denominator.
     """
     true, gradients = train.forward_backward, list[dict[str, torch.Tensor]]()
 
@@ -878,7 +940,8 @@ def test_updates_are_adamw_s(toys: Path, world: World, tmp_path: Path) -> None:
                 v_hat.sqrt() + 1e-8
             )
         assert (weight - before[name].double()).abs().max() > 0.02  # else this shows nothing
-        # 1e-6: fp32 weights below 0.2, five updates; decay of 0.01 alone would change the largest by 1e-4
+        # 1e-6: fp32 weights below 0.2, five updates; decay of 0.01 alone would change the largest
+        # by 1e-4
         torch.testing.assert_close(after[name].double(), weight, rtol=0, atol=1e-6)
 
 
@@ -886,7 +949,11 @@ def test_updates_are_adamw_s(toys: Path, world: World, tmp_path: Path) -> None:
 def test_gate_passes_for_the_other_objectives(
     objective: str, toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: DPO and IPO run on the same path; their loss at h = 0 is log 2 and (1 / (2 tau))^2 a stream. Oracle: closed form."""
+    """Claim:
+
+    DPO and IPO run on the same path; their loss at h = 0 is log 2 and (1 / (2 tau))^2 a stream.
+    Oracle: closed form.
+    """
     train.run(
         train.parse(
             bfpo(toys, tmp_path / "run", "--objective", objective, "--steps", "1", "--warmup", "0")
@@ -903,7 +970,10 @@ def test_gate_passes_for_the_other_objectives(
 def test_cached_reference_gives_the_gradient_of_a_live_second_model(
     inputs: Path, world: World, finished: Path
 ) -> None:
-    """Claim: a step's loss and gradient with the cached reference are those with a live pi_ref. Oracle: a second model, the file's rows."""
+    """Claim: a step's loss and gradient with the cached reference are those with a live pi_ref.
+
+    Oracle: a second model, the file's rows.
+    """
     config = replace(
         train.parse(flags(inputs, inputs / "unused")), dtype="float32", pack_tokens=1024
     )
@@ -964,8 +1034,9 @@ def test_cached_reference_gives_the_gradient_of_a_live_second_model(
 def test_reference_cache_is_reused_exactly_when_it_may_be(
     toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: another alpha, tau, b1, lr, seed, objective, batch or packing reads the cache; other weights (of the frozen part, too),
-    tokenizer, chat format, lengths, data or dtype do not. A flipped bit and a cut file are noticed and mended.
+    """Claim: another alpha, tau, b1, lr, seed, objective, batch or packing reads the cache; other
+    weights (of the frozen part, too), tokenizer, chat format, lengths, data or dtype do not. A
+    flipped bit and a cut file are noticed and mended.
 
     Oracle: what the run says it did, and the losses.
     """
@@ -1065,7 +1136,9 @@ def test_reference_cache_is_reused_exactly_when_it_may_be(
 def test_reference_that_two_runs_compute_at_once_is_one_reference(
     world: World, tmp_path: Path
 ) -> None:
-    """Claim: of two runs that compute a cached tensor at the same time, in other bits, both use the first one's, and so do later ones."""
+    """Claim: of two runs that compute a cached tensor at the same time, in other bits, both use the
+    first one's, and so do later ones.
+    """
     path, first, second = (
         tmp_path / "cache" / "reference.safetensors",
         torch.tensor([1.0]),
@@ -1097,8 +1170,9 @@ def test_reference_that_two_runs_compute_at_once_is_one_reference(
 
 
 def test_weights_are_summed_as_they_are_read(toys: Path, world: World, tmp_path: Path) -> None:
-    """Claim: a file of weights that the model does not read is no part of what a run began with; one that it reads is,
-    and so is the index. Oracle: the sums."""
+    """Claim: a file of weights that the model does not read is no part of what a run began with;
+    one that it reads is, and so is the index. Oracle: the sums.
+    """
     shutil.copytree(toys / "start", tmp_path / "model")
     before = storage.weights_sha256(tmp_path / "model", world)
     assert before == storage.weights_sha256(toys / "start", world)
@@ -1120,8 +1194,9 @@ def test_weights_are_summed_as_they_are_read(toys: Path, world: World, tmp_path:
 def test_a_kill_in_the_reference_loses_one_part(
     toys: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: a stream's reference is kept part by part, so that a run which is killed in one goes on with it, to the same values. Oracle:
-    the rows that are scored, and a reference in one part."""
+    """Claim: a stream's reference is kept part by part, so that a run which is killed in one goes
+    on with it, to the same values. Oracle: the rows that are scored, and a reference in one part.
+    """
     monkeypatch.setattr(storage, "PART_ROWS", 30)
     config = train.parse(
         [
@@ -1159,9 +1234,11 @@ def test_a_kill_in_the_reference_loses_one_part(
 def test_stages_chain_by_folder_names(
     toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: SFT -> BFPO -> red-teaming, each from the one before by its folder; red-teaming has one stream and 16 pairs a step.
+    """Claim: SFT -> BFPO -> red-teaming, each from the one before by its folder; red-teaming has
+    one stream and 16 pairs a step.
 
-    Oracle: what transformers says the last model's frozen and trained tensors are, against the first stage's.
+    Oracle: what transformers says the last model's frozen and trained tensors are, against the
+    first stage's.
     """
     rng = random.Random(2)
     columns = {"modeloutput1": "full", "modeloutput2": "refusal"}
@@ -1226,8 +1303,10 @@ def test_dry_run_checks_everything_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Claim: --dry_run reads data and checkpoint headers, says how many steps there are, and makes no run folder; a tensor of another
-    shape is found without reading it, and a disk too small. Oracle: the folders; config.json changed; bytes counted by hand."""
+    """Claim: --dry_run reads data and checkpoint headers, says how many steps there are, and makes
+    no run folder; a tensor of another shape is found without reading it, and a disk too small.
+    Oracle: the folders; config.json changed; bytes counted by hand.
+    """
     command = bfpo(toys, tmp_path / "run", "--dry_run")
     assert train.run(train.parse(command), world) == {} and not list(tmp_path.iterdir())
     said = capsys.readouterr().out
@@ -1273,7 +1352,9 @@ def test_dry_run_of_the_toy_recipe(
 
 
 def test_fresh_toy_recipe_tries_its_stages_first(world: World, tmp_path: Path) -> None:
-    """Claim: what a stage of the toy recipe refuses is said before --fresh sets the earlier run aside. Oracle: the folder."""
+    """Claim: what a stage of the toy recipe refuses is said before --fresh sets the earlier run
+    aside. Oracle: the folder.
+    """
     command = [
         "--out",
         str(tmp_path / "run"),
@@ -1297,7 +1378,9 @@ def test_fresh_toy_recipe_tries_its_stages_first(world: World, tmp_path: Path) -
 def test_a_run_folder_holds_no_cache_and_nobody_elses_files(
     toys: Path, world: World, tmp_path: Path
 ) -> None:
-    """Claim: neither a folder with the cache in it becomes a run folder, which --fresh would remove, nor one with other files."""
+    """Claim: neither a folder with the cache in it becomes a run folder, which --fresh would
+    remove, nor one with other files.
+    """
     command = bfpo(toys, tmp_path / "run", "--steps", "2")
     for cache in ("cache", "some/cache"):
         with pytest.raises(
@@ -1318,7 +1401,9 @@ def test_a_run_folder_holds_no_cache_and_nobody_elses_files(
 def test_sources_are_found_before_anything_is_fetched_or_tokenised(
     toys: Path, world: World, tmp_path: Path
 ) -> None:
-    """Claim: a typo in the last source is said before a model is looked for and the first source read. Oracle: the message; no cache."""
+    """Claim: a typo in the last source is said before a model is looked for and the first source
+    read. Oracle: the message; no cache.
+    """
     command = [
         *bfpo(toys, tmp_path / "run"),
         "--cache",
@@ -1336,14 +1421,18 @@ def test_sources_are_found_before_anything_is_fetched_or_tokenised(
 
 
 def test_flags_as_shells_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: the ~ that a shell leaves in --out=~/run is the home folder; of a flag given twice the last counts. Oracle: the settings."""
+    """Claim: the ~ that a shell leaves in --out=~/run is the home folder; of a flag given twice the
+    last counts. Oracle: the settings.
+    """
     monkeypatch.setenv("HOME", "/home/someone")
     config = train.parse(["bfpo", "--safety", "a", "b", "--out=~/run", "--safety", "c"])
     assert config.safety == ("c",) and config.out == "/home/someone/run"
 
 
 def test_other_settings_are_refused_by_name(finished: Path, inputs: Path, world: World) -> None:
-    """Claim: the command with another tau on a folder with a run names tau and both values, and leaves the run alone."""
+    """Claim: the command with another tau on a folder with a run names tau and both values, and
+    leaves the run alone.
+    """
     config = train.parse(
         flags(inputs, finished, "--steps", "12", "--save_every", "7", "--tau", "0.02")
     )
@@ -1391,9 +1480,11 @@ def test_bad_input_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Claim: each kind of bad input ends with exit code 1, one message that says what and where, and no run folder.
+    """Claim: each kind of bad input ends with exit code 1, one message that says what and where,
+    and no run folder.
 
-    Oracle: the list above. In this process, through main, because a process each would take a minute.
+    Oracle: the list above. In this process, through main, because a process each would take a
+    minute.
     """
     monkeypatch.setattr(
         runtime.dist, "destroy_process_group", lambda: None
@@ -1414,7 +1505,9 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_bad_input_under_torchrun_speaks_once(inputs: Path, tmp_path: Path) -> None:
-    """Claim: with two processes, rank 0 alone says what is wrong, without a traceback, and nothing is left behind."""
+    """Claim: with two processes, rank 0 alone says what is wrong, without a traceback, and nothing
+    is left behind.
+    """
     more, named = bad_inputs(inputs, tmp_path)["missing field"]
     done = launch(flags(inputs, tmp_path / "out", *more), processes=2)
     assert done.returncode == 1 and not (tmp_path / "out").exists()
@@ -1434,7 +1527,9 @@ def table_of(said: str) -> list[str]:
 def test_toy_recipe_prints_its_table_again(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: the recipe runs both stages and prints one table; the command again prints the same and writes nothing. Oracle: itself."""
+    """Claim: the recipe runs both stages and prints one table; the command again prints the same
+    and writes nothing. Oracle: itself.
+    """
     config = train.parse(["--steps", "2", "--out", str(tmp_path / "toy")])
     result = train.toy_run(config, world, train.run, train.FREE)
     table = table_of(capsys.readouterr().out)
@@ -1460,7 +1555,10 @@ def test_toy_recipe_prints_its_table_again(
 
 @pytest.mark.slow  # a minute
 def test_toy_recipe_on_two_processes(tmp_path: Path) -> None:
-    """Claim: torchrun builds the data once, and each stage takes the steps of one process. Oracle: `python train.py`, shortened."""
+    """Claim: torchrun builds the data once, and each stage takes the steps of one process.
+
+    Oracle: `python train.py`, shortened.
+    """
     for processes in (0, 2):
         done = launch(
             ["--steps", "6", "--device", "cpu", "--out", str(tmp_path / f"toy{processes}")],
@@ -1475,7 +1573,8 @@ def test_toy_recipe_on_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # two minutes
 def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
-    """Claim: `python train.py` raises harmlessness without losing helpfulness; run again it prints the same table and exits 0.
+    """Claim: `python train.py` raises harmlessness without losing helpfulness; run again it prints
+    the same table and exits 0.
 
     Oracle: the exact judge. The whole recipe, as a user runs it.
     """
