@@ -1,33 +1,36 @@
-"""Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313): label, loss and exact
-optimum.
+"""Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313).
+
+Label, loss, safety quadrants and exact optimum.
 
 The paper's §3 on tensors, without a model or a trainer. `python synthetic.py` draws Figure 4 with
 it, and `python synthetic.py theorems` holds its closed forms against a numerical minimiser.
 
-paper symbol                  | identifier                 | shape | range or unit         | authors' code
-y_w, y_l                      | chosen, rejected           |       | more, less HELPFUL    | chosen, rejected
-log pi(y_w|x), log pi(y_l|x)  | policy_chosen, _rejected   | N     | nats, token sum       | policy_*_logps
-the same under pi_ref         | ref_chosen, _rejected      | N     | nats, token sum       | reference_*_logps
-h                             | h; margin_nats             | N     | nats                  | logits
-I, I': I_safe of y_w, of y_l  | chosen_safe, rejected_safe | N     | 1 safe, 0 unsafe      | safe_factor_*
-B_3(B_1 I - I' + B_2) - alpha | g                          | N     | nats x tau            | safe_factor
-g / tau                       | target_nats                | N     | nats; the h of loss 0
-B_1                           | b1                         |       | > 1; paper 3          | b1
-B_2                           | left out                   |       | paper 0               | left out
-B_3                           | 1 / (b1 - 1)               |       | paper 1/2             | b3
-alpha                         | alpha                      |       | finite; paper 1/2     | alpha
-tau                           | tau                        |       | > 0; paper 0.01, 1    | beta
-pi_ref(y)                     | reference_A                | A     | > 0, sums to 1
-p(y, y')                      | preference_AA              | A, A  | P(y beats y')
-p(y) = E_y'~pi_ref p(y, y')   | helpful_A                  | A     | 0 to 1
-I_safe(y), E_safe = E I_safe  | safe_A, safe_share         | A     | 0 or 1, 0 to 1
+paper symbol                   identifier                  shape  range or unit       authors' code
+y_w, y_l                       chosen, rejected                   more, less HELPFUL  same names
+log pi(y_w|x), log pi(y_l|x)   policy_chosen, _rejected    N      nats, token sum     policy_*_logps
+the same under pi_ref          ref_chosen, _rejected       N      nats, token sum     reference_*
+h                              h; margin_nats              N      nats                logits
+I, I': I_safe of y_w, of y_l   chosen_safe, rejected_safe  N      1 safe, 0 unsafe    safe_factor_*
+B_3(B_1 I - I' + B_2) - alpha  g                           N      nats x tau          safe_factor
+g / tau                        target_nats                 N      nats; h of loss 0
+B_1                            b1                                 > 1; paper 3        b1
+B_2                            left out                           paper 0             left out
+B_3                            1 / (b1 - 1)                       paper 1/2           b3
+alpha                          alpha                              finite; paper 1/2   alpha
+tau                            tau                                > 0; paper 0.01, 1  beta
+pi_ref(y)                      reference_A                 A      > 0, sums to 1
+p(y, y')                       preference_AA               A, A   P(y beats y')
+p(y) = E_y'~pi_ref p(y, y')    helpful_A                   A      0 to 1
+I_safe(y), E_safe = E I_safe   safe_A, safe_share          A      0 or 1, 0 to 1
 """
-# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
+# F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: Q quadrants,
+# C columns.
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -67,7 +70,7 @@ def _as_indicator(labels: Tensor, name: str) -> Tensor:
     return labels if labels.is_floating_point() else labels.to(torch.get_default_dtype())
 
 
-# -------------------------------------------------------------------------------------------- the objective
+# --- the objective --------------------------------------------------------------------------------
 
 
 def label(
@@ -144,12 +147,105 @@ def pair_loss(objective: str, h: Tensor, g: Tensor, tau: float) -> Tensor:
     return {"ipo": ipo_loss, "dpo": dpo_loss}[objective](h, tau)
 
 
-# ----------------------------------------------------------------- the exact optimum on a finite action set
-# Pairs (y, y') come from pi_ref x pi_ref and y is chosen with probability p(y, y'). A zero derivative of
-# E (h - g / tau)^2 means  tau log(pi*/pi_ref)(y) = E_y'[ p(y, y') g(y, y') - p(y', y) g(y', y) ] + constant.
-# With that right side as the reward, pi* maximises E_pi[reward] - tau KL(pi || pi_ref): supervised learning
-# solves the RLHF problem (Theorems 3.2 and B.4, whose wording was not at hand); `python synthetic.py theorems`
-# checks both.
+# --- the four quadrants, Figure 3 -----------------------------------------------------------------
+# The training log has their figures for every step; `python train.py` and `python eval.py --pairs`
+# print them for held-out pairs:
+#
+#     quadrant           pairs    margin    target  on target side
+#     both_safe            212     +1.31      +2.0           75.5%
+
+
+def check_targets(objective: str, alpha: float, b1: float, tau: float, pairs: int = 1) -> None:
+    """ValueError when fp32 cannot hold a quadrant's target g / tau, or the loss at h = 0 of so many
+    pairs.
+    """
+    g = label(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0]), alpha, b1)
+    losses = pair_loss(objective, torch.zeros(4), g, tau)
+    if not (torch.isfinite(g / tau).all() and torch.isfinite(losses * pairs).all()):
+        raise ValueError(
+            f"targets g / tau and their squares must be finite in fp32, got alpha {alpha}, b1 {b1} "
+            f"and tau {tau}; take values nearer to the usual 0.5, 3 and 0.01"
+        )
+
+
+def quadrant_sums(
+    h: Tensor, chosen_safe: Tensor, rejected_safe: Tensor, alpha: float, b1: float, tau: float
+) -> Tensor:
+    """Sums over each quadrant's pairs, float64 [4, 4]; additive over packs, ranks and batches.
+
+    Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the
+    target's side: h and g have one sign. Two of the four quadrants ask for h < 0, so a share of h >
+    0, as the authors' accuracy is, would count their failures (deviation 5). h = 0 is on no side. A
+    pair whose h is not finite is left out. All inputs are 1-D over pairs. ValueError: as label's.
+    """
+    h, g = h.detach().double(), label(chosen_safe, rejected_safe, alpha, b1).double()
+    s_w, s_l = chosen_safe.bool(), rejected_safe.bool()
+    masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])  # deviation 6
+    on_target_side = (h.sign() * g.sign() > 0).double()
+    columns_NC = torch.stack([torch.ones_like(h), h, g / tau, on_target_side], dim=-1)
+    counts_QN = masks_QN & h.isfinite()
+    return torch.where(counts_QN[..., None], columns_NC, 0.0).sum(1)  # mask * x spreads a NaN
+
+
+def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
+    """quadrant -> {"pairs" (int), "margin_nats", "target_nats", "target_side_share" (0 to 1)}.
+
+    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out, and the share where
+    the target is 0, which has no side.
+    """
+    means: dict[str, dict[str, float]] = {}
+    for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):
+        if pairs:
+            means[quadrant] = {
+                "pairs": int(pairs),
+                "margin_nats": h / pairs,
+                "target_nats": target / pairs,
+            }
+            means[quadrant] |= {"target_side_share": on_target_side / pairs} if target else {}
+    return means
+
+
+def preference_view(
+    policy: Tensor,
+    reference: Tensor,
+    chosen_safe: Tensor,
+    rejected_safe: Tensor,
+    alpha: float,
+    b1: float,
+    tau: float,
+) -> dict[str, dict[str, float]]:
+    """quadrant_means of a stream's pairs by their summed log-probabilities [n, 2] (chosen,
+    rejected) under policy and reference.
+
+    The target is BFPO's whatever the model was trained on, so models of different objectives can be
+    set side by side.
+    """
+    change = (policy - reference).double()
+    return quadrant_means(
+        quadrant_sums(change[:, 0] - change[:, 1], chosen_safe, rejected_safe, alpha, b1, tau)
+    )
+
+
+def quadrant_table(view: Mapping[str, Mapping[str, float]]) -> str:
+    """quadrant_means in lines, as above."""
+    lines = [f"{'quadrant':<16}{'pairs':>8}{'margin':>10}{'target':>10}{'on target side':>16}"]
+    for name in QUADRANTS:
+        if name in view:
+            q = view[name]
+            share = f"{q['target_side_share']:.1%}" if "target_side_share" in q else "-"
+            lines.append(
+                f"{name:<16}{q['pairs']:>8}{q['margin_nats']:>+10.2f}{q['target_nats']:>+10.1f}{share:>16}"
+            )
+    return "\n".join(lines)
+
+
+# --- the exact optimum on a finite action set -----------------------------------------------------
+# Pairs (y, y') come from pi_ref x pi_ref and y is chosen with probability p(y, y'). A zero
+# derivative of E (h - g / tau)^2 means
+#     tau log(pi*/pi_ref)(y) = E_y'[ p(y, y') g(y, y') - p(y', y) g(y', y) ] + constant.
+# With that right side as the reward, pi* maximises E_pi[reward] - tau KL(pi || pi_ref): supervised
+# learning solves the RLHF problem (Theorems 3.2 and B.4, whose wording was not at hand);
+# `python synthetic.py theorems` checks both.
 
 
 def _action_set(
@@ -195,7 +291,9 @@ def population_reward(
     """tau log(pi*/pi_ref) of the exact minimiser up to a constant, float64 [A]: form 1, for every
     action set.
 
-        [ s (1 + (b1 - 1) p(y)) + (b1 - 1) E_y'[ s(y') p(y, y') ] ] / (b1 - 1) - 2 alpha p(y),   s = I_safe(y)
+        [ s (1 + (b1 - 1) p(y)) + (b1 - 1) E_y'[ s(y') p(y, y') ] ] / (b1 - 1) - 2 alpha p(y)
+
+    with s = I_safe(y).
 
     preference_AA [A, A] >= 0 with p + p^T = 1; safe_A [A] of 1 and 0; reference_A [A] > 0 with sum
     1, or None for the uniform one. ValueError: one of these broken, b1 <= 1, a setting that is not

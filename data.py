@@ -1,7 +1,7 @@
 """Rows to streams of token ids, batches and packs, with nothing guessed.
 
-A row of a file (sources.py) -> Pair(prompt, chosen, rejected, chosen_safe, rejected_safe) -> chat
-text -> token ids (chat.py) -> a tree in a Stream -> a place in a Pack (model.py). chosen is y_w,
+A row of a file (support/sources.py) -> Pair(prompt, chosen, rejected, chosen_safe, rejected_safe) -> chat
+text -> token ids (support/chat.py) -> a tree in a Stream -> a place in a Pack (model.py). chosen is y_w,
 the more helpful answer; the labels are I_safe.
 
     python data.py FILE --model DIR          what training would see of these pairs: labels, targets, lengths, what is
@@ -23,22 +23,28 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from bfpo import QUADRANTS, label
-from chat import Chat, Ids, Message, read_object, truncate
-from sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
+from model import Mistral, Pack, find_model
+from support.chat import Chat, Ids, Message, truncate
+from support.distributed import World
+from support.sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
+from support.storage import read_object
 
 FORMAT = 9  # of the token cache: count up when the same rows would give other arrays or counts
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
+GENERATION_BATCH = 64  # prompts answered at a time
 HELD_OUT_ROWS = 1000  # of a source's test split, at most
 
-# --- schemas ---------------------------------------------------------------------------------------------------------
+# --- schemas --------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -197,7 +203,7 @@ def doubt(row: dict[str, Any], schema: Schema) -> str:
     return "tied" if scores[0] == scores[1] else "inverted"
 
 
-# --- streams of token ids --------------------------------------------------------------------------------------------
+# --- streams of token ids -------------------------------------------------------------------------
 
 SUMS = "sha256.json"  # of a cache's other files: their bytes and sums
 COUNTS = (
@@ -340,8 +346,6 @@ def _items(
 
     What is left out is counted in part; the first malformed rows go to problems.
     """
-    from tqdm import tqdm
-
     total, rows = source_rows(source, HELD_OUT_ROWS if options.held_out else 0)
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # between lines
     for place, row, test in tqdm(
@@ -537,7 +541,7 @@ def load_stream(
         ) from error
 
 
-# --- report ----------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 
 def _scores(part: dict[str, Any]) -> str:
@@ -585,7 +589,7 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- batches and packs -----------------------------------------------------------------------------------------------
+# --- batches and packs ----------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
@@ -654,7 +658,209 @@ def unevenness(tokens: Sequence[int], ranks: Sequence[Sequence[Sequence[int]]]) 
     return max(costs) / min(costs) - 1 if min(costs) else float("inf")
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- rows of all streams ----------------------------------------------------------------------
+
+
+def safety_labels(stream: Stream) -> tuple[Tensor, Tensor]:
+    """(chosen_safe, rejected_safe) of its pairs, each bool [N]."""
+    return torch.tensor(stream.chosen_safe), torch.tensor(stream.rejected_safe)
+
+
+def title_of(name: str, stream: Stream, i: int, chat: Chat) -> str:
+    """What a message calls row i of a stream: the stream's name, the number, and how the row begins
+    and ends.
+    """
+    text = chat.decode([token for part in stream.tree(i)[:2] for token in part])
+    return f"{name} {i} ({reprlib.repr(text)})"
+
+
+def not_finite(
+    logprobs: Tensor, name: str, stream: Stream, chat: Chat, first: int = 0
+) -> list[str]:
+    """Titles of a stream's rows, from `first` on, whose log-probabilities [n, responses] are not
+    all finite.
+    """
+    bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
+    return [title_of(name, stream, first + i, chat) for i in bad]
+
+
+def in_words(titles: list[str]) -> str:
+    """The first five titles, and how many others there are."""
+    more = f" and {len(titles) - 5} more" if len(titles) > 5 else ""
+    return ", ".join(titles[:5]) + more
+
+
+class Rows:
+    """The rows of all streams, numbered through, with what the objective asks of them beside their
+    tokens.
+
+    tokens, scored [n]: a row's tokens, and those of its responses. stream [n]: its place in
+    `names`. chosen_safe, rejected_safe: bool [n]. reference: log-probabilities of the chosen and
+    the rejected answer under pi_ref, summed, nats, fp32 [n, 2].
+    """
+
+    def __init__(
+        self,
+        streams: dict[str, Stream],
+        references: dict[str, Tensor],
+        chat: Chat | None = None,
+    ) -> None:
+        self.streams, self.names, self.chat = list(streams.values()), list(streams), chat
+        self.starts = [0, *accumulate(len(stream) for stream in self.streams)]
+        self.stream = torch.cat(
+            [torch.full((len(stream),), k) for k, stream in enumerate(self.streams)]
+        )
+        lengths = torch.cat([torch.tensor(stream.lengths) for stream in self.streams])
+        self.tokens, self.scored = lengths.sum(1), lengths[:, 1:].sum(1)
+        self.chosen_safe, self.rejected_safe = map(
+            torch.cat, zip(*map(safety_labels, self.streams), strict=True)
+        )
+        self.reference = torch.cat(list(references.values())) if references else torch.empty(0, 2)
+
+    def draw(self, batch: int, seed: int, step: int) -> Tensor:
+        """The global batch of a step: `batch` rows of each stream, a pure function of (seed, step)."""
+        drawn = (
+            batch_indices(len(stream), batch, seed, step, name)
+            for stream, name in zip(self.streams, self.names, strict=True)
+        )
+        return torch.cat(
+            [
+                torch.from_numpy(rows) + start
+                for rows, start in zip(drawn, self.starts, strict=False)
+            ]
+        )
+
+    def unevenness(self, batch: int, seed: int, steps: int, ranks: int, pack_tokens: int) -> str:
+        """How evenly steps are dealt to ranks, in words: the mean of the first hundred steps."""
+        dealt = [
+            self.tokens[self.draw(batch, seed, step)].tolist() for step in range(min(steps, 100))
+        ]
+        parts = [unevenness(tokens, deal(tokens, ranks, pack_tokens)) for tokens in dealt]
+        mean = sum(parts) / len(parts)
+        if mean == math.inf:
+            return "in some steps a rank has no rows; pass a larger --batch, or use fewer processes"
+        return f"a step costs its costliest rank {mean:.1%} more than its cheapest, on average"
+
+    def tree(self, i: int) -> list[Ids]:
+        """Row i as an item of Pack.build: [prompt, response, ...] in token ids."""
+        return self.streams[self.stream[i]].tree(i - self.starts[self.stream[i]])
+
+    def title(self, i: int) -> str:
+        """What an error calls row i of all."""
+        assert self.chat is not None  # whoever trains names rows
+        k = self.stream[i]
+        return title_of(self.names[k], self.streams[k], i - self.starts[k], self.chat)
+
+    def blame(self, items: Tensor, losses: Tensor, world: World) -> str:
+        """Which rows make a step's loss or gradient not finite, of the items and losses [N] that
+        each rank brings.
+        """
+        mine = [
+            (loss, self.title(i)) for i, loss in zip(items.tolist(), losses.tolist(), strict=True)
+        ]
+        every = [pair for part in world.gather(mine) for pair in part]
+        if bad := [title for loss, title in every if not math.isfinite(loss)]:
+            return f"rows whose loss is not finite: {in_words(bad)}"
+        return "every row's loss is finite; the largest: " + ", ".join(
+            f"{loss:.3g} of {title}" for loss, title in sorted(every)[-3:]
+        )
+
+
+# --- scoring and generating over ranks ---------------------------------------------------------
+
+
+def my_packs(lengths: Sequence[int], world: World, budget: int) -> list[list[int]]:
+    """This rank's share of the items as packs of item numbers, of at most `budget` tokens, the cost
+    shared out evenly.
+
+    Every rank gets as many packs, empty ones at the end, because every forward takes part in the
+    others' collectives.
+    """
+    dealt = deal(lengths, world.size, budget)
+    return dealt[world.rank] + [[] for _ in range(max(map(len, dealt)) - len(dealt[world.rank]))]
+
+
+@torch.no_grad()
+def score(
+    model: Mistral,
+    stream: Stream,
+    world: World,
+    budget: int,
+    text: str,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n,
+    responses], the same on every rank.
+    """
+    rows, responses = range(len(stream)) if rows is None else rows, stream.lengths.shape[1] - 1
+    logprobs = torch.zeros(len(rows), responses)
+    packs, found = my_packs(stream.lengths[list(rows)].sum(1).tolist(), world, budget), []
+    for items in tqdm(
+        packs, desc=text, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False
+    ):
+        pack = Pack.build([stream.tree(rows[i]) for i in items]).to(world.device)
+        found.append(
+            model.logprobs(pack).float().reshape(responses, -1).T
+        )  # off the device after the last: none waits for another
+    logprobs[[i for items in packs for i in items]] = torch.cat(found).cpu()
+    logprobs = world.sum(logprobs)
+    bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
+    if (
+        bad and budget > 1
+    ):  # a NaN spreads within its pack, masked or not: only a row that gives it alone has it
+        logprobs[bad] = score(
+            model, stream, world, 1, f"{text}, not finite", [rows[i] for i in bad]
+        )
+    return logprobs
+
+
+class Answer(NamedTuple):
+    """A generated answer; at_limit: it ran into the token limit, and neither an end token nor a
+    stop string ended it.
+    """
+
+    text: str
+    tokens: int
+    at_limit: bool
+
+
+def generate(
+    model: Mistral,
+    chat: Chat,
+    prompts: Sequence[Sequence[int]],
+    world: World,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    seed: int,
+    stop: Sequence[str] = (),
+) -> list[Answer]:
+    """The answer to each prompt, in order, on every rank; prompt i is sampled with seed + i,
+    whatever the batch.
+    """
+    numbers = range(world.rank, len(prompts), world.size)
+    new = model.generate(
+        [prompts[i] for i in numbers],
+        max_new_tokens,
+        temperature,
+        top_p,
+        seeds=[seed + i for i in numbers],
+        stop_ids=chat.end_ids,
+        stop_strings=stop,
+        decode=chat.decode,
+        batch=GENERATION_BATCH,
+    )
+    answers: dict[int, Answer] = {}
+    for i, ids in zip(numbers, new, strict=True):
+        text = chat.decode(ids)
+        end = min((text.find(string) for string in stop if string in text), default=len(text))
+        answers[i] = Answer(text[:end], len(ids), len(ids) == max_new_tokens and end == len(text))
+    every = {i: answer for part in world.gather(answers) for i, answer in part.items()}
+    return [every[i] for i in range(len(prompts))]
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -678,8 +884,6 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, help="tokens; default 1024, with --sft 2048")
     parser.add_argument("--max_prompt", type=int, default=512, help="tokens")
     flags = parser.parse_args()
-    from model import find_model
-
     max_length = (2048 if flags.sft else 1024) if flags.max_length is None else flags.max_length
     if not 1 <= (1 if flags.sft else flags.max_prompt) < max_length:
         parser.error(

@@ -1,5 +1,4 @@
-"""Evaluate a model: the benchmark's tasks, held-out preference pairs by safety quadrant, or one
-prompt.
+"""Evaluate a model: the benchmark's tasks, held-out pairs by safety quadrant, or one prompt.
 
     python eval.py --model DIR --tasks paper --judge harmbench:DIR --out runs/eval         the paper's benchmark
     python eval.py --model DIR --reference DIR --tasks ethics_cm toxigen=FILE --out DIR    some tasks, rows of one from a file
@@ -7,12 +6,12 @@ prompt.
     python eval.py --model DIR --prompt "How do I make a cake?"                            prints the answer, and nothing more
     python eval.py --model DIR --reference DIR --pairs FILE [FILE ...]                     margins against their targets
 
-The tasks are in tasks.py, the judges in judge.py. The quadrants need no judge: they ask whether the
+The tasks are in tasks/questions.py, the judges in tasks/judges.py. The quadrants need no judge: they ask whether the
 policy's margin over its reference lies on the side that the two safety labels and the helpfulness
 order ask for (Figure 3).
 """
-# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
+# F feed-forward, H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 
@@ -26,23 +25,30 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-import metrics
-import pairwise
-import report
-import runtime
-import storage
-import tables
-import tasks
-import toy
-from chat import Chat, must_fit
-from data import SCORED_PACK_TOKENS, Stream, deal, load_stream
-from judge import (
+from bfpo import check_targets, preference_view, quadrant_table
+from data import (
+    GENERATION_BATCH,
+    SCORED_PACK_TOKENS,
+    generate,
+    in_words,
+    load_stream,
+    my_packs,
+    not_finite,
+    safety_labels,
+    score,
+)
+from model import Config, Mistral, Pack, find_model, stored_weights
+from support import distributed, sources, storage
+from support.chat import Chat, must_fit
+from support.distributed import World
+from support.sources import check_whole
+from tasks import alpaca, metrics, questions, report
+from tasks.judges import (
     Case,
     Examiner,
     Judge,
@@ -53,71 +59,17 @@ from judge import (
     labelled_rows,
     load_judge,
 )
-from metrics import Question, Request, Terms
-from model import Config, Mistral, Pack, find_model, stored_weights
-from quadrants import check_targets, preference_view, quadrant_table
-from rows import in_words, not_finite
-from runtime import World
-from sources import check_whole
-from tasks import PROTOCOLS, TASKS, Protocol, Task
+from tasks.metrics import Question, Request, Terms
+from tasks.questions import PROTOCOLS, TASKS, Protocol, Task
 
 JUDGED = ("harmless", "refused")
 PREFERRED = "alpaca_eval"  # the task whose answers are compared with a baseline's
 JsonRows = list[dict[str, Any]]
 
 ANSWERS_VERSION = 2  # of kept answers: count up when the same settings would give others
-GENERATION_BATCH = 64
 QUESTIONS = 256  # scored, or answers judged, by each process between two writes to disk
 
-# --- scoring responses -----------------------------------------------------------------------------------------------
-
-
-def my_packs(lengths: Sequence[int], world: World, budget: int) -> list[list[int]]:
-    """This rank's share of the items as packs of item numbers, of at most `budget` tokens, the cost
-    shared out evenly.
-
-    Every rank gets as many packs, empty ones at the end, because every forward takes part in the
-    others' collectives.
-    """
-    dealt = deal(lengths, world.size, budget)
-    return dealt[world.rank] + [[] for _ in range(max(map(len, dealt)) - len(dealt[world.rank]))]
-
-
-@torch.no_grad()
-def score(
-    model: Mistral,
-    stream: Stream,
-    world: World,
-    budget: int,
-    text: str,
-    rows: Sequence[int] | None = None,
-) -> Tensor:
-    """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n,
-    responses], the same on every rank.
-    """
-    rows, responses = range(len(stream)) if rows is None else rows, stream.lengths.shape[1] - 1
-    logprobs = torch.zeros(len(rows), responses)
-    packs, found = my_packs(stream.lengths[list(rows)].sum(1).tolist(), world, budget), []
-    for items in tqdm(
-        packs, desc=text, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False
-    ):
-        pack = Pack.build([stream.tree(rows[i]) for i in items]).to(world.device)
-        found.append(
-            model.logprobs(pack).float().reshape(responses, -1).T
-        )  # off the device after the last: none waits for another
-    logprobs[[i for items in packs for i in items]] = torch.cat(found).cpu()
-    logprobs = world.sum(logprobs)
-    bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
-    if (
-        bad and budget > 1
-    ):  # a NaN spreads within its pack, masked or not: only a row that gives it alone has it
-        logprobs[bad] = score(
-            model, stream, world, 1, f"{text}, not finite", [rows[i] for i in bad]
-        )
-    return logprobs
-
-
-# --- multiple choice -------------------------------------------------------------------------------------------------
+# --- multiple choice ------------------------------------------------------------------------------
 
 
 def encode_requests(
@@ -203,53 +155,7 @@ def choice_logprobs(
     return [[values[slot] for slot in row] for row in places]
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
-
-
-class Answer(NamedTuple):
-    """A generated answer; at_limit: it ran into the token limit, and neither an end token nor a
-    stop string ended it.
-    """
-
-    text: str
-    tokens: int
-    at_limit: bool
-
-
-def generate(
-    model: Mistral,
-    chat: Chat,
-    prompts: Sequence[Sequence[int]],
-    world: World,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    seed: int,
-    stop: Sequence[str] = (),
-) -> list[Answer]:
-    """The answer to each prompt, in order, on every rank; prompt i is sampled with seed + i,
-    whatever the batch.
-    """
-    numbers = range(world.rank, len(prompts), world.size)
-    new = model.generate(
-        [prompts[i] for i in numbers],
-        max_new_tokens,
-        temperature,
-        top_p,
-        seeds=[seed + i for i in numbers],
-        stop_ids=chat.end_ids,
-        stop_strings=stop,
-        decode=chat.decode,
-        batch=GENERATION_BATCH,
-    )
-    answers: dict[int, Answer] = {}
-    for i, ids in zip(numbers, new, strict=True):
-        text = chat.decode(ids)
-        end = min((text.find(string) for string in stop if string in text), default=len(text))
-        answers[i] = Answer(text[:end], len(ids), len(ids) == max_new_tokens and end == len(text))
-    every = {i: answer for part in world.gather(answers) for i, answer in part.items()}
-    return [every[i] for i in range(len(prompts))]
+# --- prompts ---------------------------------------------------------------------------------
 
 
 def whole_prompt(chat: Chat, request: Request, bos: bool) -> list[int]:
@@ -288,7 +194,7 @@ def prompt_ids(chat: Chat, request: Request, bos: bool, longest: int) -> list[in
     return without(start)
 
 
-# --- one model on the tasks ------------------------------------------------------------------------------------------
+# --- one model on the tasks -----------------------------------------------------------------------
 
 
 class Policy:
@@ -524,84 +430,7 @@ def terms_of(name: str, entries: Sequence[Any], rows: JsonRows, verdicts: JsonRo
     }
 
 
-# --- the toy language ------------------------------------------------------------------------------------------------
-
-TOY_TEMPERATURE = 1.0  # the policy's own distribution, which is what the theorems speak of
-TOY_NEW_TOKENS = 32  # the longest answer of the grammar has 20
-
-
-def toy_scores(
-    folder: Path, requests: Sequence[toy.Request], world: World, seed: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(scores, transcript) of a model that answers every request once.
-
-    helpful: mean of the exact judge over benign requests; harmless: share of the forbidden ones
-    answered without a step. Each comes with its standard error over requests.
-    """
-    model, chat = Mistral.from_pretrained(folder, device=world.device), Chat(folder)
-    prompts = [chat.prompt([{"role": "user", "content": request.text}]) for request in requests]
-    found = generate(
-        model,
-        chat,
-        prompts,
-        world,
-        max_new_tokens=TOY_NEW_TOKENS,
-        temperature=TOY_TEMPERATURE,
-        seed=seed,
-    )
-    verdicts = [
-        toy.judge(request, answer.text) for request, answer in zip(requests, found, strict=True)
-    ]
-    values = {
-        "helpful": [
-            verdict.helpful
-            for request, verdict in zip(requests, verdicts, strict=True)
-            if not request.forbidden
-        ],
-        "harmless": [
-            float(verdict.harmless)
-            for request, verdict in zip(requests, verdicts, strict=True)
-            if request.forbidden
-        ],
-    }
-    scores: dict[str, Any] = {}
-    for name, column in values.items():
-        sample = torch.tensor(column, dtype=torch.float64)
-        scores |= {
-            name: sample.mean().item(),
-            f"{name}_error": sample.std().item() / len(column) ** 0.5,
-            f"{name}_n": len(column),
-        }
-    transcript = [
-        {
-            "prompt": request.text,
-            "forbidden": request.forbidden,
-            "answer": answer.text,
-            "helpful": verdict.helpful,
-            "harmless": verdict.harmless,
-        }
-        for request, answer, verdict in zip(requests, found, verdicts, strict=True)
-    ]
-    return scores, transcript
-
-
-def toy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """{model: scores} as text: helpfulness on benign requests, harmlessness on forbidden ones, each
-    +- its standard error.
-    """
-    lines = [f"{'model':<8}{'helpful':>16}{'harmless':>16}"]
-    for name, s in rows.items():
-        cells = [f"{s[key]:.3f} +- {s[key + '_error']:.3f}" for key in ("helpful", "harmless")]
-        lines.append(f"{name:<8}{cells[0]:>16}{cells[1]:>16}")
-    first = next(iter(rows.values()))
-    lines.append(
-        f"helpful: share of the right steps, {first['helpful_n']} held-out benign requests; "
-        f"harmless: answers without a forbidden step, {first['harmless_n']} held-out forbidden requests"
-    )
-    return "\n".join(lines)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def local_source(folder: str, name: str) -> str:
@@ -611,7 +440,7 @@ def local_source(folder: str, name: str) -> str:
     found = [
         path
         for path in sorted(Path(folder).glob(f"{name}*"))
-        if (tables.stem(path) if tables.is_table(path) else path.name) == name
+        if (sources.stem(path) if sources.is_table(path) else path.name) == name
     ]
     if len(found) != 1:
         raise ValueError(
@@ -692,7 +521,7 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
         )  # before data sets are fetched and the judges' weights summed
     asked = world.from_main(
         lambda: {
-            name: tasks.load(name, source, protocol, options.limit)
+            name: questions.load(name, source, protocol, options.limit)
             for name, source in sources.items()
         }
     )
@@ -719,7 +548,7 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
         for judge in judges.values():
             judge.check(labelled[0])
     if examiner:
-        pairwise.check_contests(examiner, [request for _, request in asked[PREFERRED]])
+        alpaca.check_contests(examiner, [request for _, request in asked[PREFERRED]])
     policies = {
         who: Policy(name, options.chat_template, world, folder.started)
         for who, name in names.items()
@@ -761,7 +590,7 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     for judge in judges.values():
         judge.unload()
     answered = {who: rows[PREFERRED] for who, rows in taken.items() if PREFERRED in asked}
-    columns, figures = pairwise.against_baseline(answered, names, folder.path, examiner, world)
+    columns, figures = alpaca.against_baseline(answered, names, folder.path, examiner, world)
     for who, column in columns.items():
         terms[who][PREFERRED] = column
     found = report.make_report(terms["policy"], terms.get("reference", {}))
@@ -818,7 +647,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--tasks",
         nargs="+",
         metavar="NAME[=SOURCE]",
-        help="tasks of the benchmark, or groups: " + ", ".join(tasks.GROUPS),
+        help="tasks of the benchmark, or groups: " + ", ".join(questions.GROUPS),
     )
     what.add_argument(
         "--pairs",
@@ -879,7 +708,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="remove what an earlier run left in --out"
+        "--fresh",
+        action="store_true",
+        help="start over; an earlier run in --out is set aside until this one has a report",
     )
     parser.add_argument("--max_new_tokens", type=int, default=512, help="with --prompt")
     parser.add_argument("--max_length", type=int, default=1024, help="with --pairs")
@@ -930,7 +761,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             )
         try:
             options.tasks, options.judge = (
-                tasks.select(options.tasks),
+                questions.select(options.tasks),
                 options.judge and judge_name(options.judge),
             )
         except ValueError as error:
@@ -941,11 +772,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """The command. Exit codes: 2 for wrong usage, 1 for bad input, in one line."""
     options = parse(arguments)
-    with runtime.errors_in_one_line():
+    with distributed.errors_in_one_line():
         if options.compare:
             print(report.compare(options.compare, options.out))
             return
-        world = runtime.start(options.device)
+        world = distributed.start(options.device)
         if options.tasks:
             benchmark(options, world)
             return
@@ -1000,7 +831,14 @@ def main(arguments: Sequence[str]) -> None:
         policy, reference = scored(folder, "policy"), scored(reference_folder, "reference")
         world.say(
             quadrant_table(
-                preference_view(policy, reference, stream, options.alpha, options.b1, options.tau)
+                preference_view(
+                    policy,
+                    reference,
+                    *safety_labels(stream),
+                    options.alpha,
+                    options.b1,
+                    options.tau,
+                )
             )
         )
 

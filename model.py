@@ -10,8 +10,9 @@ It knows nothing of labels or of training. Parameters carry the checkpoint's nam
 is a checkpoint.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
-# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.  Here also: S scored rows, B sequences of a batch.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
+# F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: S scored
+# rows, B sequences of a batch.
 
 from __future__ import annotations
 
@@ -34,8 +35,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from chat import read_object, write_object
-from kernels import (
+from support.kernels import (
     BlockedAttention,
     blocked_plan,
     compiled_on,
@@ -45,15 +45,17 @@ from kernels import (
     row_logprobs,
     swiglu,
 )
-from sources import snapshot
-from weights import (
+from support.sources import snapshot
+from support.storage import (
     INDEX,
     begin_aside,
     fill,
     must_be_replaceable,
     put_in_place,
+    read_object,
     slices,
     weight_files,
+    write_object,
     write_safetensors,
 )
 

@@ -1,12 +1,16 @@
 """The paper's synthetic evidence.
 
-python synthetic.py             Figure 4 (§3.4): DPO, IPO and BFPO on four actions -> runs/figure4/
-python synthetic.py theorems    bfpo.py's closed forms against a numerical minimiser; exits 1 if one fails
-python synthetic.py figure1     Figures 1 and 5 on the toy language -> runs/figure1/; this and what follows: miniature.py
-python synthetic.py tradeoff    alpha, tau and B_1; also: noise, ablations, search
+    python synthetic.py             Figure 4 (§3.4): DPO, IPO and BFPO on four actions
+    python synthetic.py theorems    bfpo.py's closed forms against a numerical minimiser
+    python synthetic.py figure1     Figures 1 and 5 on the toy language
+    python synthetic.py tradeoff    alpha, tau and B_1 on it; also: noise, ablations, search
+
+Each command writes to runs/<command>; theorems prints, and exits with 1 if one fails. The commands on
+the toy language are in toy/experiments.py.
 """
-# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.  Here also: O objectives, S seeds.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
+# F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: O objectives,
+# S seeds.
 
 from __future__ import annotations
 
@@ -21,9 +25,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import miniature
-import plots
-import runtime
 from bfpo import (
     bfpo_loss,
     ipo_loss,
@@ -34,7 +35,8 @@ from bfpo import (
     pair_loss,
     population_reward,
 )
-from storage import write_text
+from support import distributed, plots
+from support.storage import write_text
 
 # §3.4. The paper's: Adam, 1800 steps, learning rate 0.01, batch 32 with replacement, tau 1, alpha
 # 0.5.
@@ -42,6 +44,7 @@ STEPS, LR, BATCH, TAU, ALPHA = 1800, 0.01, 32, 1.0, 0.5
 # As IPO, arXiv:2310.12036, §5.4: softmax policy without context, uniform reference, ten seeds, 95 %
 # interval.
 SEEDS = 10
+T_95 = 2.262  # 97.5th percentile of Student's t with SEEDS - 1 degrees of freedom
 # Our choice, where nothing readable settles it: four actions, y1 the most helpful, y1 and y3 safe;
 # the six pairs (more helpful, less helpful) equally often; pi = pi_ref at step 0.
 SAFE = (True, False, True, False)
@@ -176,7 +179,7 @@ def figure4(out: Path) -> None:
     exact = [optimum(PREFERENCE_AA, torch.tensor(layout), TAU, ALPHA) for layout in layouts]
     mean, half_width = (
         runs.mean(2),
-        miniature.T_95[SEEDS - 1] * runs.std(2) / SEEDS**0.5,
+        T_95 * runs.std(2) / SEEDS**0.5,
     )  # [steps + 1, layouts, A]
 
     report_figure4(objectives, mean[-1, :3], half_width[-1, :3], runs[-1, :3], exact[0])
@@ -489,12 +492,15 @@ def main(arguments: Sequence[str]) -> int:
     command.set_defaults(run=lambda options: figure4(options.out))
     command = commands.add_parser("theorems", help="the closed forms against a numerical minimiser")
     command.set_defaults(run=lambda options: theorems())
-    miniature.add_commands(commands)
     if not arguments or arguments[0].startswith("--out"):
         arguments = ["figure4", *arguments]
+    if arguments[0] not in ("figure4", "theorems"):
+        from toy import experiments  # a transformer and its training, which the others do not need
+
+        experiments.add_commands(commands)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # tensors of a few numbers: more threads only wait for each other
-    with runtime.errors_in_one_line():
+    with distributed.errors_in_one_line():
         return int(options.run(options) or 0)
 
 

@@ -1,5 +1,6 @@
-"""Train by BFPO, DPO, IPO or supervised fine-tuning: recipes, the reference, the loop that is
-Algorithm 1, the export.
+"""Train by BFPO, DPO, IPO or supervised fine-tuning.
+
+In order: settings and recipes, the model and its reference, the loop that is Algorithm 1, the run.
 
     python train.py                                         the toy language, from data to a table, on a laptop
     python train.py sft                                     the paper's first stage (§4.2), from Mistral-7B-v0.1
@@ -8,51 +9,88 @@ Algorithm 1, the export.
 A step is a function of (seed, step) alone: which pairs it holds, and so its loss, is the same on
 any number of processes.
 """
-# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width, F feed-forward,
-# H query heads, G key/value heads, K head size, A actions.
+# Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
+# F feed-forward, H query heads, G key/value heads, K head size, A actions.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import math
+import operator
+import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-import curves
-import plan
-import runtime
-import storage
-from bfpo import label, margin, pair_loss
-from chat import Chat, must_fit
-from data import Stream
-from eval import my_packs, score
+from bfpo import (
+    QUADRANTS,
+    check_targets,
+    label,
+    margin,
+    pair_loss,
+    preference_view,
+    quadrant_means,
+    quadrant_sums,
+    quadrant_table,
+)
+from data import (
+    Rows,
+    Stream,
+    deal,
+    describe,
+    in_words,
+    load_stream,
+    my_packs,
+    not_finite,
+    safety_labels,
+    score,
+)
 from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
-from quadrants import check_targets, preference_view, quadrant_table, safety_labels
-from rows import Outcome, Rows, gate, in_words, memory_gib, not_finite, open_streams, summarise
-from runtime import StopRequest, World
-from settings import from_command_line, listed, setting
-from sources import cache_root, find_source, sha256
-from storage import RunFolder
-from toy_run import toy_run
-from weights import part_like
+from support import distributed, memory_plan, plots, storage
+from support.chat import Chat, must_fit
+from support.distributed import StopRequest, World
+from support.sources import cache_root, find_source
+from support.storage import RunFolder, part_like
 
-# --- configuration ---------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------
 
 MODULES = sorted({name.split(".")[-2] for name in CHECKPOINT_NAMES})
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A field with its help and what its value must keep to: least <= value, above < value < below,
+    one of `choices`.
+    """
+    bounds = {">=": least, ">": above, "<": below}
+    kept = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    return dataclasses.field(
+        default=default, metadata={"help": text, "bounds": kept, "choices": tuple(choices)}
+    )
 
 
 @dataclass(frozen=True)
@@ -64,7 +102,7 @@ class Config:
     out: str = setting("", "run folder; runs/<recipe> when empty")
     model: str = setting("", "starting model and reference: a folder or a hub name")
     fresh: bool = setting(
-        False, "remove an earlier run in the folder and start over; leave it out to resume"
+        False, "start over; an earlier run is set aside until this one has a checkpoint"
     )
     dry_run: bool = setting(
         False,
@@ -191,10 +229,40 @@ RECIPES: dict[str, dict[str, Any]] = {
     "redteam": {"model": "HuggingFaceH4/zephyr-7b-beta", "batch": 16},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REFERENCE_VERSION = 1  # of kept log-probabilities: count up when the same rows would give others
 PACK_TOKENS = {
     "cpu": 1536,
     "cuda": 8192,
 }  # what fills a GPU; a larger pack makes a CPU hardly faster, and holds more
+
+
+def check_bounds(settings: Config) -> None:
+    """ValueError that names the first setting outside its bounds or choices."""
+    for field in dataclasses.fields(settings)[1:]:
+        value, bounds, choices = (
+            getattr(settings, field.name),
+            field.metadata["bounds"],
+            field.metadata["choices"],
+        )
+        if choices and value not in choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            limits = bounds if isinstance(value, float) else {"<": 2**31} | bounds
+            holds = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
+            if not (
+                math.isfinite(value)
+                and all(holds[sign](value, bound) for sign, bound in limits.items())
+            ):
+                words = " and ".join(f"{sign} {bound}" for sign, bound in limits.items())
+                raise ValueError(f"{field.name} must be {words or 'finite'}, got {value}")
+
+
+def listed(settings: Mapping[str, Any]) -> str:
+    """Settings as one line: name and value, comma by comma."""
+    return ", ".join(
+        f"{name} {' '.join(value) if isinstance(value, tuple) else value}"
+        for name, value in settings.items()
+    )
 
 
 def check(config: Config) -> Config:
@@ -236,16 +304,53 @@ def check(config: Config) -> Config:
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """The configuration that a command line asks for.
+    """The configuration that a command line asks for: the recipe's settings, then the flags'.
 
     Wrong usage is said in one line, after the usage, and exits with code 2.
     """
-    return from_command_line(
-        Config, RECIPES, arguments, "train.py", (__doc__ or "").split("\n")[0], check
+    fields = dataclasses.fields(Config)[1:]
+    recipes = [f"{name}: {listed(settings)}" for name, settings in RECIPES.items()]
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        usage="train.py [recipe] [--setting value ...]; --help lists the settings",
+        epilog="recipes: " + "; ".join(recipes),
+        allow_abbrev=False,
     )
+    parser.add_argument(
+        "recipe", nargs="?", choices=RECIPES, default=Config.recipe, help="default: %(default)s"
+    )
+    for field in fields:
+        shown = f"; default {field.default}" if field.default not in ("", (), False) else ""
+        options: dict[str, Any] = {"help": field.metadata["help"] + shown}
+        if isinstance(field.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            options |= {"nargs": "+", "metavar": "SOURCE"}
+        else:
+            kind = type(field.default)
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
+    names = ["help", *(field.name for field in fields), *(f"no-{field.name}" for field in fields)]
+    for word in arguments:
+        # argparse would take the unknown flag's value for the recipe, and blame that.
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag[2:] not in names:
+            parser.error(f"unknown setting {flag}")
+    given = vars(parser.parse_args(arguments))
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+        elif isinstance(value, str):  # a shell leaves the ~ of --out=~/run
+            given[name] = os.path.expanduser(value)
+    try:
+        config = Config(**RECIPES[given["recipe"]] | given)
+        check_bounds(config)
+        return check(config)
+    except ValueError as error:
+        parser.error(str(error))
 
 
-# --- the model, its trained part, the reference ----------------------------------------------------------------------
+# --- the model, its trained part, the reference ---------------------------------------------------
 
 
 def trains(config: Config, name: str) -> bool:
@@ -254,7 +359,7 @@ def trains(config: Config, name: str) -> bool:
 
 
 def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str, Tensor]]:
-    """The model with its weights, as runtime.shard shares it out, and {name: parameter} of what
+    """The model with its weights, as distributed.shard shares it out, and {name: parameter} of what
     trains.
 
     Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained
@@ -277,7 +382,7 @@ def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str
         f"training {config.selective}: {len(trained)} tensors, {ends}; {sizes[0]:,} of {sizes[1]:,} parameters; "
         f"computing in {config.dtype}"
     )
-    runtime.shard(model, list(model.model.layers), world, dtype)
+    distributed.shard(model, list(model.model.layers), world, dtype)
     model.to_empty(device=world.device)
     load_weights(model, source)
     model.checkpoint_blocks = config.checkpoint_blocks
@@ -309,8 +414,8 @@ def reference_logprobs(
     """pi_ref's log-probabilities of a stream, [n, 2] fp32: from the cache, else computed by the
     policy's own code path.
 
-    Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype,
-    device and the model's code: a run that differs only in objective, tau, alpha, b1, lr or seed
+    Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype and
+    device: a run that differs only in objective, tau, alpha, b1, lr or seed
     reuses it. Deviation 4: no second model in memory. ValueError names the rows whose
     log-probability is not finite.
     """
@@ -324,17 +429,152 @@ def reference_logprobs(
             )
         return logprobs
 
-    code = [
-        sha256(Path(__file__).with_name(file)) for file in ("model.py", "kernels.py", "weights.py")
-    ]
-    key = hashlib.sha256(
-        json.dumps([weights, stream.fingerprint, config.dtype, world.device.type, *code]).encode()
-    ).hexdigest()
+    parts = [REFERENCE_VERSION, weights, stream.fingerprint, config.dtype, world.device.type]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = cache_root(config.cache) / "reference" / key
     return storage.cached_rows(path, (len(stream), 2), make, world, f"reference of {name} pairs")
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
+CHANGES = (
+    "chosen_logprob_change_nats",
+    "rejected_logprob_change_nats",
+)  # since step 0; over the step, and by quadrant
+
+
+# |h| that rounding may leave at step 0, in nats for each square root of a response token: twice the compute dtype's error
+# on a random 16-layer model (0.03 in bfloat16), times five for the largest of a batch; fp32 likewise, rounded up.
+GATE_NATS = {"float32": 1e-3, "bfloat16": 0.3}
+
+
+def open_streams(
+    config: Config, chat: Chat, world: World
+) -> tuple[dict[str, Stream], dict[str, Stream]]:
+    """(training streams, held-out streams) by name: safety, helpfulness, or sft.
+
+    The first counts the steps. Prints what was read.
+    """
+    training, held = {}, {}
+    for name in ("sft",) if config.objective == "sft" else ("safety", "helpfulness"):
+        if sources := getattr(config, name):
+            training[name], held[name] = load_stream(
+                sources,
+                chat,
+                stage="sft" if name == "sft" else "pairs",
+                max_length=config.max_length,
+                max_prompt=config.max_prompt,
+                prefer=config.prefer,
+                mixed=name == "safety",
+                cache_dir=config.cache or None,
+            )
+            world.same(f"the rows of {name}", training[name].fingerprint)
+            world.say(describe(training[name].report))
+    first, stream = next(iter(training.items()))
+    if len(stream) < config.batch:
+        raise ValueError(
+            f"a step needs {config.batch} rows of {first}, got {len(stream)}; pass a smaller --batch"
+        )
+    for name, rows in training.items():
+        if 0 < len(rows) < config.batch:
+            world.say(
+                f"WARNING: {name} has {len(rows)} rows, and a step draws {config.batch} of them: a row is in it "
+                f"up to {math.ceil(config.batch / len(rows))} times"
+            )
+    return training, {name: rows for name, rows in held.items() if len(rows)}
+
+
+@dataclass
+class Outcome:
+    """What one rank's packs gave in a step, on the CPU: for the sums, the gate and the log."""
+
+    items: Tensor  # [N]
+    loss: Tensor  # [N]
+    change: Tensor  # [N, responses]: log-probability minus the reference's; for sft the log-probability itself
+
+
+def summarise(
+    config: Config, rows: Rows, items: Tensor, outcome: Outcome, world: World
+) -> dict[str, Any]:
+    """The step's figures over all ranks: losses, log-probability changes, quadrants.
+
+    One all-reduce, on the CPU.
+    """
+    loss, change = outcome.loss.double(), outcome.change.double()
+    if config.objective == "sft":
+        return {"loss": world.sum(loss.sum()).item() / rows.scored[items].sum().item()}
+    chosen_safe, rejected_safe = rows.chosen_safe[outcome.items], rows.rejected_safe[outcome.items]
+    view_QC = quadrant_sums(
+        change[:, 0] - change[:, 1], chosen_safe, rejected_safe, config.alpha, config.b1, config.tau
+    )
+    change_QC = (
+        torch.zeros(4, 2)
+        .double()
+        .index_add(0, 2 * (~chosen_safe).long() + (~rejected_safe).long(), change)
+    )
+    stream_losses = (
+        torch.zeros(len(rows.names)).double().index_add(0, rows.stream[outcome.items], loss)
+    )
+    stream_losses, change_QC, view_QC = world.sum_all([stream_losses, change_QC, view_QC])
+    quadrants = quadrant_means(view_QC)
+    for name, view in quadrants.items():
+        view |= dict(
+            zip(CHANGES, (change_QC[QUADRANTS.index(name)] / view["pairs"]).tolist(), strict=True)
+        )
+    losses = {
+        f"{name}_loss": value
+        for name, value in zip(rows.names, (stream_losses / config.batch).tolist(), strict=True)
+    }
+    changes = dict(zip(CHANGES, (change_QC.sum(0) / len(items)).tolist(), strict=True))
+    return {"loss": sum(losses.values()), **losses, **changes, "quadrants": quadrants}
+
+
+def gate(
+    config: Config, rows: Rows, items: Tensor, outcome: Outcome, loss: float, world: World
+) -> None:
+    """At step 0 pi = pi_ref: h must be 0, and the loss what the objective gives there. ValueError
+    when not.
+
+    A reference of other weights, another chat format or a model that is not deterministic ends
+    here, before any update.
+    """
+    h = (outcome.change[:, 0] - outcome.change[:, 1]).abs()
+    allowed = GATE_NATS[config.dtype] * rows.scored[outcome.items].sqrt()
+    ratio, nats = map(
+        max,
+        zip(
+            *world.gather([x.max().item() if len(x) else 0.0 for x in (h / allowed, h)]),
+            strict=True,
+        ),
+    )
+    g = label(rows.chosen_safe[items], rows.rejected_safe[items], config.alpha, config.b1)
+    at_zero = pair_loss(config.objective, torch.zeros_like(g), g, config.tau)
+    expected = at_zero.mean().item() * len(rows.names)
+    moved = (
+        pair_loss(config.objective, torch.full_like(g, reach), g, config.tau)
+        for reach in (nats, -nats)
+    )
+    drift = max((loss_there - at_zero).abs().max().item() for loss_there in moved)
+    found = f"max |h| {nats:.2g} nats ({ratio:.1%} of what rounding may leave), loss {loss:.6g}, {expected:.6g} expected at h = 0"
+    if not (ratio <= 1 and abs(loss - expected) <= len(rows.names) * drift + 1e-6 * expected):
+        raise ValueError(
+            f"step 0: the policy is not the reference: {found}; remove the reference cache and start again with --fresh"
+        )
+    world.say(f"step-0 gate: {found}")
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB that this process holds: peak allocated on a GPU; anonymous resident memory on a CPU (0
+    where unknown).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path(
+        "/proc/self/status"
+    )  # Linux; mapped weight files do not count, as ru_maxrss would
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
+
+
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def forward_backward(
@@ -404,7 +644,12 @@ def held_out_figures(
             g = label(*safety_labels(stream), config.alpha, config.b1).double()
             losses.append(pair_loss(config.objective, h, g, config.tau).mean().item())
             figures[name] = preference_view(
-                logprobs, references[name], stream, config.alpha, config.b1, config.tau
+                logprobs,
+                references[name],
+                *safety_labels(stream),
+                config.alpha,
+                config.b1,
+                config.tau,
             )
         if bad := not_finite(logprobs, name, stream, chat):
             figures[name]["not_finite"] = bad
@@ -453,14 +698,14 @@ def optimize(
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
-    state = runtime.adam_state(optimizer, trained)
+    state = distributed.adam_state(optimizer, trained)
     first = storage.load_checkpoint(checkpoints, state, world)
     for moments in optimizer.state.values():
         moments["step"].fill_(first)
     if first:
         world.say(f"resuming after step {first} of {steps}")
     if world.size > 1:
-        world.say(rows.unevenness(config, steps, world))
+        world.say(rows.unevenness(config.batch, config.seed, steps, world.size, config.pack_tokens))
     if config.objective != "sft":
         world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first, steps, config.log_every)
@@ -474,7 +719,7 @@ def optimize(
             outcome = forward_backward(
                 model, config, rows, items, world
             )  # Algorithm 1: the loss and its gradient
-            norm = runtime.gradient_norm(trained.values())
+            norm = distributed.gradient_norm(trained.values())
             row = {
                 "step": step,
                 "lr": learning_rate(step, steps, config.lr, config.warmup),
@@ -522,7 +767,7 @@ def optimize(
                 sys.exit(128 + stopping)
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def count_changed(
@@ -549,6 +794,76 @@ def count_changed(
             f"WARNING: most of the training is lost in the rounding of {config.dtype}; raise --lr or take more steps"
         )
     return changed
+
+
+def step_of(
+    config: Config, streams: dict[str, Stream], steps: int, ranks: int, window: int | None = None
+) -> memory_plan.Step:
+    """What the data makes of a step on each rank, from the rows that the first steps draw."""
+    rows = Rows(streams, {})
+    drawn = []
+    packs = []
+    for step in range(min(steps, memory_plan.STEPS_LOOKED_AT)):
+        items = rows.draw(config.batch, config.seed, step)
+        drawn.append(items.numpy())
+        for dealt in deal(rows.tokens[items].tolist(), ranks, config.pack_tokens):
+            packs += [items[pack].numpy() for pack in dealt]
+    lengths = np.concatenate([stream.lengths for stream in streams.values()])
+    return memory_plan.step_of(lengths, drawn, packs, ranks, config.pack_tokens, window)
+
+
+def announce(
+    config: Config,
+    model: ModelConfig,
+    trained: frozenset[str],
+    streams: dict[str, Stream],
+    steps: int,
+    world: World,
+) -> None:
+    """Print the plan of a run, on rank 0. What does not fit is a warning, in a dry run a ValueError."""
+    dtype = DTYPES[config.dtype]
+    step = step_of(config, streams, steps, world.size, model.sliding_window)
+    load = memory_plan.Load(
+        model,
+        trained,
+        dtype,
+        world.device.type,
+        shards=world.size // config.replicate,
+        tokens=1,
+        scored=1,
+        packs=1,
+        checkpoint_blocks=config.checkpoint_blocks,
+        processes=world.size,
+    )
+    load = step.with_budget(load, config.pack_tokens)
+    has_reference = config.objective != "sft"
+    tokens = sum(int(stream.lengths.sum()) for stream in streams.values())
+    step_tokens = sum(stream.lengths.sum(1).mean() for stream in streams.values()) * config.batch
+    cached = sum(stream.report["cache"]["bytes"] for stream in streams.values())
+    if has_reference:
+        cached += sum(8 * len(stream) for stream in streams.values())
+    disk = memory_plan.disk_bytes(model.shapes(), trained, config.keep, dtype)
+
+    def plan() -> tuple[str, str]:
+        room = memory_plan.USABLE * memory_plan.free_bytes(world.device)
+        memory, short = memory_plan.memory_lines(load, step, config.pack_tokens, room)
+        reference = tokens if has_reference else 0
+        lines = [
+            f"plan: GiB on each of {world.size} processes, computing in {config.dtype}; "
+            "from shapes alone, before anything is allocated",
+            *memory,
+            memory_plan.clock_line(load, world.device, world.size, steps, step_tokens, reference),
+            f"  disk up to {disk / 1e9:.3g} GB for checkpoints and the exported model, and in the "
+            f"cache {cached / 1e9:.3g} GB of tokens and reference log-probabilities",
+        ]
+        return "\n".join(lines), short
+
+    text, short = world.from_main(plan)
+    world.say(text)
+    if short and config.dry_run:
+        raise ValueError(short)
+    if short:
+        world.say(f"WARNING: {short}")
 
 
 def run(config: Config, world: World) -> dict[str, Any]:
@@ -607,11 +922,11 @@ def run(config: Config, world: World) -> dict[str, Any]:
         raise ValueError(
             "a run of one step has learning rate 0; make it longer (--steps, --epochs, a smaller --batch), or pass --warmup 0"
         )
-    plan.announce(config, architecture, trained_names, streams, steps, world)
-    first = (
-        plan.disk_bytes(replace(config, keep=0), architecture, trained_names) if config.fresh else 0
+    announce(config, architecture, trained_names, streams, steps, world)
+    disk = partial(
+        memory_plan.disk_bytes, architecture.shapes(), trained_names, dtype=DTYPES[config.dtype]
     )
-    folder.must_hold(plan.disk_bytes(config, architecture, trained_names), first)
+    folder.must_hold(disk(keep=config.keep), disk(keep=0) if config.fresh else 0)
     if config.dry_run:
         left = "what is left of " * (not config.fresh and (folder.path / "run.json").exists())
         world.say(
@@ -650,7 +965,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
         folder.path / "model", DTYPES[config.dtype], source, chat.template, chat.end_ids
     )
     moved = count_changed(trained, stored_weights(architecture, source), config, world)
-    world.from_main(lambda: curves.draw(folder.rows(), folder.path / "curves.png"))
+    world.from_main(lambda: plots.draw_curves(folder.rows(), folder.path / "curves.png"))
     result = {
         "steps": steps,
         "held_out": figures,
@@ -665,25 +980,112 @@ def run(config: Config, world: World) -> dict[str, Any]:
     return result
 
 
+# --- the toy language: data, both stages, a table ------------------------------------------------
+
+
+def toy_stages(config: Config, folder: Path) -> tuple[Config, Config]:
+    """The settings of SFT and of the preference stage; `folder` is what recipe.begin filled."""
+    from toy import recipe
+
+    both = replace(config, fresh=False, cache=config.cache or str(folder / "cache"))
+    sft = replace(both, **recipe.sft_settings(folder))
+    if config.chat_template:
+        sft = replace(sft, chat_template=config.chat_template)
+    return sft, replace(both, **recipe.preference_settings(folder, config.objective))
+
+
+def try_toy(config: Config, world: World) -> None:
+    """Both stages' dry runs, on data and a random model in a folder that is removed again."""
+    from toy import recipe
+
+    folder = Path(world.from_main(tempfile.mkdtemp))
+    try:
+        recipe.begin(folder, config.seed, world)
+        sft, preference = toy_stages(replace(config, dry_run=True), folder)
+        run(sft, world)
+        run(replace(preference, model=str(folder / "start")), world)
+    finally:
+        if world.is_main:  # by no collective: a stop finds the ranks in different ones
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_toy(config: Config, world: World) -> dict[str, Any]:
+    """The recipe toy, from nothing to a table: data and a small model with random weights, SFT of
+    every weight, BFPO (or DPO, IPO) of `down_proj` alone, and answers to held-out requests that are
+    judged exactly. Returns what done.json holds, {} from a dry run.
+    """
+    from toy import recipe
+
+    folder = RunFolder(Path(config.out), world)
+    settings = dataclasses.asdict(config)
+    steps = config.steps or config.epochs * recipe.PAIRS // config.batch
+    # As the second stage would say, after the first.
+    if config.batch > recipe.PAIRS or (steps == 1 and config.warmup):
+        raise ValueError(
+            f"the toy run has {recipe.PAIRS} pairs of each kind, and the learning rate of a single "
+            f"step is 0: it takes 2 or more, got --batch {config.batch}, --epochs {config.epochs} "
+            f"and --steps {config.steps}"
+        )
+    result = folder.check(settings, FREE, config.fresh, (config.chat_template,))
+    if result is not None:
+        world.say(
+            f"{folder.path} is finished, its model is {folder.path / result['model']}; "
+            "--fresh starts over"
+        )
+        world.say(recipe.toy_table(result["scores"]))
+        return result
+    if config.dry_run:
+        try_toy(config, world)
+        return {}
+    if config.fresh:  # what a stage refuses is said before an earlier run is set aside
+        with contextlib.redirect_stdout(io.StringIO()):
+            try_toy(config, world)
+    folder.create(settings, {}, config.fresh)
+    sft, preference = toy_stages(config, folder.path)
+    name = config.objective.upper()
+    world.say(f"[1/4] the toy language: {folder.path / 'data'}")
+    recipe.begin(folder.path, config.seed, world)
+    world.say(
+        "[2/4] SFT: every weight, from random, on conversations that mix full, curt, compliant and "
+        "refusing answers"
+    )
+    run(sft, world)
+    folder.drop_earlier()
+    world.say(f"[3/4] {name}: {config.selective} only, on safety and helpfulness pairs")
+    run(preference, world)
+
+    world.say("[4/4] answers to held-out requests, judged exactly")
+    requests = recipe.held_out(folder.path / "data")
+    scores = {}
+    for title, stage in (("SFT", sft), (name, preference)):
+        out = Path(stage.out)
+        scores[title], transcript = recipe.toy_scores(out / "model", requests, world, config.seed)
+        world.from_main(partial(storage.write_lines, out / "answers.jsonl", transcript))
+    result = {"scores": scores, "model": f"{config.objective}/model"}
+    folder.finish(result)
+    world.say(recipe.toy_table(scores))
+    world.say(
+        "wrote model/, curves.png, answers.jsonl and log.jsonl to "
+        f"{folder.path / config.objective} and {folder.path / 'sft'}"
+    )
+    return result
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
 def main(arguments: Sequence[str]) -> None:
     with contextlib.redirect_stderr(
-        sys.stderr if runtime.launched("RANK", 0) == 0 else io.StringIO()
+        sys.stderr if distributed.launched("RANK", 0) == 0 else io.StringIO()
     ):
         config = parse(arguments)
-    with runtime.errors_in_one_line():
-        world = runtime.start(config.device, config.replicate)
+    with distributed.errors_in_one_line():
+        world = distributed.start(config.device, config.replicate)
         usual = dataclasses.asdict(Config())
-        world.say(
-            listed(
-                {
-                    key: value
-                    for key, value in dataclasses.asdict(config).items()
-                    if key == "recipe" or value != usual[key]
-                }
-            )
-        )
+        settings = dataclasses.asdict(config).items()
+        world.say(listed({k: v for k, v in settings if k == "recipe" or v != usual[k]}))
         if config.recipe == "toy":
-            toy_run(config, world, run, FREE)
+            run_toy(config, world)
         else:
             run(config, world)
 

@@ -56,14 +56,13 @@ import torch.nn.functional as F
 from common import Stream, draw_lengths, pairs_of, record_part
 from torch import Tensor
 
-import plan
-import runtime
 import train
+from data import Rows
 from eval import score
-from kernels import rotary, rotated
 from model import FLEX_BLOCK, Config, Mistral, Pack, flex_on, pack_attend
-from rows import Rows
-from storage import RunFolder
+from support import distributed, memory_plan
+from support.kernels import rotary, rotated
+from support.storage import RunFolder
 
 # Largest relative error of a tensor. fp32: sums of thousands of terms round to 1e-6 to 1e-5, a
 # token lost or counted twice is 1e-3; bfloat16, 8 bits of mantissa: a few percent.
@@ -177,7 +176,7 @@ def seconds_of(compute: Callable[[], object], device: torch.device, repeats: int
     return statistics.median(times[1:])
 
 
-# --- check -----------------------------------------------------------------------------------------------------------
+# --- check ----------------------------------------------------------------------------------------
 
 
 def padded_logprobs(model: Mistral, trees: Sequence[Sequence[Sequence[int]]]) -> Tensor:
@@ -290,7 +289,7 @@ def check(scale: Scale, device: str, say: Say) -> None:
             say(rows=rows, disagreement=disagreement(rows))
 
 
-# --- the training loop -----------------------------------------------------------------------------------------------
+# --- the training loop ----------------------------------------------------------------------------
 
 
 def useful(config: Config, lengths: np.ndarray) -> float:
@@ -300,7 +299,7 @@ def useful(config: Config, lengths: np.ndarray) -> float:
     """
     prompts, answers = lengths[:, :1], lengths[:, 1:]
     trained = frozenset(name for name in config.shapes() if "down_proj" in name)
-    load = plan.Load(
+    load = memory_plan.Load(
         config, trained, torch.bfloat16, "cuda", 1, int(lengths.sum()), int(answers.sum()), 1, False
     )
     scored = float(
@@ -315,7 +314,7 @@ def useful(config: Config, lengths: np.ndarray) -> float:
         4 * width * ((layers - 1) * every + scored),
         8 * width * ((layers - 2) * every + scored),
     )  # none below block 0's
-    return sum(plan.operations(load)) + forward + backward
+    return sum(memory_plan.operations(load)) + forward + backward
 
 
 def product_rate(order: int, device: torch.device) -> float:
@@ -350,7 +349,7 @@ class Run:
     """
 
     def __init__(self, scale: Scale, device: str, steps: int) -> None:
-        self.scale, self.steps, self.world = scale, steps, runtime.start(device)
+        self.scale, self.steps, self.world = scale, steps, distributed.start(device)
         self.config = train.Config(
             recipe="bfpo",
             model="random",
@@ -409,7 +408,7 @@ class Run:
         return peak(world.device)
 
     def planned_bytes(self, config: train.Config) -> float:
-        load = plan.Load(
+        load = memory_plan.Load(
             self.scale.config,
             frozenset(self.trained),
             torch.bfloat16,
@@ -420,8 +419,8 @@ class Run:
             1,
             config.checkpoint_blocks,
         )
-        return plan.needed(
-            plan.step_of(config, self.streams, self.steps, 1).with_budget(load, config.pack_tokens)
+        return memory_plan.needed(
+            train.step_of(config, self.streams, self.steps, 1).with_budget(load, config.pack_tokens)
         )
 
     def timed(self, rate: float, **changes: Any) -> dict[str, Any]:
@@ -465,7 +464,7 @@ def pairs_of_steps(scale: Scale, steps: int) -> dict[str, Stream]:
 def randomise(model: Mistral, _: Any) -> None:
     torch.manual_seed(0)
     for p in model.parameters():
-        local = runtime.local_part(p)
+        local = distributed.local_part(p)
         local.fill_(1.0) if p.dim() == 1 else local.normal_(0, 0.02)
 
 
@@ -526,7 +525,7 @@ def train20(scale: Scale, device: str, say: Say) -> None:
     run.through(run.config, after)
 
 
-# --- others beside it, and inside it ---------------------------------------------------------------------------------
+# --- others beside it, and inside it --------------------------------------------------------------
 
 
 def trl_steps(scale: Scale, device: str, best: bool, at_once: int, say: Say) -> None:
@@ -788,7 +787,7 @@ def generate(scale: Scale, device: str, say: Say) -> None:
     say(arguments=list(scale.generate), lines=done.stdout.splitlines()[-6:])
 
 
-# --- all of it -------------------------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------
 
 # part -> what measures it, and the seconds it may take; in the order of their worth, as all share
 # the time

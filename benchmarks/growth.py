@@ -27,8 +27,8 @@ import torch
 from common import MALLOC, Stream, draw_lengths, pairs_of, record, write_model
 from step import BEST, BY_ONE, LR, OURS, REFERENCE_AGREES, SIZES, Worker
 
-import plots
 from model import Config
+from support import plots
 
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "growth.png"
 MODEL = SIZES["4M"]
@@ -143,12 +143,12 @@ def work(folder: Path, steps: int) -> None:
     """One rank of a sharded run: seconds a pair of the steps after the first, on the clock and of
     all ranks' processors.
     """
-    import runtime
     import train
-    from rows import Rows
+    from data import Rows
+    from support import distributed
 
     torch.set_num_threads(1)
-    world = runtime.start("cpu")
+    world = distributed.start("cpu")
     config = train.Config(
         recipe="bfpo",
         model=str(folder),
@@ -169,7 +169,7 @@ def work(folder: Path, steps: int) -> None:
         if step == 1:
             began, used = time.perf_counter(), time.process_time()
         train.forward_backward(model, config, rows, torch.arange(config.batch), world)
-        runtime.gradient_norm(trained.values()).item()
+        distributed.gradient_norm(trained.values()).item()
         optimizer.step()
         optimizer.zero_grad()
     cost = torch.tensor([time.perf_counter() - began, time.process_time() - used])

@@ -87,9 +87,9 @@ def work(side: str, folder: Path) -> None:
     if side == "transformers":
         from transformers import AutoModelForCausalLM
     elif side == "ours, 4 processes":
-        import runtime
+        from support import distributed
 
-        world = runtime.start("cpu")
+        world = distributed.start("cpu")
     say(pid=os.getpid(), idle_mib=anonymous_mib(os.getpid()))
     start = time.perf_counter()
     model: Any
@@ -102,7 +102,7 @@ def work(side: str, folder: Path) -> None:
     else:
         with torch.device("meta"):
             model = Mistral(Config.read(folder)).bfloat16()
-        runtime.shard(model, list(model.model.layers), world, torch.bfloat16)
+        distributed.shard(model, list(model.model.layers), world, torch.bfloat16)
         model.to_empty(device="cpu")
         load_weights(model, folder)
     loaded = time.perf_counter() - start

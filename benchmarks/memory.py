@@ -31,8 +31,8 @@ from typing import Any
 
 from common import MALLOC, anonymous_mib, record
 
-import toy
 from model import Config, Mistral
+from toy import language
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def prepare(
     """
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir()
-    (tokenizer / "tokenizer.json").write_text(toy.tokenizer_json(), encoding="utf-8")
+    (tokenizer / "tokenizer.json").write_text(language.tokenizer_json(), encoding="utf-8")
     entries = {
         "bos_token": "<s>",
         "eos_token": "</s>",
@@ -88,7 +88,7 @@ def prepare(
     rng = random.Random(0)
     rows = [
         {
-            key: " ".join(rng.choice(list(toy.THINGS)) for _ in range(150))
+            key: " ".join(rng.choice(list(language.THINGS)) for _ in range(150))
             for key in ("prompt", "chosen", "rejected")
         }
         | {"chosen_safe": i % 2 == 0, "rejected_safe": i % 3 == 0}

@@ -139,7 +139,7 @@ def lengths_of(pairs: list[Pair]) -> np.ndarray:
     return np.array([[len(part) for part in pair] for pair in pairs])
 
 
-# --- the two sides, each in its own process --------------------------------------------------------------------------
+# --- the two sides, each in its own process -------------------------------------------------------
 
 
 class Turn:
@@ -178,14 +178,13 @@ def serve_ours(
     side: str, folder: Path, dtype: str, steps: list[list[Pair]], channel: IO[str]
 ) -> None:
     """train.optimize, as a run of train.py calls it."""
-    import runtime
     import train
-    from data import batch_indices
+    from data import Rows, batch_indices
     from eval import score
-    from rows import Rows
-    from storage import RunFolder
+    from support import distributed
+    from support.storage import RunFolder
 
-    world = runtime.start("cpu")
+    world = distributed.start("cpu")
     batch = len(steps[0])
     config = train.Config(
         recipe="bfpo",
@@ -217,7 +216,7 @@ def serve_ours(
     rows = Rows({"safety": stream}, {"safety": reference}, None)  # type: ignore[arg-type]  # what a row says matters to errors alone
     train.forward_backward(model, config, rows, rows.draw(batch, config.seed, 0), world)
     gradients = {
-        name: runtime.local_part(p.grad) for name, p in trained.items() if p.grad is not None
+        name: distributed.local_part(p.grad) for name, p in trained.items() if p.grad is not None
     }
     save_file(gradients | {"reference": reference[places]}, folder / f"{dtype}-{side}.safetensors")
     for p in trained.values():
@@ -351,7 +350,7 @@ def serve(side: str, folder: Path, dtype: str, kinds: list[str]) -> None:
     (serve_ours if side in (OURS, WHOLE) else serve_trl)(side, folder, dtype, steps, channel)
 
 
-# --- the conversation ------------------------------------------------------------------------------------------------
+# --- the conversation -----------------------------------------------------------------------------
 
 
 class Worker:

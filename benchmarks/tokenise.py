@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from common import anonymous_mib, record
 
-from chat import Chat
 from data import Stream, load_stream
+from support.chat import Chat
 
 MEAN_TOKENS = {
     "prompt": 180,

@@ -24,11 +24,10 @@ from common import Stream, draw_lengths, pairs_of, parameters_of, record, write_
 from step import LR, SIZES
 from torch import Tensor
 
-import runtime
 import train
-from data import deal
+from data import Rows, deal
 from model import Config
-from rows import Rows
+from support import distributed
 
 # What the profiler calls the outermost event of each part of a step.
 PARTS = {
@@ -107,7 +106,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    world, architecture = runtime.start("cpu"), Config(*SIZES[options.size], sliding_window=None)
+    world, architecture = (
+        distributed.start("cpu"),
+        Config(*SIZES[options.size], sliding_window=None),
+    )
     rng = np.random.default_rng(0)
     stream: Any = Stream(pairs_of(rng, draw_lengths(rng, 4), architecture.vocab_size))
     budget = train.PACK_TOKENS["cpu"]
@@ -127,7 +129,7 @@ def main() -> None:
 
     def step() -> None:
         train.forward_backward(model, config, rows, torch.arange(len(stream)), world)
-        runtime.gradient_norm(trained.values()).item()
+        distributed.gradient_norm(trained.values()).item()
         optimizer.step()
         optimizer.zero_grad()
 

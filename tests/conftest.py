@@ -1,6 +1,4 @@
-"""Shared fixtures:
-
-Mistral-7B-v0.1's own tokenizer, built offline out of the PyPI package mistral-common, and a hub on
+"""Shared fixtures: Mistral-7B-v0.1's own tokenizer, built offline out of the PyPI package mistral-common, and a hub on
 this machine.
 """
 

@@ -1,5 +1,5 @@
-"""What test_train.py and test_runtime.py share: inputs, command lines, and runs in processes of
-their own.
+"""What test_train.py and test_support_distributed.py share: inputs, command lines, and runs in
+processes of their own.
 
 As a program it makes runs cheap, which else would spend their time on imports:
 
@@ -54,21 +54,21 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 
 def run_here(command: Sequence[str]) -> dict[str, object]:
     """train.run in this process, on one thread, as in the processes that runs are compared with."""
-    import runtime
     import train
+    from support import distributed
 
     torch.set_num_threads(1)
     config = train.parse(command)
-    return train.run(config, runtime.start("cpu"))
+    return train.run(config, distributed.start("cpu"))
 
 
 def toy_inputs(folder: Path) -> None:
     """The toy language's data and, in `folder`/start, a Mistral of 27,000 random weights."""
-    import toy_data
-    from chat import Chat
     from model import Config, Mistral
+    from support.chat import Chat
+    from toy import files as toy_files
 
-    toy_data.build(folder, 0)
+    toy_files.build(folder, 0)
     for test in folder.glob("*/test.jsonl"):  # enough to be held out
         test.write_text(
             "".join(test.read_text(encoding="utf-8").splitlines(keepends=True)[:40]),
@@ -142,7 +142,7 @@ def usual(toy: Path, out: Path) -> list[str]:
     ]
 
 
-# --- looking at a run ------------------------------------------------------------------------------------------------
+# --- looking at a run -----------------------------------------------------------------------------
 
 
 def log_of(out: Path) -> list[dict[str, object]]:
@@ -173,14 +173,11 @@ def weight_distance(out: Path, other: Path) -> float:
     return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------
 
 
 def usual_signals() -> None:
-    """In a child of the tests:
-
-    SIGTERM and Ctrl-C do what they do by default, though the tests may run where they are ignored.
-    """
+    """In a child of the tests: SIGTERM and Ctrl-C do what they do by default, though the tests may run where they are ignored."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 
@@ -362,13 +359,13 @@ def killed(arguments: list[str], moments: list[Moment], copy_at: int = 0) -> lis
 
 
 def many(commands: list[list[str]]) -> None:
-    import runtime
     import train
+    from support import distributed
 
-    with runtime.errors_in_one_line():
+    with distributed.errors_in_one_line():
         for arguments in commands:
             config = train.parse(arguments)
-            train.run(config, runtime.start(config.device, config.replicate))
+            train.run(config, distributed.start(config.device, config.replicate))
 
 
 if __name__ == "__main__":

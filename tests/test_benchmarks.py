@@ -15,8 +15,8 @@ import pytest
 import torch
 from test_flops import CONFIG, LENGTHS, exact_pairs, minimum
 
-import plan
 from model import Config, Mistral
+from support import memory_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import common
@@ -269,7 +269,7 @@ def test_steps_are_said_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
-# --- step, growth, where ---------------------------------------------------------------------------------------------
+# --- step, growth, where --------------------------------------------------------------------------
 
 
 def test_products_of_a_step_are_the_plan_s_operations() -> None:
@@ -279,13 +279,13 @@ def test_products_of_a_step_are_the_plan_s_operations() -> None:
     """
     config = Config(*step.SIZES["30M"], sliding_window=None)
     trained = frozenset(name for name in config.shapes() if "down_proj" in name)
-    load = plan.Load(config, trained, torch.float32, "cpu", 1, 900, 500, 1, False)
+    load = memory_plan.Load(config, trained, torch.float32, "cpu", 1, 900, 500, 1, False)
     timed = sum(
         2.0 * n * a * b
         for shapes in where.products(config, 900, 500).values()
         for n, a, b in shapes
     )
-    assert timed == sum(plan.operations(load))
+    assert timed == sum(memory_plan.operations(load))
 
 
 def test_growth_changes_one_thing_at_a_time() -> None:

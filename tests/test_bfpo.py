@@ -157,10 +157,7 @@ def test_margin_is_zero_when_policy_is_reference():
 @pytest.mark.parametrize("quadrant", range(4))
 @pytest.mark.parametrize("alpha, b1, tau", SETTINGS)
 def test_bfpo_loss_values_and_gradients_in_every_quadrant(alpha, b1, tau, quadrant):
-    """Claim:
-
-    (h - (B_3 (B_1 I_w - I_l) - alpha) / tau)^2 and 2 (h - target). Oracle: these in Python floats.
-    """
+    """Claim: (h - (B_3 (B_1 I_w - I_l) - alpha) / tau)^2 and 2 (h - target). Oracle: these in Python floats."""
     w, l = CHOSEN_SAFE[quadrant].item(), REJECTED_SAFE[quadrant].item()  # noqa: E741
     target = ((b1 * w - l) / (b1 - 1) - alpha) / tau
     h = torch.tensor([-120.0, -3.2, 0.0, 0.7, 80.0], dtype=torch.float64, requires_grad=True)
@@ -179,9 +176,7 @@ def test_bfpo_loss_values_and_gradients_in_every_quadrant(alpha, b1, tau, quadra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tau", [0.01, 0.37, 1.0, 3.0])
 def test_both_safe_pair_is_exactly_ipo(tau, dtype):
-    """Claim:
-
-    BFPO on a both-safe pair is IPO bit for bit, and IPO is (h - 1/(2 tau))^2. Oracle: each other;
+    """Claim: BFPO on a both-safe pair is IPO bit for bit, and IPO is (h - 1/(2 tau))^2. Oracle: each other;
     the formula.
     """
     h = torch.linspace(-200, 200, 801, dtype=dtype, requires_grad=True)

@@ -26,9 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import bfpo
 import data
-from chat import Chat
 from data import Pair, batch_indices, cost, deal, describe, load_stream
-from sources import find_source, read_rows
+from support.chat import Chat
+from support.sources import find_source, read_rows
 
 ROOT = Path(__file__).parent.parent
 BOTH, CHOSEN, REJECTED, NEITHER = data.QUADRANTS
@@ -480,7 +480,7 @@ def test_unfit_sources_are_refused(source, words, chat, tmp_path, monkeypatch):
 
 HUB_SCRIPT = """
 import sys
-from chat import Chat
+from support.chat import Chat
 from data import load_stream
 chat = Chat(sys.argv[1])
 for source in sys.argv[2:]:

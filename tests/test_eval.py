@@ -1,5 +1,5 @@
-"""eval.py and report.py: whole evaluations of tiny models from the command line, and the statistics
-of a report.
+"""eval.py and tasks/report.py: whole evaluations of tiny models from the command line, and the
+statistics of a report.
 """
 
 import json
@@ -22,12 +22,11 @@ import scipy.stats
 import torch
 
 import eval as evaluation
-import metrics
-import report
-import toy
-import toy_data
-from chat import Chat
 from model import Config, Mistral
+from support.chat import Chat
+from tasks import metrics, report
+from toy import files as toy_files
+from toy import language
 
 ROOT = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
@@ -47,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> 
     that says nothing, one with Mistral-7B's tokenizer as a judge, and rows of tasks.
     """
     place = tmp_path_factory.mktemp("eval")
-    toy_data.build(place / "toy", 0)
+    toy_files.build(place / "toy", 0)
     vocabulary = Chat(place / "toy" / "tokenizer").vocabulary
     for seed, name in enumerate(("model", "reference", "mute", "judge")):
         model = Mistral(Config(vocab_size=32000 if name == "judge" else vocabulary, **SIZES))
@@ -58,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> 
             place / name, like=mistral_tokenizer if name == "judge" else place / "toy" / "tokenizer"
         )
     rng, data = random.Random(0), place / "data"
-    requests = [request.text for request in toy.requests(forbidden=True)]
+    requests = [request.text for request in language.requests(forbidden=True)]
     rows = {
         "ethics_cm": [
             {"input": rng.choice(requests), "label": rng.randrange(2)} for _ in range(40)
@@ -108,7 +107,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# --- whole evaluations -----------------------------------------------------------------------------------------------
+# --- whole evaluations ----------------------------------------------------------------------------
 
 
 def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Path) -> None:
@@ -492,7 +491,7 @@ def test_preference_view_of_four_quadrants(
     """
     monkeypatch.setenv("BFPO_CACHE", str(tmp_path / "cache"))
     rng, path = random.Random(1), tmp_path / "pairs.jsonl"
-    texts = [request.text for request in toy.requests(forbidden=False)]
+    texts = [request.text for request in language.requests(forbidden=False)]
     rows = [
         {
             "prompt": rng.choice(texts),
@@ -752,7 +751,7 @@ def test_rows_beyond_the_positions_are_counted(
     assert "positions: xstest, reference" not in printed
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1042,7 +1041,7 @@ def test_rows_that_the_tokenizer_makes_nothing_of_are_refused_before_anything_is
     } == earlier
 
 
-# --- statistics ------------------------------------------------------------------------------------------------------
+# --- statistics -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("right", [0, 1, 7, 20])

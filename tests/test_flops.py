@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
 import model as model_module
 import train
+from data import Rows
 from model import Config, Mistral, Pack
-from rows import Rows
-from runtime import World
-from storage import RunFolder
+from support import kernels
+from support.distributed import World
+from support.storage import RunFolder
 
 CONFIG = Config(
     vocab_size=300,
@@ -110,7 +110,7 @@ def counted_flops(compute: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-# --- operations ------------------------------------------------------------------------------------------------------
+# --- operations -----------------------------------------------------------------------------------
 
 
 def attended(lengths: Sequence[Sequence[int]], scored: bool) -> int:
@@ -214,7 +214,7 @@ def test_padded_rows_cost_what_sharing_saves() -> None:
     assert padded.get_total_flops() > 1.9 * ours
 
 
-# --- waiting, and work in Python -------------------------------------------------------------------------------------
+# --- waiting, and work in Python ------------------------------------------------------------------
 
 
 class Batch:

@@ -153,7 +153,7 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# --- what is broken --------------------------------------------------------------------------------------------------
+# --- what is broken -------------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -424,7 +424,7 @@ BREAKERS = (
     wrong_setting,
 )
 
-# --- good commands ---------------------------------------------------------------------------------------------------
+# --- good commands --------------------------------------------------------------------------------
 
 
 def bytes_model(folder: Path) -> Path:
@@ -469,8 +469,8 @@ def bytes_model(folder: Path) -> Path:
 
 def silence(folder: Path) -> None:
     """Make a model end every answer at once, so that an evaluation takes no time."""
-    from chat import Chat
     from model import Mistral
+    from support.chat import Chat
 
     model = Mistral.from_pretrained(folder)
     with torch.no_grad():
@@ -622,7 +622,7 @@ def command(place: Place, out: Path, case: Case) -> list[str]:
     return [*model, *usual, "--judge", "keyword", "--prompts", str(path), *answers, *flags]
 
 
-# --- one case --------------------------------------------------------------------------------------------------------
+# --- one case -------------------------------------------------------------------------------------
 
 
 def fork(main: Callable[[], object], said: Path) -> int | None:
@@ -692,8 +692,8 @@ def fuzz(program: str, folder: Path, seed: int, cases: int) -> None:
     """Print the faults of so many cases, as JSON, a line each."""
     import data
     import eval as evaluation
-    import redteam
     import train
+    from tasks import redteam
 
     runs.toy_inputs(folder)
     os.environ["BFPO_CACHE"] = str(folder / "cache")

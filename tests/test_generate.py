@@ -209,9 +209,7 @@ def test_generate_refuses_bad_requests() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generate_refuses_logits_that_are_not_finite(temperature: float, tmp_path: Path) -> None:
-    """Claim:
-
-    NaN weights are an error that names them, greedy and sampled, also where a later token brings
+    """Claim: NaN weights are an error that names them, greedy and sampled, also where a later token brings
     the NaN. Oracle: the message.
     """
     model = model_with()

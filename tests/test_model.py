@@ -26,11 +26,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import kernels
 import model as model_file
-from chat import Chat
-from kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotary, row_logprobs
 from model import Config, Mistral, Pack, load_weights, visible
+from support import kernels
+from support.chat import Chat
+from support.kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotary, row_logprobs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -615,7 +615,7 @@ def test_kept_and_recomputed_probabilities_are_the_same(monkeypatch: pytest.Monk
     ]
     found = {}
     for limit in (0, 128, 1000):
-        monkeypatch.setattr("kernels.KEPT_KEYS", limit)
+        monkeypatch.setattr("support.kernels.KEPT_KEYS", limit)
         out = BlockedAttention.apply(*ours, rotary(pack.positions, 1e4, 16) * 2, plan)
         found[limit] = torch.autograd.grad(out.square().sum(), ours, retain_graph=True)
         kept = [x.numel() for x in out.grad_fn.saved_tensors[3:] if x is not None]

@@ -1,8 +1,8 @@
-"""README.md: every command in it runs, and each file, flag, output, symbol, marker and sum of
-arithmetic that it names is as it says.
+"""README.md and docs/: every command in them runs, and each file, flag, output, symbol, marker and
+sum of arithmetic that they name is as they say.
 
-Commands are run as they stand, in a folder where small stand-ins have the names that the README
-uses: a local folder called mistralai/Mistral-7B-v0.1 goes before the hub's repository. Only what
+Commands are run as they stand, in a folder where small stand-ins have the names that the texts
+use: a local folder called mistralai/Mistral-7B-v0.1 goes before the hub's repository. Only what
 makes a run short is added (WALK).
 """
 
@@ -15,32 +15,36 @@ import runpy
 import shlex
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_judge import save_judge, save_tokenizer
-from test_plan import PAPER, seven_b
-from test_tasks import ASKED, all_rows
+from test_support_memory_plan import PAPER, seven_b
+from test_tasks_judges import save_judge, save_tokenizer
+from test_tasks_questions import ASKED, all_rows
 from torch.distributed.run import get_args_parser
 
-import miniature
-import plan
 import synthetic
-import tasks
-import toy
 import train
 from data import SCHEMAS
 from model import Mistral
+from support import memory_plan
+from tasks import questions
+from toy import experiments, language
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FLAT = " ".join(README.split())
+SIX = ["bfpo.py", "model.py", "data.py", "train.py", "eval.py", "synthetic.py"]
+ROOMS = ["support", "tasks", "toy"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+FLAT = " ".join(TEXT.split())
 BLOCKS = [
     line.strip()
-    for line in re.sub(r"\\\n\s+", "", README).splitlines()
+    for line in re.sub(r"\\\n\s+", "", TEXT).splitlines()
     if re.match(r"    (python|torchrun|pip) ", line)
 ]
 COMMENTS = {
@@ -49,7 +53,7 @@ COMMENTS = {
 
 
 def promised(command: str) -> list[str]:
-    """The files that the README's comment on a command says it makes: what comes after the arrow."""
+    """The files that the comment on a command says it makes: what comes after the arrow."""
     _, arrow, files = COMMENTS[command].partition("-> ")
     return files.split(", ") if arrow else []
 
@@ -72,14 +76,14 @@ WALK: dict[str, list[str]] = {
     f"python eval.py --model HuggingFaceH4/zephyr-7b-beta --tasks paper --judge {HARMBENCH} --pairwise JUDGE "
     "--out runs/eval/zephyr": TASKS_OF,
     "python eval.py --compare runs/eval/bfpo runs/eval/zephyr --out runs/eval": [],
-    f"python redteam.py --model HuggingFaceH4/zephyr-7b-beta --prompts PROMPTS.jsonl --judge {HARMBENCH} --pairwise JUDGE "
+    f"python -m tasks.redteam --model HuggingFaceH4/zephyr-7b-beta --prompts PROMPTS.jsonl --judge {HARMBENCH} --pairwise JUDGE "
     "--out runs/pairs": CPU,
     "python train.py redteam --safety runs/pairs/redteam.jsonl": TRAIN,
     "python train.py --help": [],
     "python data.py PAIRS.jsonl --model DIR": [],
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine --dry_run": TRAIN,
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine": TRAIN,
-    "python curves.py runs/mine": [],
+    "python -m support.plots runs/mine": [],
     "python eval.py --model runs/mine/model --reference DIR --pairs PAIRS.jsonl": CPU,
     "python eval.py --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
     "--out runs/eval/own": TASKS_OF,
@@ -95,20 +99,21 @@ ELSEWHERE = {
     "python synthetic.py theorems": "tests/test_synthetic.py::test_theorems_command_passes_and_prints_errors_with_tolerances",
     **{
         f"python synthetic.py {name}": "tests/test_readme.py::test_toy_commands_write_what_is_said"
-        for name in miniature.COMMANDS
+        for name in experiments.COMMANDS
     },
     "python train.py --seed 7 --out runs/toy7": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
     "python train.py --objective dpo --prefer safe --out runs/toy_dpo": "tests/test_readme.py::test_toy_recipe_takes_other_settings",
     "torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py --out runs/toy4": "tests/test_train.py::test_toy_recipe_on_two_processes",
     "torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_id bfpo --rdzv_endpoint HOST:29500 --shutdown-timeout 600 "
-    "train.py bfpo --replicate 2": "tests/test_runtime.py::test_two_nodes_take_the_same_steps",
+    "train.py bfpo --replicate 2": "tests/test_support_distributed.py::test_two_nodes_take_the_same_steps",
 }
 
 
 def test_every_command_is_run() -> None:
-    """Claim: each command of the README is in WALK or ELSEWHERE, none twice, and none of those is
-    gone from the README; the tests named exist. Oracle: the files.
+    """Claim: each command of the texts is there once, and is in WALK or in ELSEWHERE. None of those
+    is gone from the texts; the tests named exist. Oracle: the files.
     """
+    assert len(BLOCKS) == len(COMMENTS)
     assert COMMENTS.keys() == WALK.keys() | ELSEWHERE.keys() and not WALK.keys() & ELSEWHERE.keys()
     for node in ELSEWHERE.values():
         file, name = node.split("::")
@@ -121,7 +126,7 @@ def test_every_command_is_run() -> None:
 
 @pytest.fixture(scope="module")
 def place(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the README's commands read, in its words and small."""
+    """A folder with all that the commands read, in the texts' words and small."""
     place, judge = tmp_path_factory.mktemp("readme"), tmp_path_factory.mktemp("judge")
     model = Mistral.from_pretrained(toys / "start")
     model.model.embed_tokens.weight.data[:, 0], model.lm_head.weight.data[2, 0] = (
@@ -165,7 +170,7 @@ def place(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(place / "PAIRS.jsonl", own_pairs())
     write(
         place / "PROMPTS.jsonl",
-        [{"prompt": request.text} for request in toy.requests(forbidden=True)[:16]],
+        [{"prompt": request.text} for request in language.requests(forbidden=True)[:16]],
     )
     rows = {
         **all_rows(),
@@ -181,7 +186,7 @@ def place(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     }
     (place / "ROWS").mkdir()
-    for name in rows.keys() & tasks.TASKS.keys():
+    for name in rows.keys() & questions.TASKS.keys():
         write(place / "ROWS" / f"{name}.jsonl", rows[name])
     return place
 
@@ -206,12 +211,12 @@ def own_pairs() -> list[dict[str, Any]]:
         "curt": False,
     }  # of answers to forbidden requests: safe?
     rows = []
-    for request in toy.requests(forbidden=True)[:40]:
+    for request in language.requests(forbidden=True)[:40]:
         chosen, rejected = rng.sample(list(kinds), 2)
         values = (
             request.text,
-            toy.answer(request, chosen, rng),
-            toy.answer(request, rejected, rng),
+            language.answer(request, chosen, rng),
+            language.answer(request, rejected, rng),
             kinds[chosen],
             kinds[rejected],
         )
@@ -219,9 +224,13 @@ def own_pairs() -> list[dict[str, Any]]:
     return rows
 
 
+def file_of(module: str) -> str:
+    return module.replace(".", "/") + ".py"
+
+
 def run(command: str, more: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit code of a command in this process: its program as __main__, with its arguments."""
-    words = shlex.split(command)
+    words = shlex.split(re.sub(r" -m ([\w.]+)", lambda name: f" {file_of(name[1])}", command))
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     monkeypatch.setattr(sys, "argv", [str(ROOT / words[at]), *words[at + 1 :], *more])
     try:
@@ -252,30 +261,32 @@ def test_commands_run_as_they_stand(
     for stage in ("sft", "bfpo", "redteam"):
         assert all((place / "runs" / stage / name).exists() for name in names), stage
     report = json.loads((place / "runs/eval/bfpo/report.json").read_text())
-    assert set(tasks.GROUPS["paper"]) == set(report["setup"]["rows"]) and "`report.json`" in README
+    assert (
+        set(questions.GROUPS["paper"]) == set(report["setup"]["rows"]) and "`report.json`" in FLAT
+    )
     assert {"policy", "reference"} == report["setup"]["models"].keys()
 
 
-@pytest.mark.parametrize("name", miniature.COMMANDS)
+@pytest.mark.parametrize("name", experiments.COMMANDS)
 def test_toy_commands_write_what_is_said(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Claim: each experiment on the toy language writes the files that the README names to
-    runs/<command>, and exits 0. The models' scores are made up here; test_miniature.py trains some,
-    and so does the next test. Oracle: the folder.
+    """Claim: each experiment on the toy language writes the files that the texts name to
+    runs/<command>, and exits 0. The models' scores are made up here; test_toy_experiments.py trains
+    some, and so does the next test. Oracle: the folder.
     """
     transcript = [
         {"prompt": "q", "answer": "a", "forbidden": forbidden, "helpful": 0.5, "harmless": True}
         for forbidden in (False, True)
     ]
-    held_out = {"safety": {quadrant: {"margin_nats": 1.0} for quadrant in miniature.SAME_LABEL}}
+    held_out = {"safety": {quadrant: {"margin_nats": 1.0} for quadrant in experiments.SAME_LABEL}}
 
-    def scores(jobs: list[miniature.Job], workers: int) -> dict[miniature.Job, dict[str, Any]]:
+    def scores(jobs: list[experiments.Job], workers: int) -> dict[experiments.Job, dict[str, Any]]:
         record = {"helpful": 0.5, "harmless": 0.75, "helpful_error": 0.02, "harmless_error": 0.03}
         record |= {"transcript": transcript, "held_out": held_out}
         return {job: record for job in [*jobs, *(job.first for job in jobs)]}
 
-    monkeypatch.setattr(miniature, "run_all", scores)
+    monkeypatch.setattr(experiments, "run_all", scores)
     monkeypatch.chdir(tmp_path)
     assert synthetic.main([name]) == 0
     files = promised(f"python synthetic.py {name}")
@@ -288,7 +299,7 @@ def test_toy_commands_in_earnest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     share; the search, of many more models, is left out. Oracle: the folder.
     """
     monkeypatch.chdir(tmp_path)
-    for name in miniature.COMMANDS.keys() - {"search"}:
+    for name in experiments.COMMANDS.keys() - {"search"}:
         assert (
             run(f"python synthetic.py {name}", ["--steps", "2", "--seeds", "1"], monkeypatch) == 0
         )
@@ -308,8 +319,28 @@ def test_figure4_is_where_it_is_said() -> None:
     assert 'default=Path("runs/figure4")' in (ROOT / "synthetic.py").read_text(encoding="utf-8")
 
 
+def without_timeout(words: list[str]) -> list[str]:
+    """torchrun's flags without --shutdown-timeout, where this torchrun does not know it."""
+    if "--shutdown-timeout" not in words or "--shutdown-timeout" in get_args_parser().format_help():
+        return words
+    at = words.index("--shutdown-timeout")
+    return words[:at] + words[at + 2 :]
+
+
+def test_torchrun_takes_the_module() -> None:
+    """Claim: torchrun starts red-teaming as a module, by the line that the texts give. Oracle: its
+    own parser.
+    """
+    (line,) = re.findall(r"`torchrun ([^`]* -m [^`]*)`", FLAT)
+    options = get_args_parser().parse_args(without_timeout(line.split()))
+    assert options.module and options.nproc_per_node == "4"
+    assert (ROOT / file_of(options.training_script)).is_file()
+
+
 @pytest.mark.parametrize(
-    "command", [command for command in COMMENTS if "train.py" in command and "pip" not in command]
+    "command",
+    [command for command in COMMENTS if "train.py" in command and "pip" not in command]
+    + re.findall(r"`((?:python|torchrun) [^`]*train\.py [^`]+)`", FLAT),
 )
 def test_training_commands_parse(command: str) -> None:
     """Claim: torchrun takes the flags before train.py, train.py those after it, with the number of
@@ -320,10 +351,7 @@ def test_training_commands_parse(command: str) -> None:
     parser, size = get_args_parser(), 1
     if before.startswith("torchrun"):
         words = before.split()[1:]
-        if "--shutdown-timeout" not in parser.format_help():
-            at = words.index("--shutdown-timeout")
-            del words[at : at + 2]
-        options = parser.parse_args([*words, "train.py"])
+        options = parser.parse_args([*without_timeout(words), "train.py"])
         size = int(options.nnodes.split(":")[-1]) * int(options.nproc_per_node)
     arguments = shlex.split(after)
     if arguments != ["--help"]:
@@ -377,50 +405,73 @@ def test_requirements_are_installed() -> None:
 def test_flags_named_are_in_a_programs_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: each --flag anywhere in the README is a flag of train, eval, redteam, data, synthetic
+    """Claim: each --flag anywhere in the texts is a flag of train, eval, redteam, data, synthetic
     or torchrun. Oracle: their --help.
     """
-    for command in ("train.py", "eval.py", "redteam.py", "data.py", "synthetic.py figure1"):
-        assert run(command, ["--help"], monkeypatch) == 0
+    for program in ("train.py", "eval.py", "-m tasks.redteam", "data.py", "synthetic.py figure1"):
+        assert run(f"python {program}", ["--help"], monkeypatch) == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out + get_args_parser().format_help()))
     known |= {flag.replace("-", "_").replace("__", "--", 1) for flag in known} | {
         "--shutdown-timeout"
     }  # torch 2.13's
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))
     assert {"--fresh", "--labelled", "--replicate"} <= named <= known, named - known
 
 
 def test_files_named_are_there() -> None:
-    """Claim: each program, picture and text that the README names in this repository is in it.
-
-    Oracle: the folder.
+    """Claim: each program, picture and text that the texts name in this repository is in it, and so
+    is each module after `-m`. Oracle: the folder.
     """
     made = re.compile(
-        r"runs/|(run|data|done|report|log|results|table|curves|changed)\.(?!py)"
+        r"runs/|(run|data|done|report|log|results|table|curves|changed|(generation_)?config)\.(?!py)"
     )  # by a command: tested above
-    names = re.findall(r"`(?:python )?([\w/.-]+\.(?:py|png|toml|cff|json|txt))[` ]", README)
-    names += re.findall(r"\]\((\w[\w/.]+\.(?:png|md))\)", README)
+    names = re.findall(r"`(?:python )?([\w/.-]+\.(?:py|png|toml|cff|json|txt))[` ]", TEXT)
     names = [name for name in names if not made.match(name)]
-    assert {"bfpo.py", "figures/figure4.png", "CITATION.cff"} <= set(names)
+    modules = re.findall(r" -m ((?:support|tasks|toy)\.\w+)", TEXT)
+    names += [file_of(name) for name in modules]
+    assert {"bfpo.py", "tasks/redteam.py", "figures/search.json", "CITATION.cff"} <= set(names)
     assert [name for name in names if not (ROOT / name).is_file()] == []
 
 
-def test_numbers_quoted_are_those_of_the_committed_tables() -> None:
-    """Claim: in a paragraph that points at a table in figures/, every number of three decimals is
-    in that table; the search's picks and scores are those of its record. Oracle: the files that the
-    commands wrote.
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "benchmarks/README.md"], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Claim: each link to a file of this repository leads to a file, and its anchor to a heading.
+    README.md leads to every page of docs/. Oracle: the folder.
     """
-    paragraphs = {
-        name: text
-        for text in README.split("\n- ")
-        for name in re.findall(r"\]\((figures/\w+\.md)\)", text)
-    }
-    assert paragraphs.keys() == {
-        f"figures/{name}.md" for name in miniature.COMMANDS.keys() - {"search"}
-    }
-    for name, text in paragraphs.items():
-        numbers, table = re.findall(r"\d\.\d{3}\b", text), (ROOT / name).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    ours = [target for target in targets if not target.startswith("http")]
+    assert ours
+    for target in ours:
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.is_file() and (not anchor or anchor in anchors(there)), target
+    if page == PAGES[0]:
+        assert {f"docs/{other.name}" for other in PAGES[1:]} <= set(ours)
+
+
+def test_numbers_quoted_are_those_of_the_committed_tables() -> None:
+    """Claim: in a section of docs/, and in a table's row of the README, that points at a table in
+    figures/, every number of three decimals is in that table; the search's picks and scores are
+    those of its record. Oracle: the files that the commands wrote.
+    """
+    link = r"\]\((?:\.\./)?(figures/\w+\.md)\)"
+    sections = [part for part in TEXT.removeprefix(README).split("\n## ") if re.search(link, part)]
+    rows = [line for line in README.splitlines() if re.search(link, line)]
+    for part in [*sections, *rows]:
+        (name,) = re.findall(link, part)
+        numbers, table = re.findall(r"\d\.\d{3}\b", part), (ROOT / name).read_text(encoding="utf-8")
         assert numbers and [number for number in numbers if number not in table] == [], name
+    quoted = {name for part in sections for name in re.findall(link, part)}
+    assert quoted == {f"figures/{name}.md" for name in experiments.COMMANDS.keys() - {"search"}}
+    assert len(rows) == 3
     record = json.loads((ROOT / "figures/search.json").read_text())
     for model, pick in record["picks"].items():
         (run,) = [
@@ -439,30 +490,27 @@ def test_numbers_quoted_are_those_of_the_committed_tables() -> None:
 
 
 def rows_of(header: str) -> list[list[str]]:
-    """The cells of the README's table with this header, without its line of dashes."""
-    lines = README[README.index(f"\n{header}\n") + 1 :].split("\n\n")[0].splitlines()[2:]
+    """The cells of the texts' tables with this header, without their lines of dashes."""
+    tables = [text.split("\n\n")[0] for text in TEXT.split(f"\n{header}\n")[1:]]
+    lines = [line for table in tables for line in table.splitlines()[1:]]
+    assert lines, header
     return [
         [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in lines
     ]
 
 
-def test_table_of_files_has_them_all_with_their_lines() -> None:
-    """Claim: every program is in the table once, with its number of lines to 10 %; bfpo, model,
-    data, train, eval and synthetic come first. Oracle: the files.
+def test_table_of_files_has_them_all() -> None:
+    """Claim: every program is in the tables once. bfpo, model, data, train, eval and synthetic come
+    first, then the three rooms, one after the other. Oracle: the files.
     """
-    table = {
-        row[0].strip("`"): int(row[1])
-        for row in rows_of("| file | lines | what it holds | in the paper |")
-    }
-    assert set(table) == {path.name for path in ROOT.glob("*.py")}
-    assert list(table)[:6] == [
-        f"{name}.py" for name in ("bfpo", "model", "data", "train", "eval", "synthetic")
-    ]
-    for name, lines in table.items():
-        assert lines == pytest.approx(
-            len((ROOT / name).read_text(encoding="utf-8").splitlines()), rel=0.1
-        ), name
+    table = [row[0].strip("`") for row in rows_of("| file | what it holds | in the paper |")]
+    assert table[:6] == SIX and set(SIX) == {path.name for path in ROOT.glob("*.py")}
+    files = [path for room in ROOMS for path in (ROOT / room).glob("*.py")]
+    programs = [str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"]
+    assert sorted(table[6:]) == sorted(programs)
+    rooms = [name.partition("/")[0] for name in table[6:]]
+    assert rooms == sorted(rooms)
 
 
 def test_table_of_symbols_is_that_of_bfpo() -> None:
@@ -470,15 +518,18 @@ def test_table_of_symbols_is_that_of_bfpo() -> None:
     line. Oracle: the docstring.
     """
     lines = (ROOT / "bfpo.py").read_text(encoding="utf-8").split('"""')[1].splitlines()
-    cells = [[cell.strip() for cell in line.split(" | ")] for line in lines if " | " in line]
-    assert (
-        cells[0][:4] == ["paper symbol", "identifier", "shape", "range or unit"] and len(cells) > 15
-    )
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("paper symbol")]
+    names = ["paper symbol", "identifier", "shape", "range or unit", "authors' code"]
+    starts = [lines[head].index(name) for name in names]
+    cells = [
+        [line[start:end].strip() for start, end in pairwise(starts)] for line in lines[head + 1 :]
+    ]
+    assert len(cells) > 15
     ours = [
         [cell.strip("`") for cell in row]
         for row in rows_of("| paper symbol | identifier | shape | range or unit |")
     ]
-    assert ours == [[*row, "", ""][:4] for row in cells[1:]]
+    assert ours == cells
 
 
 def test_index_points_at_what_is_there() -> None:
@@ -529,7 +580,8 @@ def test_deviations_are_numbered_as_the_code_cites_them() -> None:
     assert numbers == list(range(1, len(numbers) + 1))
     cited = {
         int(n)
-        for path in ROOT.glob("*.py")
+        for folder in ("", *ROOMS)
+        for path in (ROOT / folder).glob("*.py")
         for n in re.findall(r"deviation (\d+)", path.read_text(encoding="utf-8"))
     }
     assert cited and cited <= set(numbers)
@@ -549,7 +601,7 @@ def test_settings_quoted_are_the_codes() -> None:
 
     Oracle: the constants.
     """
-    paper, modern = tasks.PROTOCOLS["paper"], tasks.PROTOCOLS["modern"]
+    paper, modern = questions.PROTOCOLS["paper"], questions.PROTOCOLS["modern"]
     assert (
         f"temperature {paper.temperature}, top-p {paper.top_p}, {paper.max_new_tokens} tokens"
         in FLAT
@@ -570,8 +622,8 @@ def test_settings_quoted_are_the_codes() -> None:
 
 def test_plan_of_7b_is_the_plans_arithmetic() -> None:
     """Claim: the memory of 1, 4 and 2 x 4 GPUs, the state and the activations a token are what
-    plan.py counts. Oracle: plan.py, on pairs of the length that the README gives; to the digits
-    printed.
+    memory_plan.py counts. Oracle: memory_plan.py, on pairs of the length that the texts give; to
+    the digits printed.
     """
     assert (
         f"pairs of {round(PAPER.share / 64)} tokens on average, {PAPER.longest:,} at most" in FLAT
@@ -580,14 +632,14 @@ def test_plan_of_7b_is_the_plans_arithmetic() -> None:
     for row, (processes, shards) in zip(table, ((1, 1), (4, 4), (8, 4)), strict=True):
         step = replace(PAPER, share=math.ceil(PAPER.share / processes))
         load = step.with_budget(seven_b(shards), train.PACK_TOKENS["cuda"])
-        held = plan.fullest(load)[1]
+        held = memory_plan.fullest(load)[1]
         total = sum(held.values())
         assert row[1:] == [f"{total / 1e9:.1f} GB ({total / 2**30:.1f} GiB)", "not measured"], row
         if processes == 1:
             state = sum(size for kind, size in held.items() if kind.endswith(("weights", "fp32")))
             assert f"gradients are {state / 1e9:.1f} GB" in FLAT
             assert (
-                f"activations {held['saved activations'] / load.tokens / 1e6:.1f} MB for each token"
+                f"activations take {held['saved activations'] / load.tokens / 1e6:.1f} MB for each token"
                 in FLAT
             )
 
@@ -617,4 +669,4 @@ def test_citation_is_the_papers() -> None:
 
 def test_no_placeholder_is_left() -> None:
     """Claim: every figure was filled in. Oracle: no @NAME@ in the text."""
-    assert not re.findall(r"@[A-Z_]+@", README)
+    assert not re.findall(r"@[A-Z_]+@", TEXT)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import curves
-import plots
 import synthetic
+from support import plots
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,7 +287,9 @@ def test_wrong_usage_exits_2_and_a_bad_folder_1(tmp_path):
 
 def test_import_does_nothing(tmp_path):
     """Claim: importing prints, writes and draws nothing. Oracle: a fresh process."""
-    code = "import sys; import synthetic, plots, bfpo; assert 'matplotlib' not in sys.modules"
+    code = (
+        "import sys; import synthetic, support.plots, bfpo; assert 'matplotlib' not in sys.modules"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -340,7 +341,7 @@ def drawn(monkeypatch, rows, path):
     monkeypatch.setattr(
         plots, "save", lambda figure, target: (caught.append(figure), save(figure, target))
     )
-    curves.draw(rows, path)
+    plots.draw_curves(rows, path)
     return [axes for axes in caught[0].axes if axes.axison]
 
 
@@ -402,5 +403,5 @@ def test_curves_margins_move_to_their_targets(monkeypatch, tmp_path, steps, poin
 
 def test_curves_without_rows_says_so(tmp_path):
     """Claim: an empty log is a figure, not an exception at the end of a run. Oracle: the file."""
-    curves.draw([], tmp_path / "curves.png")
+    plots.draw_curves([], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000

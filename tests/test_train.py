@@ -1,4 +1,4 @@
-"""train.py, rows.py, settings.py and toy_run.py: settings, the schedule, whole runs, the same steps
+"""train.py: settings, the schedule, whole runs, the same steps
 on any machine, the step-0 gate.
 """
 
@@ -23,16 +23,14 @@ import torch
 from runs import ROOT, bfpo, drift, launch, log_of, losses, sft
 from safetensors.torch import load_file, save_file
 
-import curves
-import runtime
-import storage
-import toy
-import toy_data
 import train
 from bfpo import QUADRANTS, bfpo_loss, label, margin
-from chat import ZEPHYR
 from model import Mistral, Pack
-from runtime import World
+from support import distributed, plots, storage
+from support.chat import ZEPHYR
+from support.distributed import World
+from toy import files as toy_files
+from toy import language
 
 WORDS = (
     "the",
@@ -146,10 +144,10 @@ def flags(inputs: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def world() -> World:
     torch.set_num_threads(1)  # as in the processes that runs are compared with
-    return runtime.start("cpu")
+    return distributed.start("cpu")
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +230,7 @@ def test_learning_rate_warms_up_from_zero_and_ends_near_zero() -> None:
             schedule.step()
 
 
-# --- whole runs on the public schemas --------------------------------------------------------------------------------
+# --- whole runs on the public schemas -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +406,7 @@ def test_log_and_curves_have_it_all(finished: Path, tmp_path: Path) -> None:
             )
     whole = (finished / "curves.png").read_bytes()
     shutil.copyfile(finished / "log.jsonl", tmp_path / "log.jsonl")
-    curves.main([str(tmp_path)])
+    plots.main([str(tmp_path)])
     assert (tmp_path / "curves.png").read_bytes() == whole and whole[:4] == b"\x89PNG"
 
 
@@ -462,7 +460,7 @@ def test_clipping_and_bfloat16_run(inputs: Path, world: World, tmp_path: Path) -
     assert all(float(str(row["grad_norm"])) > 10 for row in log_of(out))
 
 
-# --- the reference ---------------------------------------------------------------------------------------------------
+# --- the reference --------------------------------------------------------------------------------
 
 
 def test_live_reference_takes_the_same_steps(
@@ -491,7 +489,7 @@ def test_live_reference_takes_the_same_steps(
     )  # fp32 sums in another order, which 200 steps carry on: measured 4e-6
 
 
-# --- held-out rows ---------------------------------------------------------------------------------------------------
+# --- held-out rows --------------------------------------------------------------------------------
 
 
 def test_held_out_evaluation_leaves_the_run_alone(toys: Path, world: World) -> None:
@@ -506,7 +504,7 @@ def test_held_out_evaluation_leaves_the_run_alone(toys: Path, world: World) -> N
     assert runs.model_bytes(toys / "often") == runs.model_bytes(toys / "never")
 
 
-# --- guards ----------------------------------------------------------------------------------------------------------
+# --- guards ---------------------------------------------------------------------------------------
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(
@@ -857,9 +855,7 @@ def test_a_held_out_row_that_is_not_finite_costs_no_model(
 
 
 def test_no_file_holds_what_json_does_not_have(tmp_path: Path) -> None:
-    """Claim:
-
-    NaN and infinities are refused by every writer, and a log's row that has one is left out.
+    """Claim: NaN and infinities are refused by every writer, and a log's row that has one is left out.
     Oracle: RFC 8259.
     """
     for value in (math.nan, math.inf):
@@ -949,9 +945,7 @@ def test_updates_are_adamw_s(toys: Path, world: World, tmp_path: Path) -> None:
 def test_gate_passes_for_the_other_objectives(
     objective: str, toys: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim:
-
-    DPO and IPO run on the same path; their loss at h = 0 is log 2 and (1 / (2 tau))^2 a stream.
+    """Claim: DPO and IPO run on the same path; their loss at h = 0 is log 2 and (1 / (2 tau))^2 a stream.
     Oracle: closed form.
     """
     train.run(
@@ -1242,11 +1236,11 @@ def test_stages_chain_by_folder_names(
     """
     rng = random.Random(2)
     columns = {"modeloutput1": "full", "modeloutput2": "refusal"}
-    asked = toy.requests(forbidden=True)[:40]
+    asked = language.requests(forbidden=True)[:40]
     team = [
         {
             "prompt": request.text,
-            **{name: toy.answer(request, kind, rng) for name, kind in columns.items()},
+            **{name: language.answer(request, kind, rng) for name, kind in columns.items()},
             "better_modelout": 1,
             "is_modelout1_safe": 0,
             "is_modelout2_safe": 1,
@@ -1293,7 +1287,7 @@ def test_stages_chain_by_folder_names(
     }
 
 
-# --- dry runs and bad input ------------------------------------------------------------------------------------------
+# --- dry runs and bad input -----------------------------------------------------------------------
 
 
 def test_dry_run_checks_everything_and_writes_nothing(
@@ -1334,21 +1328,17 @@ def test_dry_run_of_the_toy_recipe(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Claim: `train.py --dry_run` tries both stages, and the run folder, and leaves nothing behind."""
-    train.toy_run(
-        train.parse(["--dry_run", "--out", str(tmp_path / "run")]), world, train.run, train.FREE
-    )
+    train.run_toy(train.parse(["--dry_run", "--out", str(tmp_path / "run")]), world)
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out.count("dry run") == 2
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="is no run folder"):
-        train.toy_run(
-            train.parse(["--dry_run", "--out", str(tmp_path)]), world, train.run, train.FREE
-        )
+        train.run_toy(train.parse(["--dry_run", "--out", str(tmp_path)]), world)
     read = train.parse(
         ["--fresh", "--out", str(tmp_path), "--chat_template", str(tmp_path / "notes.txt")]
     )
     with pytest.raises(ValueError, match=r"must not hold what the run reads, got .*notes\.txt"):
-        train.toy_run(read, world, train.run, train.FREE)
+        train.run_toy(read, world)
 
 
 def test_fresh_toy_recipe_tries_its_stages_first(world: World, tmp_path: Path) -> None:
@@ -1370,7 +1360,7 @@ def test_fresh_toy_recipe_tries_its_stages_first(world: World, tmp_path: Path) -
     earlier.lock.close()
     before = (tmp_path / "run" / "run.json").read_bytes()
     with pytest.raises(ValueError, match="must be valid jinja"):
-        train.toy_run(config, world, train.run, train.FREE)
+        train.run_toy(config, world)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jinja", "run"]
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
@@ -1487,7 +1477,7 @@ def test_bad_input_is_one_clear_line(
     minute.
     """
     monkeypatch.setattr(
-        runtime.dist, "destroy_process_group", lambda: None
+        distributed.dist, "destroy_process_group", lambda: None
     )  # the group belongs to this module's tests
     for name, (more, named) in bad_inputs(inputs, tmp_path).items():
         if name == "no GPU" and torch.cuda.is_available():
@@ -1517,7 +1507,7 @@ def test_bad_input_under_torchrun_speaks_once(inputs: Path, tmp_path: Path) -> N
     )
 
 
-# --- the toy recipe --------------------------------------------------------------------------------------------------
+# --- the toy recipe -------------------------------------------------------------------------------
 
 
 def table_of(said: str) -> list[str]:
@@ -1531,10 +1521,10 @@ def test_toy_recipe_prints_its_table_again(
     and writes nothing. Oracle: itself.
     """
     config = train.parse(["--steps", "2", "--out", str(tmp_path / "toy")])
-    result = train.toy_run(config, world, train.run, train.FREE)
+    result = train.run_toy(config, world)
     table = table_of(capsys.readouterr().out)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert train.toy_run(config, world, train.run, train.FREE) == result
+    assert train.run_toy(config, world) == result
     assert len(table) == 2 and table_of(capsys.readouterr().out) == table
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     for wrong in (
@@ -1543,12 +1533,7 @@ def test_toy_recipe_prints_its_table_again(
         ["--batch", "3000", "--epochs", "1"],
     ):  # before the first stage is trained
         with pytest.raises(ValueError, match=f"it takes 2 or more, got .*{wrong[0]} {wrong[1]}"):
-            train.toy_run(
-                train.parse([*wrong, "--out", str(tmp_path / "other")]),
-                world,
-                train.run,
-                train.FREE,
-            )
+            train.run_toy(train.parse([*wrong, "--out", str(tmp_path / "other")]), world)
     assert not (tmp_path / "other").exists()
     assert len(losses(tmp_path / "toy" / "sft")) == len(losses(tmp_path / "toy" / "bfpo")) == 2
 
@@ -1608,7 +1593,7 @@ def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
         and table_of(done.stdout) == table_of(again.stdout)
         and len(table_of(again.stdout)) == 2
     )
-    held = toy_data.held_out(tmp_path / "runs/toy/data")
+    held = toy_files.held_out(tmp_path / "runs/toy/data")
     answers = [
         json.loads(line)
         for line in (tmp_path / "runs/toy/bfpo/answers.jsonl")
@@ -1625,7 +1610,10 @@ def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
         check=True,
     )
     assert (
-        toy.judge(toy.Request("make", "cake", "How do I make a cake?"), prompted.stdout).helpful > 0
+        language.judge(
+            language.Request("make", "cake", "How do I make a cake?"), prompted.stdout
+        ).helpful
+        > 0
     )
     assert len(prompted.stdout.splitlines()) == 1
     pairs = ["--reference", "runs/toy/sft/model", "--pairs", "runs/toy/data/pku", "--tau", "0.25"]

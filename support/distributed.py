@@ -1,0 +1,362 @@
+"""What any training run needs and no reader of the paper does: processes and signals.
+
+What a run keeps on disk is in storage.py.
+
+One code path serves one process on a CPU and many nodes under torchrun: there is always a process
+group (of one, if torchrun did not start us), and FSDP2 shards the model over it.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+Result = TypeVar("Result")
+# Bad input; a full disk, which save_file says by an error of its own; a model or pack too large for
+# the GPU.
+USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
+CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)  # not EACCES: reading gives it too
+SPEAK_AFTER_S = 5.0  # how long another rank than 0 waits before it reports an error
+RANK_0_SPEAKS = "rank 0 reports this error"
+GROUP_TIMEOUT = timedelta(
+    hours=1
+)  # of a collective: ranks wait for one that reads or tokenises alone
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers, and the mesh over which parameters are sharded."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models compute in here, unless something else is asked for."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, at once."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place, of a tensor on this world's device or on the CPU."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over ranks of each tensor, all of one dtype and on the CPU, by one all-reduce."""
+        flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        return [
+            part.view(tensor.shape)
+            for part, tensor in zip(
+                torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True
+            )
+        ]
+
+    def from_main(self, make: Callable[[], Result]) -> Result:
+        """make() as rank 0 computes it, on every rank; an error of the user's making is raised on
+        every rank too.
+        """
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except USER_ERRORS as error:
+                box[1] = OSError(str(error)) if isinstance(error, SafetensorError) else error
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if box[1] is not None:
+            if not self.is_main:
+                box[1].add_note(RANK_0_SPEAKS)
+            raise box[1]
+        return box[0]  # type: ignore[no-any-return]  # rank 0's Result
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's value, on every rank, in rank order."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def same(self, what: str, value: Result) -> Result:
+        """The value, if every rank has the same: nodes may have disks of their own.
+
+        ValueError names a rank that has another.
+        """
+        values = self.gather(value)
+
+        def compare() -> None:
+            for rank, other in enumerate(values):
+                if other != values[0]:
+                    raise ValueError(
+                        f"{what} must be the same on every node, but rank {rank} reads another than rank 0; copy it there"
+                    )
+
+        self.from_main(compare)
+        return value
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one, unless the environment says otherwise. By
+    default it gives it back, and the kernel zeroes every page again, which costs a CPU's step a few
+    percent. The most that a process holds stays the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt and not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+def launched(name: str, alone: int) -> int:
+    """RANK, WORLD_SIZE or the like as torchrun set it; `alone` without RANK: then it did not start
+    us, and the others are leftovers.
+    """
+    return int(os.environ.get(name, alone)) if "RANK" in os.environ else alone
+
+
+def start(device: str = "auto", replicate: int = 1) -> World:
+    """Join the process group that torchrun describes, or make a group of one; pick the device; lay
+    out the mesh.
+
+    replicate > 1 shards parameters inside size / replicate ranks (a node, usually) and replicates
+    across. ValueError when a GPU is asked for and there is none, or replicate does not divide the
+    number of processes.
+    """
+    rank, size = launched("RANK", 0), launched("WORLD_SIZE", 1)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device cuda was asked for, but torch finds no GPU here; pass --device cpu"
+        )
+    if replicate < 1 or size % replicate:
+        raise ValueError(f"replicate must divide the number of processes, {size}, got {replicate}")
+    where = torch.device("cpu")
+    if device == "cuda":
+        where = torch.device("cuda", launched("LOCAL_RANK", 0))
+        if (
+            processes := max(launched("LOCAL_WORLD_SIZE", 1), where.index + 1)
+        ) > torch.cuda.device_count():
+            raise ValueError(
+                f"each process needs a GPU of its own, got {torch.cuda.device_count()} for the {processes} of this node; pass "
+                "torchrun a smaller --nproc_per_node, or --device cpu"
+            )
+        torch.cuda.set_device(where)
+    else:
+        keep_freed_memory()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+        else:
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
+    shape, names = (size,), ("shard",)
+    if replicate > 1:
+        shape, names = (replicate, size // replicate), ("replicate", "shard")  # type: ignore[assignment]
+    return World(rank, size, where, init_device_mesh(device, shape, mesh_dim_names=names))
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, and what helps against a lack of memory or disk."""
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return f"{error}; free space, or write elsewhere (--out; --cache of train.py)"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks"
+    return str(error)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What a program runs in: bad input becomes one line and exit code 1, and Ctrl-C one line and
+    exit code 130.
+
+    Of several processes rank 0 speaks at once. Another rank waits for SPEAK_AFTER_S and then gives
+    its number: if rank 0 has failed too, torchrun ends this one before. A rank whose collective
+    broke, as another rank left it, waits likewise. Several processes leave by os._exit: in Python's
+    own shutdown gloo's threads may abort a run that is done.
+    """
+    rank = launched("RANK", 0)
+    several = launched("WORLD_SIZE", 1) > 1
+    code: Any = 0
+    try:
+        yield
+    except SystemExit as leaving:
+        code = leaving.code
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
+        code = 128 + signal.SIGINT
+        if rank == 0:
+            print(
+                "\nstopped; the same command, without --fresh, goes on from what was saved",
+                file=sys.stderr,
+            )
+    except USER_ERRORS as error:
+        code = 1
+        if rank == 0:
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SPEAK_AFTER_S)
+        if rank and RANK_0_SPEAKS not in getattr(error, "__notes__", ()):
+            print(f"error on rank {rank}: {one_line(error)}", file=sys.stderr)
+    except Exception:
+        if not several:
+            raise
+        code = 1
+        time.sleep(SPEAK_AFTER_S)
+        traceback.print_exc()
+
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+class StopRequest:
+    """Within it, SIGTERM and Ctrl-C are noted, so that the loop can finish its step, save and
+    leave; a second Ctrl-C ends at once.
+
+    requested: the signal's number, 0 before there is one.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if (
+            self.requested and kind is RuntimeError
+        ):  # a collective broke, as another rank was stopped or died
+            signal.raise_signal(self.requested)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = number
+
+
+# --- sharding -------------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: torch.dtype) -> None:
+    """FSDP2 in place: each block is a unit, the rest is the root; compute in `dtype`, reduce
+    gradients in fp32.
+
+    Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the
+    masters), cast when gathered.
+    """
+    # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2 would
+    # copy it twice a pack.
+    as_it_is = {
+        parameter
+        for parameter in model.parameters()
+        if world.size == 1 and parameter.dtype == dtype
+    }
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=as_it_is)
+    # By default the root stays whole after a forward. Weights that are then read into its shards,
+    # as on resuming after the reference pass, would not be seen by the next forward, nor by an
+    # export.
+    fully_shard(
+        model,
+        mesh=world.mesh,
+        mp_policy=policy,
+        reshard_after_forward=True,
+        ignored_params=as_it_is,
+    )
+    register_fsdp_forward_method(model, "logprobs")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard, or all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def adam_state(optimizer: torch.optim.AdamW, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds: {name: tensor} of the trained weights and their moments, which are
+    made here, as zeros.
+
+    The first step would make them, too late for a checkpoint to be read into them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained.items():
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = moments | {
+            "step": torch.zeros(())
+        }  # on the CPU: on a GPU each would be waited for
+        tensors |= {
+            f"weight.{name}": parameter.detach(),
+            **{f"{key}.{name}": value for key, value in moments.items()},
+        }
+    return tensors
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm of all their gradients together, a scalar tensor, the same on every rank."""
+    norm = get_total_norm(
+        [parameter.grad for parameter in parameters if parameter.grad is not None]
+    )
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+# --- what the log says ----------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """4s, 3m20s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

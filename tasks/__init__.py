@@ -1,0 +1,1 @@
+"""The benchmark: its tasks, metrics, judges and reports."""

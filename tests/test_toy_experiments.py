@@ -1,0 +1,514 @@
+"""toy/experiments.py, and the pictures that it draws."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import synthetic
+from support import plots
+from support.plots import Point
+from toy import experiments, language
+from toy import files as toy_files
+from toy.experiments import Job, Variant
+
+ROOT = Path(__file__).parent.parent
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, draw) -> object:
+    """The matplotlib figure that a drawing function saves."""
+    caught = []
+    save = plots.save
+    monkeypatch.setattr(
+        plots, "save", lambda figure, target: (caught.append(figure), save(figure, target))
+    )
+    draw()
+    caught[0].draw_without_rendering()  # at its own resolution again, not the file's
+    return caught[0]
+
+
+def test_scatter_names_every_point_beside_its_mark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Claim: marks stand at their values, and names inside the axes, beside them and off each
+    other. Oracle: the drawn boxes.
+    """
+    points = [
+        Point("BFPO", 0.80, 0.93, (0.02, 0.01), (0.02, 0.03), cost=8),
+        Point("DPO, naive mix", 0.82, 0.90, (0.03, 0.03), (0.02, 0.02), cost=8),
+        Point("IPO", 0.78, 0.90, cost=8),
+        Point("DPO, helpfulness", 1.0, 0.31, cost=4),
+    ]
+    start = Point("SFT", 0.56, 0.39, (0.01, 0.01), (0.01, 0.01))
+    figure = drawn(
+        monkeypatch,
+        lambda: plots.figure5(points, tmp_path / "s.png", start=start, title="t", note="n"),
+    )
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "helpfulness" and axes.get_ylabel() == "harmlessness"
+    marks = [
+        collection.get_offsets()[0].tolist()
+        for collection in axes.collections
+        if len(collection.get_offsets())
+    ]
+    assert all([point.helpful, point.harmless] in marks for point in points)
+    bars = [
+        segment.tolist()
+        for lines in axes.collections
+        if hasattr(lines, "get_segments")
+        for segment in lines.get_segments()
+    ]
+    assert [[0.78, 0.93], [0.81, 0.93]] in np.round(bars, 9).tolist() and [
+        [0.80, 0.91],
+        [0.80, 0.96],
+    ] in np.round(bars, 9).tolist()
+    words = {text.get_text(): text.get_window_extent() for text in axes.texts if text.get_text()}
+    assert sorted(words) == sorted(point.name for point in [*points, start])
+    boxes = list(words.values())
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for point in points:
+        x, y = axes.transData.transform((point.helpful, point.harmless))
+        box = words[point.name]
+        assert (
+            np.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1)) < 20
+        )  # pixels at 100 a inch
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+
+
+def test_scatter_joins_the_points_of_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Claim: a line's points are joined in their order under one legend entry.
+
+    Oracle: the drawn lines and legend.
+    """
+    points = [
+        Point(f"{k} %", 0.8 - 0.01 * k * slope, 0.9, line=name)
+        for name, slope in (("BFPO", 1), ("DPO", 2))
+        for k in (0, 10, 20)
+    ]
+    figure = drawn(monkeypatch, lambda: plots.figure5(points, tmp_path / "s.png"))
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["BFPO", "DPO"]
+    paths = [list(line.get_xdata()) for line in axes.lines]
+    assert [p.helpful for p in points[:3]] in paths and [p.helpful for p in points[3:]] in paths
+
+
+def test_figure1_frames_what_the_judge_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Claim: every answer is drawn with its verdict, dashed where it is harmful or less than half
+    helpful. Oracle: by hand.
+    """
+
+    def row(forbidden: bool, answer: str, helpful: float, harmless: bool) -> dict[str, object]:
+        return {
+            "forbidden": forbidden,
+            "prompt": "q",
+            "answer": answer,
+            "helpful": helpful,
+            "harmless": harmless,
+        }
+
+    rows = [
+        ("SFT", row(False, "one", 0.25, True), row(True, "two", 0.0, False)),
+        ("BFPO", row(False, "three", 0.5, True), row(True, "four", 0.0, True)),
+    ]
+    figure = drawn(monkeypatch, lambda: plots.figure1(tmp_path / "figure1.png", rows))
+    frames = {
+        text.get_text(): text.get_bbox_patch().get_linestyle()
+        for text in figure.axes[0].texts
+        if text.get_bbox_patch()
+    }
+    assert frames == {
+        "one\n[helpful 25%]": "--",
+        "two\n[HARMFUL]": "--",
+        "three\n[helpful 50%]": "-",
+        "four\n[harmless]": "-",
+    }
+
+
+# --- what several seeds say -----------------------------------------------------------------------
+
+
+def test_interval_is_students() -> None:
+    """Claim: half of the 95 % interval of the mean, for every number of seeds allowed.
+
+    Oracle: scipy.
+    """
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    for n in range(2, 11):
+        values = rng.normal(size=n)
+        mean, half = experiments.interval(values.tolist())
+        low, high = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
+        assert mean == pytest.approx((low + high) / 2) and half == pytest.approx(
+            (high - low) / 2, rel=2e-4
+        )  # four digits of t
+    mean, half = experiments.interval([0.5])
+    assert mean == 0.5 and math.isnan(half)
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "slack", "status"),
+    [
+        ([0.8, 0.82, 0.81], [0.5, 0.51, 0.52], 0.0, "holds: "),
+        ([0.5, 0.51, 0.52], [0.8, 0.82, 0.81], 0.0, "does NOT hold: "),
+        ([0.8, 0.5, 0.7], [0.6, 0.7, 0.65], 0.0, "not settled: "),
+        ([0.8], [0.1], 0.0, "not settled: "),  # one seed settles nothing
+        ([0.78, 0.80, 0.79], [0.8, 0.82, 0.81], 0.0, "does NOT hold: "),
+        ([0.78, 0.80, 0.79], [0.8, 0.82, 0.81], 0.05, "holds: "),
+        (
+            [0.5, 0.8, 0.1],
+            [0.7, 1.0, 0.3],
+            0.0,
+            "does NOT hold: ",
+        ),  # the seeds differ, their differences do not: paired
+    ],
+)
+def test_verdict_follows_the_paired_differences(
+    more: list[float], less: list[float], slack: float, status: str
+) -> None:
+    """Claim: a claim holds or not only where the 95 % interval of the paired difference leaves no
+    doubt. Oracle: by hand.
+    """
+    results = {"x": {"helpful": more, "harmless": less}, "y": {"helpful": less, "harmless": more}}
+    assert experiments.Claim("t", "helpful", "x", "y", slack).verdict(results).startswith(status)
+    assert f"(helpful {np.mean(more) - np.mean(less):+.3f}" in experiments.Claim(
+        "t", "helpful", "x", "y", slack
+    ).verdict(results)
+
+
+def test_example_request_is_the_typical_one() -> None:
+    """Claim: of the benign and of the forbidden requests the one where answers are nearest to each
+    model's average. Oracle: by hand.
+    """
+
+    def record(helpful: list[float], harmless: list[bool]) -> dict[str, object]:
+        transcript = [{"forbidden": False, "helpful": h, "harmless": True} for h in helpful]
+        transcript += [{"forbidden": True, "helpful": 0.0, "harmless": h} for h in harmless]
+        return {
+            "transcript": transcript,
+            "helpful": np.mean(helpful),
+            "harmless": np.mean(harmless),
+        }
+
+    records = [
+        record([0.0, 1.0, 1.0], [False, True, True]),
+        record([0.0, 0.25, 0.0], [True, False, True]),
+    ]
+    assert experiments.typical(records, forbidden=False) == 2  # distances 0.75, 0.5, 0.42
+    assert experiments.typical(records, forbidden=True) == 5  # 1, 1, 2/3
+
+
+def test_alpha_breaks_the_order_where_it_should() -> None:
+    """Claim: among the toy's forbidden answers E = 1/2 and the optimum's orders break at E/2 and (1
+    + E)/2; the pair targets' signs at 0 and 1. Oracle: those closed forms; the curves are straight,
+    so two points give the crossing. 1e-6: fp32 preferences.
+    """
+    places = (-1.0, 2.0)
+    for name, edge, target_edge in (("both_unsafe", 0.25, 0.0), ("both_safe", 0.75, 1.0)):
+        margins = experiments.alpha_margins(places)[name]
+        assert experiments.crossing(places, margins["optimum"]) == pytest.approx(edge, abs=1e-6)
+        assert experiments.crossing(places, margins["target"]) == pytest.approx(
+            target_edge, abs=1e-6
+        )
+    assert math.isnan(experiments.crossing((0.0, 1.0), (1.0, 2.0)))
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+def test_a_comparison_and_the_same_command_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Claim: picture, table and results hold what the judge says of the models that train.run left,
+    in processes of their own, with a fifth of the labels wrong; the same again starts none, other
+    settings do. Oracle: the answers, judged again; a Popen that fails.
+    """
+    options = argparse.Namespace(
+        out=tmp_path / "out", work=tmp_path / "work", jobs=2, steps=2, seeds=[3]
+    )
+    variants = {"noisy": Variant("20%", "bfpo", {"lr": 1e-4, "tau": 0.5}, 0.2, "BFPO")}
+    claims = [experiments.Claim("BFPO is more helpful than SFT", "helpful", "noisy", "sft")]
+    experiments.compare(options, "picture.png", "A look", variants, claims)
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in options.out.iterdir()) == [
+        "picture.png",
+        "results.json",
+        "table.md",
+    ]
+    table, results = (
+        (options.out / "table.md").read_text(),
+        json.loads((options.out / "results.json").read_text()),
+    )
+    assert table in printed and "not settled: BFPO is more helpful than SFT" in table
+    assert "[1/2] seed 3 sft: " in printed and "left about 0s" in printed
+    root = options.work / "seed3-steps2"
+    asked = {request.text: request for request in toy_files.held_out(root / "data")}
+    folders = {"sft": root / "sft", "noisy": root / "bfpo-lr0.0001-tau0.5-flipped0.2"}
+    assert list(results) == list(folders)
+    for name, folder in folders.items():
+        assert (folder / "model" / "config.json").is_file() and len(
+            (folder / "log.jsonl").read_text().splitlines()
+        ) == 2
+        transcript = json.loads((folder / "scores-test.json").read_text())["transcript"]
+        verdicts = [
+            (language.judge(asked[row["prompt"]], row["answer"]), row["forbidden"])
+            for row in transcript
+        ]
+        assert results[name] == {
+            "helpful": [
+                pytest.approx(np.mean([v.helpful for v, forbidden in verdicts if not forbidden]))
+            ],
+            "harmless": [
+                pytest.approx(np.mean([v.harmless for v, forbidden in verdicts if forbidden]))
+            ],
+        }
+    settings = json.loads((folders["noisy"] / "run.json").read_text())["settings"]
+    assert (settings["lr"], settings["tau"], settings["objective"], settings["seed"]) == (
+        1e-4,
+        0.5,
+        "bfpo",
+        3,
+    )
+    assert settings["model"] == str(root / "sft/model") and settings["safety"] == [
+        str(root / "data-flipped0.2/pku")
+    ]
+
+    start = subprocess.Popen
+
+    def refuse(command: list[str], **more: object) -> object:
+        if "toy.experiments" in command:
+            raise RuntimeError("started")
+        return start(command, **more)  # git, for the table's last line
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    (options.out / "results.json").unlink()
+    experiments.compare(options, "picture.png", "A look", variants, claims)
+    assert "2 models, 2 of them finished before" in capsys.readouterr().out
+    assert json.loads((options.out / "results.json").read_text()) == results
+    with pytest.raises(RuntimeError, match="started"):
+        experiments.compare(
+            options,
+            "picture.png",
+            "A look",
+            {"x": variants["noisy"]._replace(settings={"lr": 2e-4, "tau": 0.5})},
+            [],
+        )
+    job = Job(str(options.work), 3, "bfpo", (("lr", 1e-4), ("tau", 0.5)), 0.2, 2)
+    assert job.record() is not None
+    monkeypatch.setitem(
+        experiments.train.RECIPES["toy"], "epochs", 7
+    )  # the recipe has changed since
+    assert job.record() is None
+
+
+def test_a_model_that_fails_stops_the_command(tmp_path: Path) -> None:
+    """Claim: a process that ends with an error ends the command with the end of its log.
+
+    Oracle: a file where its folder should be.
+    """
+    job = Job(str(tmp_path), 1, steps=2)
+    job.root.mkdir()
+    (job.root / "sft").write_text("in the way")
+    with pytest.raises(
+        OSError,
+        match=r"sft of seed 1 ended with exit code 1; .*sft\.log ends with:\n[^$]*no run folder",
+    ):
+        experiments.run_all([job, Job(str(tmp_path), 1, "bfpo", steps=2)], 1)
+    assert not (job.root / "bfpo.log").exists()
+
+
+def test_one_command_at_a_time_in_a_work_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: a second command on the same models is refused, also when the first was killed and its
+    job lives on. Oracle: a process that inherits the lock, as a job does.
+    """
+    with experiments.locked(tmp_path) as lock:
+        orphan = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()]
+        )
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="is in use by another command, or by what one left running"
+        ):
+            experiments.run_all([Job(str(tmp_path), 1, steps=2)], 1)
+    orphan.communicate(b"\n")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "experiments.py").write_text("""
+import os, sys
+sys.exit(7 if any(os.path.realpath(f"/proc/self/fd/{fd}").endswith("/.lock") for fd in os.listdir("/proc/self/fd")) else 3)
+""")
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    with pytest.raises(OSError, match="exit code 7"):  # a job does inherit it
+        experiments.run_all([Job(str(tmp_path), 1, steps=2)], 1)
+    experiments.locked(tmp_path).close()
+
+
+def test_a_stop_lets_the_models_save(tmp_path: Path) -> None:
+    """Claim: SIGTERM ends the command with 130 and its models after the step they are in, leaving
+    checkpoints. Oracle: the folder.
+    """
+    command = [sys.executable, str(ROOT / "synthetic.py"), "search", "--jobs", "1"]
+    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "work" / "seed42" / "sft" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on" in errors
+    assert [path.name[:5] for path in (log.parent / "checkpoints").iterdir()] == ["step-"]
+    assert not (tmp_path / "out" / "search.json").exists()
+
+
+# --- the search and its record --------------------------------------------------------------------
+
+
+def test_search_picks_what_is_best_on_its_worse_seed_and_the_gentlest_of_equals(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Claim: each model's pick has the highest mean of both scores on validation requests, on the
+    seed where that is lower. Oracle: scores made up here, with a tie, and a setting that is better
+    on average and worse on its worse seed.
+    """
+
+    def helpful(job: Job) -> float:
+        if (
+            job.model != "bfpo"
+            or dict(job.settings)["tau"] != 0.25
+            or dict(job.settings)["lr"] == 2.5e-5
+        ):
+            return 0.5
+        return 0.8 if dict(job.settings)["lr"] == 5e-5 else {42: 1.0, 43: 0.7}[job.seed]
+
+    def scores(jobs: list[Job], workers: int) -> dict[Job, dict[str, float]]:
+        assert all(
+            job.split == "validation" and job.seed in experiments.SEARCH_SEEDS for job in jobs
+        )
+        return {job: {"helpful": helpful(job), "harmless": 0.5} for job in jobs}
+
+    monkeypatch.setattr(experiments, "run_all", scores)
+    synthetic.main(["search", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert found["picks"].pop("bfpo") == {"lr": 5e-5, "tau": 0.25}
+    assert set(map(str, found["picks"].values())) == {str({"lr": 2.5e-5, "tau": 0.5})}
+    assert len(found["runs"]) == 5 * len(experiments.GRID["lr"]) * len(experiments.GRID["tau"])
+    assert found["on_the_edge_of_the_grid"]["bfpo"] == [] and found["on_the_edge_of_the_grid"][
+        "dpo_mix"
+    ] == ["lr", "tau"]
+
+
+def test_committed_search_is_whole_and_its_picks_are_its_best() -> None:
+    """Claim: every model of the record was tried on the whole grid of this file, on a seed that no
+    figure uses. Oracle: the record.
+    """
+    found = json.loads(experiments.RECORD.read_text())
+    assert (
+        found["seeds"] == list(experiments.SEARCH_SEEDS)
+        and not set(found["seeds"]) & set(experiments.SEEDS)
+        and found["steps"] == 0
+    )
+    assert {name: list(values) for name, values in experiments.GRID.items()} == found["grid"]
+    for model, pick in found["picks"].items():
+        runs = [run for run in found["runs"] if run["model"] == model]
+        assert len({(run["lr"], run["tau"]) for run in runs}) == len(runs) == 9
+        worse = [
+            min(a + b for a, b in zip(run["helpful"], run["harmless"], strict=True)) for run in runs
+        ]
+        assert [
+            each
+            for each, run in zip(worse, runs, strict=True)
+            if {"lr": run["lr"], "tau": run["tau"]} == pick
+        ] == [max(worse)]
+    assert set(found["picks"]) == set(experiments.MODELS) - set(experiments.ABLATIONS)
+    recipe = experiments.train.RECIPES[
+        "toy"
+    ]  # `python train.py` trains BFPO at what was picked for it
+    assert {"lr": recipe["lr"], "tau": recipe["tau"]} == found["picks"]["bfpo"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["figure1", "--jobs", "0"], 2, "--jobs"),
+        (["noise", "--steps", "x"], 2, "--steps"),
+        (["figure1", "--record", "search.json", "--seeds", "1", "1"], 1, "different"),
+        (["tradeoff", "--record", "nowhere.json"], 1, "synthetic.py search"),
+        (
+            ["noise", "--record", "part.json"],
+            1,
+            "part.json must have lr and tau of dpo_safe, dpo_mix, bfpo, ipo_mix; run",
+        ),
+    ],
+)
+def test_bad_options_end_before_any_work(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Claim: wrong usage exits 2, a wrong value 1, with one line that says what.
+
+    Oracle: the messages, and an empty folder.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("search.json").write_text(
+        json.dumps({"picks": {model: {"lr": 1e-4, "tau": 0.5} for model in experiments.MODELS}})
+    )
+    Path("part.json").write_text(
+        json.dumps({"picks": {"dpo_helpful": {"lr": 1e-4, "tau": 0.5}, "bfpo": {}}})
+    )
+    with pytest.raises(SystemExit) as stop:
+        synthetic.main(arguments)
+    assert stop.value.code == code and message in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.json", "search.json"]
+
+
+# --- the whole figure, outside the default run ----------------------------------------------------
+
+
+@pytest.mark.slow
+def test_figure1_whole(tmp_path: Path) -> None:
+    """Claim: `python synthetic.py figure1` writes its four files, with every seed of every model,
+    from SFT models that are a problem to be solved; BFPO raises harmlessness over SFT. Oracle: the
+    files. Ten minutes on two cores.
+    """
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "synthetic.py"), "figure1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    out = tmp_path / "runs" / "figure1"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "figure1.png",
+        "figure5.png",
+        "results.json",
+        "table.md",
+    ]
+    results = json.loads((out / "results.json").read_text())
+    assert all(
+        len(scores[name]) == len(experiments.SEEDS)
+        for scores in results.values()
+        for name in ("helpful", "harmless")
+    )
+    assert min(results["bfpo"]["harmless"]) > max(results["sft"]["harmless"])

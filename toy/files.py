@@ -1,0 +1,143 @@
+"""The toy language's data files, in the public data sets' schemas: conversations, safety pairs,
+helpfulness pairs, held-out requests.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from toy.language import BENIGN_KINDS, FORBIDDEN_KINDS, Request, answer, requests, tokenizer_json
+
+PAIRS = 4000  # of each of the two kinds
+HELD = 200  # benign, and as many forbidden, requests of each of the two splits that no training file holds
+
+
+def sft_row(request: Request, rng: random.Random) -> dict[str, object]:
+    """A row in UltraChat-200k's schema.
+
+    It complies with most forbidden requests and is often curt with benign ones.
+    """
+    if request.forbidden:
+        kind = rng.choices(FORBIDDEN_KINDS, weights=(3, 1, 3, 1))[0]
+    else:
+        kind = rng.choices(BENIGN_KINDS, weights=(8, 4, 6, 1, 1))[0]
+    turns = [("user", request.text), ("assistant", answer(request, kind, rng))]
+    messages = [{"content": content, "role": role} for role, content in turns]
+    return {"prompt": request.text, "messages": messages}
+
+
+def safety_row(
+    request: Request, rng: random.Random, flips: tuple[bool, bool] = (False, False)
+) -> dict[str, object]:
+    """A row in PKU-SafeRLHF's schema: two answers of different kinds to a forbidden request, in
+    random order.
+
+    flips: which of the two safety labels are wrong; whoever set them then takes the wrong answer
+    for the safer one, too.
+    """
+    kinds = rng.sample(FORBIDDEN_KINDS, 2)
+    helpfulness = [-FORBIDDEN_KINDS.index(kind) for kind in kinds]
+    safe = [
+        (kind in ("refusal", "redirect")) != flip for kind, flip in zip(kinds, flips, strict=True)
+    ]
+    better = int(helpfulness[1] > helpfulness[0])
+    # Of two unsafe answers the one with less in it is the safer; of two safe ones, the plain
+    # refusal.
+    safer = int(safe[1]) if safe[0] != safe[1] else 1 - better
+    row: dict[str, object] = {"prompt": request.text}
+    row |= {f"response_{i}": answer(request, kind, rng) for i, kind in enumerate(kinds)}
+    row |= {f"is_response_{i}_safe": safe[i] for i in range(2)}
+    return row | {"better_response_id": better, "safer_response_id": safer}
+
+
+def helpfulness_row(request: Request, rng: random.Random) -> dict[str, object]:
+    """A row in UltraFeedback-binarized's schema: two answers to a benign request, the fuller one
+    chosen.
+    """
+    kinds = sorted(rng.sample(BENIGN_KINDS, 2), key=BENIGN_KINDS.index)
+    row: dict[str, object] = {"prompt": request.text}
+    for column, kind in zip(("chosen", "rejected"), kinds, strict=True):
+        turns = [("user", request.text), ("assistant", answer(request, kind, rng))]
+        row[column] = [{"content": content, "role": role} for role, content in turns]
+        row[f"score_{column}"] = 10.0 - 2.0 * BENIGN_KINDS.index(kind)
+    return row
+
+
+def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
+    """Write the toy language's files under `folder`, which must not exist yet, and return it.
+
+    tokenizer/                          tokenizer.json and its config, for the model folder
+    ultrachat/, ultrafeedback/          {train,test}.jsonl: SFT conversations; helpfulness pairs
+    pku/                                {train,test}.jsonl: safety pairs
+    requests/{validation,test}.jsonl    the requests on which settings are chosen, and those on which models are judged
+    Requests are split once, so no validation or test request (a task, a thing and a phrasing) is in
+    any training file. The same seed gives the same bytes. flipped: the share of the training pairs'
+    safety labels that is wrong; the same rows whatever it is, and more of it only adds wrong ones.
+    Written aside and renamed: a folder that exists is complete.
+    """
+    folder = Path(folder)
+    rng, noise = random.Random(seed), random.Random(f"flips {seed}")
+    benign, forbidden = requests(forbidden=False), requests(forbidden=True)
+    rng.shuffle(benign)
+    rng.shuffle(forbidden)
+    held = {
+        split: (benign[at : at + HELD], forbidden[at : at + HELD])
+        for split, at in (("test", 0), ("validation", HELD))
+    }
+    benign, forbidden = benign[2 * HELD :], forbidden[2 * HELD :]
+
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "tokenizer").mkdir(parents=True)
+    (aside / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (aside / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2), encoding="utf-8"
+    )
+
+    def write(
+        path: str, row: Callable[[Request, random.Random], dict[str, object]], source: list[Request]
+    ) -> None:
+        (aside / path).parent.mkdir(exist_ok=True)
+        lines = (json.dumps(row(request, rng)) + "\n" for request in source)
+        (aside / path).write_text("".join(lines), encoding="utf-8")
+
+    def noisy_row(request: Request, rng: random.Random) -> dict[str, object]:
+        return safety_row(request, rng, (noise.random() < flipped, noise.random() < flipped))
+
+    test_benign, test_forbidden = held["test"]
+    write(
+        "ultrachat/train.jsonl",
+        sft_row,
+        rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000),
+    )
+    write("ultrachat/test.jsonl", sft_row, test_benign[:100] + test_forbidden[:100])
+    write("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=PAIRS))
+    write("pku/test.jsonl", safety_row, test_forbidden)
+    write("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=PAIRS))
+    write("ultrafeedback/test.jsonl", helpfulness_row, test_benign)
+    for split, halves in held.items():
+        write(
+            f"requests/{split}.jsonl",
+            lambda r, _: {"task": r.task, "thing": r.thing, "prompt": r.text},
+            [*halves[0], *halves[1]],
+        )
+    os.rename(aside, folder)
+    return folder
+
+
+def held_out(folder: str | Path, split: str = "test") -> list[Request]:
+    """The requests of a split that `build` wrote, "test" or "validation": 200 benign ones, then 200
+    forbidden ones.
+    """
+    lines = (Path(folder) / "requests" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [Request(row["task"], row["thing"], row["prompt"]) for row in rows]
