@@ -5,8 +5,8 @@
     python synthetic.py figure1     Figures 1 and 5 on the toy language
     python synthetic.py tradeoff    alpha, tau and B_1 on it; also: noise, ablations, search
 
-Each command writes to runs/<command>; theorems prints, and exits with 1 if one fails. The commands on
-the toy language are in toy/experiments.py.
+Each command writes to runs/<command>; theorems prints, and exits with 1 if one fails. The commands
+on the toy language are in toy/experiments.py.
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
 # F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: O objectives,

@@ -1,13 +1,12 @@
 """Train by BFPO, DPO, IPO or supervised fine-tuning.
 
-In order: settings and recipes, the model and its reference, the loop that is Algorithm 1, the run.
-
-    python train.py                                         the toy language, from data to a table, on a laptop
-    python train.py sft                                     the paper's first stage (§4.2), from Mistral-7B-v0.1
+    python train.py             the toy language, from data to a table, on a laptop
+    python train.py sft         the paper's first stage (§4.2), from Mistral-7B-v0.1
     torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py bfpo --model runs/sft/model
 
-A step is a function of (seed, step) alone: which pairs it holds, and so its loss, is the same on
-any number of processes.
+The order below: settings and recipes; the model and its reference; a step of Algorithm 1; the
+loop; a run. A step is a function of (seed, step) alone: which pairs it holds, and so its loss, is
+the same on any number of processes.
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
 # F feed-forward, H query heads, G key/value heads, K head size, A actions.
@@ -17,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import hashlib
 import io
 import json
@@ -27,16 +27,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from bfpo import (
     QUADRANTS,
@@ -82,15 +84,15 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     choices: Sequence[str] = (),
+    free: bool = False,
 ) -> Any:
-    """A field with its help and what its value must keep to: least <= value, above < value < below,
-    one of `choices`.
+    """A field with its help, and what it must keep to: least <= value, above < value < below, one
+    of `choices`. free: it changes where and how fast a run happens, not what comes out. It may then
+    differ when the run resumes.
     """
     bounds = {">=": least, ">": above, "<": below}
-    kept = {sign: bound for sign, bound in bounds.items() if bound is not None}
-    return dataclasses.field(
-        default=default, metadata={"help": text, "bounds": kept, "choices": tuple(choices)}
-    )
+    metadata = {"help": text, "bounds": bounds, "choices": tuple(choices), "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,24 @@ class Config:
 
     recipe: str = "toy"
     # input and output
-    out: str = setting("", "run folder; runs/<recipe> when empty")
+    out: str = setting("", "run folder; runs/<recipe> when empty", free=True)
     model: str = setting("", "starting model and reference: a folder or a hub name")
     fresh: bool = setting(
-        False, "start over; an earlier run is set aside until this one has a checkpoint"
+        False, "start over; an earlier run is set aside until this one has a checkpoint", free=True
     )
     dry_run: bool = setting(
         False,
-        "check settings, data, model, memory and disk, and leave: nothing is trained or written to the folder",
+        "check settings, data, model, memory and disk, and leave; train nothing, write nothing",
+        free=True,
     )
-    save_every: int = setting(100, "steps between checkpoints", least=1)
-    keep: int = setting(2, "checkpoints kept", least=1)
-    eval_every: int = setting(0, "steps between held-out evaluations; 0 = only at the end", least=0)
-    log_every: int = setting(10, "steps between printed lines; log.jsonl has every step", least=1)
+    save_every: int = setting(100, "steps between checkpoints", least=1, free=True)
+    keep: int = setting(2, "checkpoints kept", least=1, free=True)
+    eval_every: int = setting(
+        0, "steps between held-out evaluations; 0 = only at the end", least=0, free=True
+    )
+    log_every: int = setting(
+        10, "steps between printed lines; log.jsonl has every step", least=1, free=True
+    )
     # data
     safety: tuple[str, ...] = setting(
         (), "sources of pairs with safety labels; they count the steps"
@@ -135,7 +142,8 @@ class Config:
     )
     cache: str = setting(
         "",
-        "folder for tokenised data and reference log-probabilities; $BFPO_CACHE or ~/.cache/bfpo when empty",
+        "folder for token ids and reference scores; $BFPO_CACHE or ~/.cache/bfpo when empty",
+        free=True,
     )
     # objective
     objective: str = setting("bfpo", "bfpo, dpo, ipo or sft", choices=("bfpo", "dpo", "ipo", "sft"))
@@ -165,7 +173,7 @@ class Config:
     )
     seed: int = setting(42, "order of the data, and everything random in the toy language", least=0)
     # system
-    device: str = setting("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True)
     dtype: str = setting(
         "auto",
         "compute and frozen weights; auto = bfloat16 on a GPU",
@@ -175,31 +183,20 @@ class Config:
         0,
         "tokens of a pack; a longer pair is a pack alone; 0 = 8192 on a GPU, 1536 on a CPU",
         least=0,
+        free=True,
     )
-    checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass")
+    checkpoint_blocks: bool = setting(
+        False, "recompute activations in the backward pass", free=True
+    )
     replicate: int = setting(
-        1, "copies of the sharded model (nodes, usually); processes are shared out evenly", least=1
+        1,
+        "copies of the sharded model (nodes, usually); processes are shared out evenly",
+        least=1,
+        free=True,
     )
 
 
-# These change where and how fast a run happens, not what comes out: they may differ when it
-# resumes.
-FREE = frozenset(
-    {
-        "out",
-        "fresh",
-        "dry_run",
-        "save_every",
-        "keep",
-        "log_every",
-        "eval_every",
-        "cache",
-        "pack_tokens",
-        "checkpoint_blocks",
-        "replicate",
-        "device",
-    }
-)
+FREE = frozenset(field.name for field in dataclasses.fields(Config) if field.metadata.get("free"))
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 PKU = "PKU-Alignment/PKU-SafeRLHF@ff7ba91063016c78a225b0f74e1c0860bb18230f"
@@ -228,41 +225,62 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "redteam": {"model": "HuggingFaceH4/zephyr-7b-beta", "batch": 16},
 }
+PAIR_STREAMS = {"safety": "pairs", "helpfulness": "pairs"}
+CHANGES = ("chosen_logprob_change_nats", "rejected_logprob_change_nats")  # since step 0
+# |h| that rounding may leave at step 0, in nats for each square root of a response token: twice the
+# compute dtype's error on a random 16-layer model (0.03 in bfloat16), times five for the largest of
+# a batch; fp32 likewise, rounded up.
+GATE_NATS = {"float32": 1e-3, "bfloat16": 0.3}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REFERENCE_VERSION = 1  # of kept log-probabilities: count up when the same rows would give others
-PACK_TOKENS = {
-    "cpu": 1536,
-    "cuda": 8192,
-}  # what fills a GPU; a larger pack makes a CPU hardly faster, and holds more
+# What fills a GPU; a larger pack makes a CPU hardly faster, and holds more.
+PACK_TOKENS = {"cpu": 1536, "cuda": 8192}
+# Other trainers' names for settings, and what there is here.
+ELSEWHERE = {
+    "learning_rate": "--lr",
+    "beta": "--tau",
+    "output_dir": "--out",
+    "num_train_epochs": "--epochs",
+    "max_steps": "--steps",
+    "warmup_ratio": "--warmup",
+    "max_grad_norm": "--clip_norm",
+    "bf16": "--dtype bfloat16",
+    "gradient_checkpointing": "--checkpoint_blocks",
+    "per_device_train_batch_size": "--batch, the pairs of a step over all processes",
+    "gradient_accumulation_steps": "--batch; packs are accumulated as --pack_tokens asks",
+    "report_to": "log.jsonl and curves.png in the run folder, and no tracker",
+    "wandb": "log.jsonl and curves.png in the run folder, and no tracker",
+    "use_peft": "--selective, and no adapters",
+    "lora_r": "--selective, and no adapters",
+}
 
 
-def check_bounds(settings: Config) -> None:
+def check_bounds(config: Config) -> None:
     """ValueError that names the first setting outside its bounds or choices."""
-    for field in dataclasses.fields(settings)[1:]:
-        value, bounds, choices = (
-            getattr(settings, field.name),
-            field.metadata["bounds"],
-            field.metadata["choices"],
-        )
+    holds = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
+    for field in dataclasses.fields(config)[1:]:
+        value = getattr(config, field.name)
+        choices = field.metadata["choices"]
         if choices and value not in choices:
             raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            limits = bounds if isinstance(value, float) else {"<": 2**31} | bounds
-            holds = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
-            if not (
-                math.isfinite(value)
-                and all(holds[sign](value, bound) for sign, bound in limits.items())
-            ):
-                words = " and ".join(f"{sign} {bound}" for sign, bound in limits.items())
-                raise ValueError(f"{field.name} must be {words or 'finite'}, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        bounds = {sign: n for sign, n in field.metadata["bounds"].items() if n is not None}
+        if isinstance(value, int):
+            bounds.setdefault("<", 2**31)
+        within = all(holds[sign](value, bound) for sign, bound in bounds.items())
+        if not (within and math.isfinite(value)):
+            words = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items()) or "finite"
+            raise ValueError(f"{field.name} must be {words}, got {value}")
 
 
 def listed(settings: Mapping[str, Any]) -> str:
     """Settings as one line: name and value, comma by comma."""
-    return ", ".join(
-        f"{name} {' '.join(value) if isinstance(value, tuple) else value}"
-        for name, value in settings.items()
-    )
+    parts = []
+    for name, value in settings.items():
+        text = " ".join(value) if isinstance(value, tuple) else value
+        parts.append(f"{name} {text}")
+    return ", ".join(parts)
 
 
 def check(config: Config) -> Config:
@@ -273,34 +291,43 @@ def check(config: Config) -> Config:
         )
     if config.chat_template not in ("", "zephyr") and not Path(config.chat_template).is_file():
         raise ValueError(
-            f"chat_template must be zephyr or a file with a jinja template, got {config.chat_template!r}"
+            "chat_template must be zephyr or a file with a jinja template, got "
+            f"{config.chat_template!r}"
         )
     if config.objective != "sft":
         check_targets(config.objective, config.alpha, config.b1, config.tau, 2 * config.batch)
+    pairs = config.safety or config.helpfulness
+    is_sft = config.objective == "sft"
     if config.recipe == "toy":
-        if (
-            config.model
-            or config.safety
-            or config.helpfulness
-            or config.sft
-            or config.objective == "sft"
-        ):
+        if config.model or pairs or config.sft or is_sft:
             raise ValueError(
-                "the recipe toy makes its own model and data; name another recipe: sft, bfpo or redteam"
+                "the recipe toy makes its own model and data; name another recipe: sft, bfpo or "
+                "redteam"
             )
     elif not config.model:
         raise ValueError("no starting model; pass --model FOLDER")
-    elif config.objective == "sft" and (not config.sft or config.safety or config.helpfulness):
+    elif is_sft and (pairs or not config.sft):
         raise ValueError(
-            "the objective sft reads conversations, and pairs only as such; take the recipe sft, and pass --sft FILE alone"
+            "the objective sft reads conversations, and pairs only as such; take the recipe sft, "
+            "and pass --sft FILE alone"
         )
-    elif config.objective != "sft" and config.sft:
+    elif not is_sft and config.sft:
         raise ValueError(
-            f"the objective {config.objective} reads no conversations; take the recipe bfpo or redteam, without --sft"
+            f"the objective {config.objective} reads no conversations; take the recipe bfpo or "
+            "redteam, without --sft"
         )
-    elif config.objective != "sft" and not (config.safety or config.helpfulness):
+    elif not is_sft and not pairs:
         raise ValueError("no preference pairs; pass --safety FILE, --helpfulness FILE or both")
     return replace(config, out=config.out or f"runs/{config.recipe}")
+
+
+def unknown(flag: str, names: Sequence[str]) -> str:
+    """What to say of a flag that is none: what there is instead, or the nearest one."""
+    instead = ELSEWHERE.get(flag.removeprefix("--").replace("-", "_"))
+    if instead:
+        return f"unknown setting {flag}; here it is {instead}"
+    near = difflib.get_close_matches(flag.removeprefix("--"), names, n=1)
+    return f"unknown setting {flag}" + "".join(f"; did you mean --{name}?" for name in near)
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -335,15 +362,19 @@ def parse(arguments: Sequence[str]) -> Config:
         # argparse would take the unknown flag's value for the recipe, and blame that.
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:] not in names:
-            parser.error(f"unknown setting {flag}")
+            parser.error(unknown(flag, names))
     given = vars(parser.parse_args(arguments))
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
         elif isinstance(value, str):  # a shell leaves the ~ of --out=~/run
             given[name] = os.path.expanduser(value)
+    usual = dict(RECIPES[given["recipe"]])
+    if "safety" in given or "helpfulness" in given:  # own pairs take the place of both kinds
+        usual.pop("safety", None)
+        usual.pop("helpfulness", None)
     try:
-        config = Config(**RECIPES[given["recipe"]] | given)
+        config = Config(**usual | given)
         check_bounds(config)
         return check(config)
     except ValueError as error:
@@ -358,9 +389,35 @@ def trains(config: Config, name: str) -> bool:
     return config.selective in ("all", name.split(".")[-2])
 
 
+def shard(model: Mistral, world: World, dtype: torch.dtype) -> None:
+    """FSDP2 in place: each block is a unit, the rest is the root. Computes in `dtype`, reduces
+    gradients in fp32.
+
+    Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the
+    masters), cast when gathered.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    ignored = set()
+    if world.size == 1:
+        # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2
+        # would copy it twice a pack.
+        ignored = {p for p in model.parameters() if p.dtype == dtype}
+    for block in model.model.layers:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=ignored)
+    # By default the root stays whole after a forward. Weights that are then read into its shards,
+    # as on resuming after the reference pass, would be seen by no later forward and no export.
+    fully_shard(
+        model,
+        mesh=world.mesh,
+        mp_policy=policy,
+        reshard_after_forward=True,
+        ignored_params=ignored,
+    )
+    register_fsdp_forward_method(model, "logprobs")
+
+
 def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str, Tensor]]:
-    """The model with its weights, as distributed.shard shares it out, and {name: parameter} of what
-    trains.
+    """The sharded model with its weights, and {name: parameter} of what trains.
 
     Built on the meta device and filled slice by slice: frozen weights in the compute dtype, trained
     ones in fp32 (deviation 7).
@@ -371,35 +428,64 @@ def build(config: Config, source: Path, world: World) -> tuple[Mistral, dict[str
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(config, name))
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    trained = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    sizes = [
-        sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters())
-    ]
-    ends = " to ".join(dict.fromkeys([next(iter(trained)), next(reversed(trained))]))
-    world.say(
-        f"training {config.selective}: {len(trained)} tensors, {ends}; {sizes[0]:,} of {sizes[1]:,} parameters; "
-        f"computing in {config.dtype}"
-    )
-    distributed.shard(model, list(model.model.layers), world, dtype)
+    shard(model, world, dtype)
     model.to_empty(device=world.device)
     load_weights(model, source)
     model.checkpoint_blocks = config.checkpoint_blocks
-    return model, {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    trained: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = parameter
+    names = list(trained)
+    ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    values = sum(p.numel() for p in trained.values())
+    whole = sum(p.numel() for p in model.parameters())
+    world.say(
+        f"training {config.selective}: {len(names)} tensors, {ends}; {values:,} of {whole:,} "
+        f"parameters; computing in {config.dtype}"
+    )
+    return model, trained
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear from 0 over ceil(warmup * steps) steps, then a cosine to 0 at `steps`.
+def open_streams(
+    config: Config, chat: Chat, world: World
+) -> tuple[dict[str, Stream], dict[str, Stream]]:
+    """(training streams, held-out streams) by name: safety, helpfulness, or sft.
 
-    Steps count from 0.
+    The first counts the steps. Prints what was read.
     """
-    rising = math.ceil(warmup * steps)
-    if step < rising:
-        return peak * step / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    training, held = {}, {}
+    stages = {"sft": "sft"} if config.objective == "sft" else PAIR_STREAMS
+    for name, stage in stages.items():
+        sources = getattr(config, name)
+        if not sources:
+            continue
+        training[name], held[name] = load_stream(
+            sources,
+            chat,
+            stage=stage,
+            max_length=config.max_length,
+            max_prompt=config.max_prompt,
+            prefer=config.prefer,
+            mixed=name == "safety",
+            cache_dir=config.cache or None,
+        )
+        world.same(f"the rows of {name}", training[name].fingerprint)
+        world.say(describe(training[name].report))
+    first, stream = next(iter(training.items()))
+    if len(stream) < config.batch:
+        raise ValueError(
+            f"a step needs {config.batch} rows of {first}, got {len(stream)}; pass a smaller "
+            "--batch"
+        )
+    for name, rows in training.items():
+        if len(rows) < config.batch:
+            copies = math.ceil(config.batch / len(rows))
+            world.say(
+                f"WARNING: {name} has {len(rows)} rows, and a step draws {config.batch} of them: a "
+                f"row is in it up to {copies} times"
+            )
+    return training, {name: rows for name, rows in held.items() if len(rows)}
 
 
 def reference_logprobs(
@@ -415,17 +501,16 @@ def reference_logprobs(
     policy's own code path.
 
     Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype and
-    device: a run that differs only in objective, tau, alpha, b1, lr or seed
-    reuses it. Deviation 4: no second model in memory. ValueError names the rows whose
-    log-probability is not finite.
+    device: a run that differs only in objective, tau, alpha, b1, lr or seed reuses it. Deviation 4:
+    no second model in memory. ValueError names the rows whose log-probability is not finite.
     """
 
     def make(rows: range) -> Tensor:
         logprobs = score(model, stream, world, config.pack_tokens, f"reference, {name}", rows)
         if bad := not_finite(logprobs, name, stream, chat, rows.start):
             raise ValueError(
-                f"the starting weights {config.model} give rows a log-probability that is not finite: {in_words(bad)}; "
-                "take other weights, or leave these rows out"
+                f"the starting weights {config.model} give rows a log-probability that is not "
+                f"finite: {in_words(bad)}; take other weights, or leave these rows out"
             )
         return logprobs
 
@@ -435,94 +520,102 @@ def reference_logprobs(
     return storage.cached_rows(path, (len(stream), 2), make, world, f"reference of {name} pairs")
 
 
-CHANGES = (
-    "chosen_logprob_change_nats",
-    "rejected_logprob_change_nats",
-)  # since step 0; over the step, and by quadrant
+# --- a step of Algorithm 1 ------------------------------------------------------------------------
 
 
-# |h| that rounding may leave at step 0, in nats for each square root of a response token: twice the compute dtype's error
-# on a random 16-layer model (0.03 in bfloat16), times five for the largest of a batch; fp32 likewise, rounded up.
-GATE_NATS = {"float32": 1e-3, "bfloat16": 0.3}
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear from 0 over ceil(warmup * steps) steps, then a cosine to 0 at `steps`.
 
-
-def open_streams(
-    config: Config, chat: Chat, world: World
-) -> tuple[dict[str, Stream], dict[str, Stream]]:
-    """(training streams, held-out streams) by name: safety, helpfulness, or sft.
-
-    The first counts the steps. Prints what was read.
+    Steps count from 0.
     """
-    training, held = {}, {}
-    for name in ("sft",) if config.objective == "sft" else ("safety", "helpfulness"):
-        if sources := getattr(config, name):
-            training[name], held[name] = load_stream(
-                sources,
-                chat,
-                stage="sft" if name == "sft" else "pairs",
-                max_length=config.max_length,
-                max_prompt=config.max_prompt,
-                prefer=config.prefer,
-                mixed=name == "safety",
-                cache_dir=config.cache or None,
-            )
-            world.same(f"the rows of {name}", training[name].fingerprint)
-            world.say(describe(training[name].report))
-    first, stream = next(iter(training.items()))
-    if len(stream) < config.batch:
-        raise ValueError(
-            f"a step needs {config.batch} rows of {first}, got {len(stream)}; pass a smaller --batch"
-        )
-    for name, rows in training.items():
-        if 0 < len(rows) < config.batch:
-            world.say(
-                f"WARNING: {name} has {len(rows)} rows, and a step draws {config.batch} of them: a row is in it "
-                f"up to {math.ceil(config.batch / len(rows))} times"
-            )
-    return training, {name: rows for name, rows in held.items() if len(rows)}
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return peak * step / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 @dataclass
 class Outcome:
     """What one rank's packs gave in a step, on the CPU: for the sums, the gate and the log."""
 
-    items: Tensor  # [N]
+    items: Tensor  # [N] rows, pack by pack
     loss: Tensor  # [N]
-    change: Tensor  # [N, responses]: log-probability minus the reference's; for sft the log-probability itself
+    change: Tensor  # [N, responses] log-probability minus the reference's; of sft itself
 
 
-def summarise(
+def forward_backward(
+    model: Mistral, config: Config, rows: Rows, items: Tensor, world: World
+) -> Outcome:
+    """Add the gradient of the step's loss to the trained parameters. Every rank brings its share of
+    `items`, the global batch.
+    """
+    is_sft = config.objective == "sft"
+    # FSDP averages gradients over the ranks; the loss is a mean over the global batch, of each
+    # stream's pairs or of all scored tokens.
+    scale = world.size / (rows.scored[items].sum().item() if is_sft else config.batch)
+    dealt = my_packs(rows.tokens[items].tolist(), world, config.pack_tokens)
+    packs = [items[torch.tensor(pack, dtype=torch.long)] for pack in dealt]
+    own = torch.cat(packs)
+    if not is_sft:
+        # To the device before any pack, and the results off it after the last: no pack waits.
+        sizes = [len(pack) for pack in packs]
+        # Algorithm 1: the label, Figure 3
+        g = label(rows.chosen_safe[own], rows.rejected_safe[own], config.alpha, config.b1)
+        g_of_pack = torch.split_with_sizes(g.to(world.device), sizes)
+        reference_of_pack = torch.split_with_sizes(rows.reference[own].to(world.device), sizes)
+    losses = []
+    changes = []
+    for n, pack in enumerate(packs):
+        trees = Pack.build([rows.tree(i) for i in pack.tolist()])
+        logprobs_R = model.logprobs(trees.to(world.device))
+        if is_sft:
+            loss_N = -logprobs_R  # deviation 8
+            change = logprobs_R[:, None]
+        else:
+            policy = logprobs_R.reshape(2, -1)  # Algorithm 1: log pi(y_w|x), log pi(y_l|x)
+            reference = reference_of_pack[n].T
+            h_N = margin(*policy, *reference)  # Algorithm 1: h
+            loss_N = pair_loss(config.objective, h_N, g_of_pack[n], config.tau)  # (h - g / tau)^2
+            change = (policy - reference).T
+        (loss_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss_N.detach())
+        changes.append(change.detach())
+    return Outcome(own, torch.cat(losses).float().cpu(), torch.cat(changes).float().cpu())
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm of all their gradients together, a scalar tensor, the same on every rank."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def step_figures(
     config: Config, rows: Rows, items: Tensor, outcome: Outcome, world: World
 ) -> dict[str, Any]:
-    """The step's figures over all ranks: losses, log-probability changes, quadrants.
-
-    One all-reduce, on the CPU.
+    """The step's losses, log-probability changes since step 0 and quadrants, over all ranks. One
+    all-reduce, on the CPU.
     """
-    loss, change = outcome.loss.double(), outcome.change.double()
+    loss = outcome.loss.double()
+    change = outcome.change.double()
     if config.objective == "sft":
         return {"loss": world.sum(loss.sum()).item() / rows.scored[items].sum().item()}
-    chosen_safe, rejected_safe = rows.chosen_safe[outcome.items], rows.rejected_safe[outcome.items]
-    view_QC = quadrant_sums(
-        change[:, 0] - change[:, 1], chosen_safe, rejected_safe, config.alpha, config.b1, config.tau
-    )
-    change_QC = (
-        torch.zeros(4, 2)
-        .double()
-        .index_add(0, 2 * (~chosen_safe).long() + (~rejected_safe).long(), change)
-    )
-    stream_losses = (
-        torch.zeros(len(rows.names)).double().index_add(0, rows.stream[outcome.items], loss)
-    )
+    chosen_safe = rows.chosen_safe[outcome.items]
+    rejected_safe = rows.rejected_safe[outcome.items]
+    h = change[:, 0] - change[:, 1]
+    view_QC = quadrant_sums(h, chosen_safe, rejected_safe, config.alpha, config.b1, config.tau)
+    quadrant = 2 * (~chosen_safe).long() + (~rejected_safe).long()
+    change_QC = torch.zeros(4, 2, dtype=torch.float64).index_add(0, quadrant, change)
+    stream_losses = torch.zeros(len(rows.names), dtype=torch.float64)
+    stream_losses.index_add_(0, rows.stream[outcome.items], loss)
     stream_losses, change_QC, view_QC = world.sum_all([stream_losses, change_QC, view_QC])
-    quadrants = quadrant_means(view_QC)
+
+    losses = {}
+    for name, value in zip(rows.names, (stream_losses / config.batch).tolist(), strict=True):
+        losses[f"{name}_loss"] = value
+    quadrants: dict[str, dict[str, float]] = quadrant_means(view_QC)
     for name, view in quadrants.items():
-        view |= dict(
-            zip(CHANGES, (change_QC[QUADRANTS.index(name)] / view["pairs"]).tolist(), strict=True)
-        )
-    losses = {
-        f"{name}_loss": value
-        for name, value in zip(rows.names, (stream_losses / config.batch).tolist(), strict=True)
-    }
+        means = change_QC[QUADRANTS.index(name)] / view["pairs"]
+        view |= dict(zip(CHANGES, means.tolist(), strict=True))
     changes = dict(zip(CHANGES, (change_QC.sum(0) / len(items)).tolist(), strict=True))
     return {"loss": sum(losses.values()), **losses, **changes, "quadrants": quadrants}
 
@@ -530,35 +623,34 @@ def summarise(
 def gate(
     config: Config, rows: Rows, items: Tensor, outcome: Outcome, loss: float, world: World
 ) -> None:
-    """At step 0 pi = pi_ref: h must be 0, and the loss what the objective gives there. ValueError
-    when not.
+    """At step 0 pi = pi_ref: h must be 0, and the loss what the objective gives there.
 
-    A reference of other weights, another chat format or a model that is not deterministic ends
-    here, before any update.
+    ValueError: a reference of other weights, another chat format, or a model that is not
+    deterministic. It comes before any update.
     """
     h = (outcome.change[:, 0] - outcome.change[:, 1]).abs()
     allowed = GATE_NATS[config.dtype] * rows.scored[outcome.items].sqrt()
-    ratio, nats = map(
-        max,
-        zip(
-            *world.gather([x.max().item() if len(x) else 0.0 for x in (h / allowed, h)]),
-            strict=True,
-        ),
-    )
+    shares = (h / allowed).tolist()
+    largest_share = max(world.gather(max(shares, default=0.0)))
+    nats = max(world.gather(max(h.tolist(), default=0.0)))
     g = label(rows.chosen_safe[items], rows.rejected_safe[items], config.alpha, config.b1)
     at_zero = pair_loss(config.objective, torch.zeros_like(g), g, config.tau)
     expected = at_zero.mean().item() * len(rows.names)
-    moved = (
-        pair_loss(config.objective, torch.full_like(g, reach), g, config.tau)
-        for reach in (nats, -nats)
+    drift = 0.0  # of a pair's loss, by as much margin as was seen
+    for reach in (nats, -nats):
+        moved = pair_loss(config.objective, torch.full_like(g, reach), g, config.tau)
+        drift = max(drift, (moved - at_zero).abs().max().item())
+    is_expected = abs(loss - expected) <= len(rows.names) * drift + 1e-6 * expected
+    words = (
+        f"max |h| {nats:.2g} nats ({largest_share:.1%} of what rounding may leave), "
+        f"loss {loss:.6g}, {expected:.6g} expected at h = 0"
     )
-    drift = max((loss_there - at_zero).abs().max().item() for loss_there in moved)
-    found = f"max |h| {nats:.2g} nats ({ratio:.1%} of what rounding may leave), loss {loss:.6g}, {expected:.6g} expected at h = 0"
-    if not (ratio <= 1 and abs(loss - expected) <= len(rows.names) * drift + 1e-6 * expected):
+    if not (largest_share <= 1 and is_expected):
         raise ValueError(
-            f"step 0: the policy is not the reference: {found}; remove the reference cache and start again with --fresh"
+            f"step 0: the policy is not the reference: {words}; remove the reference cache and "
+            "start again with --fresh"
         )
-    world.say(f"step-0 gate: {found}")
+    world.say(f"step-0 gate: {words}")
 
 
 def memory_gib(device: torch.device) -> float:
@@ -567,55 +659,54 @@ def memory_gib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path(
-        "/proc/self/status"
-    )  # Linux; mapped weight files do not count, as ru_maxrss would
+    status = Path("/proc/self/status")  # Linux; mapped files do not count, as in ru_maxrss they do
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
 
 
-# --- the loop -------------------------------------------------------------------------------------
-
-
-def forward_backward(
-    model: Mistral, config: Config, rows: Rows, items: Tensor, world: World
-) -> Outcome:
-    """Add the gradient of the step's loss to the trained parameters; every rank brings its share of
-    `items`.
+def train_step(
+    model: Mistral,
+    trained: dict[str, Tensor],
+    optimizer: torch.optim.AdamW,
+    config: Config,
+    steps: int,
+    step: int,
+    rows: Rows,
+    world: World,
+) -> dict[str, Any]:
+    """One step of Algorithm 1; returns its row of log.jsonl. ValueError, before the weights change:
+    a loss or gradient that is not finite, or a step 0 whose policy is not the reference.
     """
-    sft = config.objective == "sft"
-    # FSDP averages gradients over the ranks; the loss is a mean over the global batch, or over its
-    # scored tokens
-    scale = world.size / (rows.scored[items].sum().item() if sft else config.batch)
-    packs = my_packs(rows.tokens[items].tolist(), world, config.pack_tokens)
-    mine = items[[i for pack in packs for i in pack]]  # this rank's rows, pack by pack
-    sizes = [len(pack) for pack in packs]
-    if not sft:  # on the device before any pack, and the losses off it after all of them: none waits for another
-        g = label(
-            rows.chosen_safe[mine], rows.rejected_safe[mine], config.alpha, config.b1
-        )  # Algorithm 1: the label, Figure 3
-        g_of, reference_of = (
-            torch.split_with_sizes(x.to(world.device), sizes) for x in (g, rows.reference[mine])
+    began = time.monotonic()
+    items = rows.draw(config.batch, config.seed, step)  # safety pairs, and helpfulness pairs
+    outcome = forward_backward(model, config, rows, items, world)  # the loss and its gradient
+    norm = gradient_norm(trained.values())
+    rate = learning_rate(step, steps, config.lr, config.warmup)
+    row = {"step": step, "lr": rate, "grad_norm": norm.item()}
+    row |= step_figures(config, rows, items, outcome, world)
+    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+        remedy = "The starting weights or --tau give it; nothing was trained"
+        if step:
+            remedy = "Lower --lr, and start over with --fresh"
+        raise ValueError(
+            f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were "
+            f"not changed; {rows.blame(outcome.items, outcome.loss, world)}. {remedy}"
         )
-    losses, changes = [], []
-    for n, pack in enumerate(torch.split_with_sizes(mine, sizes)):
-        trees = Pack.build([rows.tree(i) for i in pack.tolist()])
-        logprobs_R = model.logprobs(
-            trees.to(world.device)
-        )  # Algorithm 1: log pi(y_w|x), log pi(y_l|x)
-        if sft:  # deviation 8
-            loss, change = -logprobs_R, logprobs_R[:, None]
-        else:
-            policy, reference = logprobs_R.reshape(2, -1), reference_of[n].T
-            h = margin(*policy, *reference)  # Algorithm 1: h
-            loss, change = (
-                pair_loss(config.objective, h, g_of[n], config.tau),
-                (policy - reference).T,
-            )  # Algorithm 1: (h - g / tau)^2
-        (loss.sum() * scale).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        changes.append(change.detach())
-    return Outcome(mine, torch.cat(losses).float().cpu(), torch.cat(changes).float().cpu())
+    if step == 0 and config.objective != "sft":
+        gate(config, rows, items, outcome, row["loss"], world)
+    if config.clip_norm:
+        clip_grads_with_norm_(trained.values(), config.clip_norm, norm)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()  # the update
+    optimizer.zero_grad()
+    seconds = time.monotonic() - began
+    row["rows_per_s"] = len(items) / seconds
+    row["tokens_per_s"] = rows.tokens[items].sum().item() / seconds
+    row["memory_gib"] = memory_gib(world.device)
+    return row
+
+
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def held_out_figures(
@@ -640,16 +731,12 @@ def held_out_figures(
             losses.append(-logprobs.sum().item() / int(stream.lengths[:, 1:].sum()))
             figures[name] = {"loss": losses[-1] if math.isfinite(losses[-1]) else None}
         else:
-            h = margin(*logprobs.unbind(1), *references[name].double().unbind(1))
-            g = label(*safety_labels(stream), config.alpha, config.b1).double()
+            reference, safe = references[name], safety_labels(stream)
+            h = margin(*logprobs.unbind(1), *reference.double().unbind(1))
+            g = label(*safe, config.alpha, config.b1).double()
             losses.append(pair_loss(config.objective, h, g, config.tau).mean().item())
             figures[name] = preference_view(
-                logprobs,
-                references[name],
-                *safety_labels(stream),
-                config.alpha,
-                config.b1,
-                config.tau,
+                logprobs, reference, *safe, config.alpha, config.b1, config.tau
             )
         if bad := not_finite(logprobs, name, stream, chat):
             figures[name]["not_finite"] = bad
@@ -676,9 +763,25 @@ def must_be_finite(figures: dict[str, Any]) -> None:
     bad = [title for view in figures.values() for title in view.get("not_finite", [])]
     if bad:
         raise ValueError(
-            f"the model is written, but gives held-out rows a log-probability that is not finite: {in_words(bad)}; "
-            "its training diverged: lower --lr, and start over with --fresh"
+            "the model is written, but gives held-out rows a log-probability that is not finite: "
+            f"{in_words(bad)}; its training diverged: lower --lr, and start over with --fresh"
         )
+
+
+def adam_state(optimizer: torch.optim.AdamW, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds: {name: tensor} of the trained weights and their moments.
+
+    The moments are made here, as zeros. The first step would make them too late for a checkpoint to
+    be read into them.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained.items():
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        on_cpu = torch.zeros(())  # on a GPU each would be waited for
+        optimizer.state[parameter] = {**moments, "step": on_cpu}
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors |= {f"{key}.{name}": value for key, value in moments.items()}
+    return tensors
 
 
 def optimize(
@@ -694,11 +797,12 @@ def optimize(
 
     Exits after a SIGTERM or Ctrl-C.
     """
-    world, checkpoints = folder.world, folder.path / "checkpoints"
+    world = folder.world
+    checkpoints = folder.path / "checkpoints"
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     )
-    state = distributed.adam_state(optimizer, trained)
+    state = adam_state(optimizer, trained)
     first = storage.load_checkpoint(checkpoints, state, world)
     for moments in optimizer.state.values():
         moments["step"].fill_(first)
@@ -711,58 +815,21 @@ def optimize(
     folder.start_log(first, steps, config.log_every)
 
     with StopRequest() as stop:
-        for step in range(first, steps):  # Algorithm 1
-            began = time.monotonic()
-            items = rows.draw(
-                config.batch, config.seed, step
-            )  # Algorithm 1: a batch of safety pairs, and one of helpfulness pairs
-            outcome = forward_backward(
-                model, config, rows, items, world
-            )  # Algorithm 1: the loss and its gradient
-            norm = distributed.gradient_norm(trained.values())
-            row = {
-                "step": step,
-                "lr": learning_rate(step, steps, config.lr, config.warmup),
-                "grad_norm": norm.item(),
-            }
-            row |= summarise(config, rows, items, outcome, world)
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                remedy = (
-                    "Lower --lr, and start over with --fresh"
-                    if step
-                    else "The starting weights or --tau give it; nothing was trained"
-                )
-                raise ValueError(
-                    f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were not changed; "
-                    f"{rows.blame(outcome.items, outcome.loss, world)}. {remedy}"
-                )
-            if step == 0 and config.objective != "sft":
-                gate(config, rows, items, outcome, row["loss"], world)
-            if config.clip_norm:
-                clip_grads_with_norm_(trained.values(), config.clip_norm, norm)
-            optimizer.param_groups[0]["lr"] = row["lr"]
-            optimizer.step()  # Algorithm 1: the update
-            optimizer.zero_grad()
-
-            done, seconds = step + 1, time.monotonic() - began
-            row |= {
-                "rows_per_s": len(items) / seconds,
-                "tokens_per_s": rows.tokens[items].sum().item() / seconds,
-            }
-            row["memory_gib"] = memory_gib(world.device)
+        for step in range(first, steps):
+            row = train_step(model, trained, optimizer, config, steps, step, rows, world)
             folder.log_step(row)
+            done = step + 1
             if config.eval_every and done % config.eval_every == 0 and done < steps:
-                figures, held_out_loss = evaluate()
-                folder.write_row(
-                    {"step": step, "held_out": figures, "held_out_loss": held_out_loss}
-                )
+                figures, loss = evaluate()
+                folder.write_row({"step": step, "held_out": figures, "held_out_loss": loss})
             stopping = max(world.gather(stop.requested))
             if done % config.save_every == 0 or done == steps or stopping:
                 storage.save_checkpoint(checkpoints, done, state, world, config.keep)
                 folder.drop_earlier()
             if stopping:
                 world.say(
-                    f"stopped after step {done} of {steps}; the same command, without --fresh, goes on from here"
+                    f"stopped after step {done} of {steps}; the same command, without --fresh, "
+                    "goes on from here"
                 )
                 sys.exit(128 + stopping)
 
@@ -787,11 +854,13 @@ def count_changed(
     changed = int(world.sum(torch.tensor(changed))) // config.replicate  # every replica has counted
     total = sum(parameter.numel() for parameter in trained.values())
     world.say(
-        f"{changed:,} of {total:,} trained values ({changed / total:.1%}) differ from the starting weights in {config.dtype}"
+        f"{changed:,} of {total:,} trained values ({changed / total:.1%}) differ from the starting "
+        f"weights in {config.dtype}"
     )
     if changed < 0.1 * total:
         world.say(
-            f"WARNING: most of the training is lost in the rounding of {config.dtype}; raise --lr or take more steps"
+            f"WARNING: most of the training is lost in the rounding of {config.dtype}; "
+            "raise --lr or take more steps"
         )
     return changed
 
@@ -820,7 +889,7 @@ def announce(
     steps: int,
     world: World,
 ) -> None:
-    """Print the plan of a run, on rank 0. What does not fit is a warning, in a dry run a ValueError."""
+    """Print the plan of a run. What does not fit is a warning, in a dry run a ValueError."""
     dtype = DTYPES[config.dtype]
     step = step_of(config, streams, steps, world.size, model.sliding_window)
     load = memory_plan.Load(
@@ -846,13 +915,21 @@ def announce(
 
     def plan() -> tuple[str, str]:
         room = memory_plan.USABLE * memory_plan.free_bytes(world.device)
+        clock = memory_plan.clock_line(
+            load, world.device, world.size, steps, step_tokens, tokens if has_reference else 0
+        )
+        moment, held = memory_plan.fullest(load)
+        gib = sum(held.values()) / memory_plan.GIB
+        if gib < min(1.0, room / memory_plan.GIB):
+            where = f"on each of {world.size} processes, at the fullest moment ({moment})"
+            room_on_disk = f"disk up to {disk / 1e9:.3g} GB"
+            return f"plan: {gib:.2f} GiB {where}; {clock.strip()}; {room_on_disk}", ""
         memory, short = memory_plan.memory_lines(load, step, config.pack_tokens, room)
-        reference = tokens if has_reference else 0
         lines = [
             f"plan: GiB on each of {world.size} processes, computing in {config.dtype}; "
             "from shapes alone, before anything is allocated",
             *memory,
-            memory_plan.clock_line(load, world.device, world.size, steps, step_tokens, reference),
+            clock,
             f"  disk up to {disk / 1e9:.3g} GB for checkpoints and the exported model, and in the "
             f"cache {cached / 1e9:.3g} GB of tokens and reference log-probabilities",
         ]
@@ -864,6 +941,73 @@ def announce(
         raise ValueError(short)
     if short:
         world.say(f"WARNING: {short}")
+
+
+def open_model(config: Config, folder: RunFolder) -> tuple[Path, Chat, ModelConfig]:
+    """The starting model's folder, chat format and architecture, its weights' headers checked."""
+    if config.model == RECIPES["bfpo"]["model"] and not Path(config.model).is_dir():
+        raise ValueError(
+            f"the recipe bfpo starts from {config.model}, which is not there; run the recipe sft "
+            "first, or pass --model"
+        )
+    # Before weights are fetched, or the first source's rows tokenised.
+    for text in (*config.safety, *config.helpfulness, *config.sft):
+        find_source(text, "sft" if config.sft else "pairs")
+    source = find_model(config.model)
+    chat = Chat(source, config.chat_template or None, folder.started)
+    architecture = ModelConfig.read(source)
+    must_fit(chat, architecture.vocab_size, source)
+    for remark in chat.remarks:
+        folder.world.say(remark)
+    stored_weights(architecture, source)
+    return source, chat, architecture
+
+
+class Prepared(NamedTuple):
+    """What a run starts from."""
+
+    source: Path  # the starting model's folder
+    chat: Chat
+    architecture: ModelConfig
+    streams: dict[str, Stream]  # of training rows, by name; the first counts the steps
+    held: dict[str, Stream]  # of held-out rows
+    steps: int
+
+
+def prepare(config: Config, folder: RunFolder) -> Prepared:
+    """Open model and data, and print the plan. All that can be checked is checked here, before the
+    folder is touched.
+    """
+    world = folder.world
+    source, chat, architecture = open_model(config, folder)
+    names = frozenset(name for name in architecture.shapes() if trains(config, name))
+    if not names:
+        raise ValueError(
+            f"selective {config.selective} names no tensor of {source}, whose head is tied to its "
+            "embedding; pass another"
+        )
+    streams, held = open_streams(config, chat, world)
+    # What fills no batch is left out.
+    steps = config.steps or config.epochs * len(next(iter(streams.values()))) // config.batch
+    if steps == 1 and config.warmup:
+        raise ValueError(
+            "a run of one step has learning rate 0; make it longer (--steps, --epochs, a smaller "
+            "--batch), or pass --warmup 0"
+        )
+    announce(config, architecture, names, streams, steps, world)
+    disk = partial(memory_plan.disk_bytes, architecture.shapes(), names, dtype=DTYPES[config.dtype])
+    folder.must_hold(disk(keep=config.keep), disk(keep=0) if config.fresh else 0)
+    return Prepared(source, chat, architecture, streams, held, steps)
+
+
+def say_dry_run(config: Config, folder: RunFolder, steps: int) -> None:
+    """What the same command would do without --dry_run."""
+    resumes = not config.fresh and (folder.path / "run.json").exists()
+    left = "what is left of " if resumes else ""
+    folder.world.say(
+        f"dry run: nothing was trained, nothing written to {folder.path}; without --dry_run, "
+        f"{left}{steps} steps"
+    )
 
 
 def run(config: Config, world: World) -> dict[str, Any]:
@@ -881,96 +1025,54 @@ def run(config: Config, world: World) -> dict[str, Any]:
         dtype=config.dtype.replace("auto", auto),
         pack_tokens=config.pack_tokens or PACK_TOKENS[world.device.type],
     )
-    folder, settings = RunFolder(Path(config.out), world), dataclasses.asdict(config)
-    reads = (config.model, config.chat_template, *config.safety, *config.helpfulness, *config.sft)
-    if (result := folder.check(settings, FREE, config.fresh, reads)) is not None:
+    folder = RunFolder(Path(config.out), world)
+    settings = dataclasses.asdict(config)
+    sources = (*config.safety, *config.helpfulness, *config.sft)
+    reads = (config.model, config.chat_template, *sources)
+    earlier = folder.check(settings, FREE, config.fresh, reads)
+    if earlier is not None:
         world.say(
-            f"{folder.path} is finished: {folder.path / 'model'}; its model and data are not looked at again (--fresh trains anew)"
+            f"{folder.path} is finished: {folder.path / 'model'}; its model and data are not "
+            "looked at again (--fresh trains anew)"
         )
-        say_held_out(result["held_out"], world)
-        must_be_finite(result["held_out"])
-        return result
-    if config.model == RECIPES["bfpo"]["model"] and not Path(config.model).is_dir():
-        raise ValueError(
-            f"the recipe bfpo starts from {config.model}, which is not there; run the recipe sft first, or pass --model"
-        )
-    for text in (
-        *config.safety,
-        *config.helpfulness,
-        *config.sft,
-    ):  # before weights are fetched, or the first one's rows tokenised
-        find_source(text, "sft" if config.sft else "pairs")
-    source = find_model(config.model)
-    chat, architecture = (
-        Chat(source, config.chat_template or None, folder.started),
-        ModelConfig.read(source),
-    )
-    must_fit(chat, architecture.vocab_size, source)
-    for remark in chat.remarks:
-        world.say(remark)
-    stored_weights(architecture, source)
-    trained_names = frozenset(name for name in architecture.shapes() if trains(config, name))
-    if not trained_names:
-        raise ValueError(
-            f"selective {config.selective} names no tensor of {source}, whose head is tied to its embedding; pass another"
-        )
-    streams, held = open_streams(config, chat, world)
-    steps = (
-        config.steps or config.epochs * len(next(iter(streams.values()))) // config.batch
-    )  # what fills no batch is left out
-    if steps == 1 and config.warmup:
-        raise ValueError(
-            "a run of one step has learning rate 0; make it longer (--steps, --epochs, a smaller --batch), or pass --warmup 0"
-        )
-    announce(config, architecture, trained_names, streams, steps, world)
-    disk = partial(
-        memory_plan.disk_bytes, architecture.shapes(), trained_names, dtype=DTYPES[config.dtype]
-    )
-    folder.must_hold(disk(keep=config.keep), disk(keep=0) if config.fresh else 0)
+        say_held_out(earlier["held_out"], world)
+        must_be_finite(earlier["held_out"])
+        return earlier
+
+    made = prepare(config, folder)
     if config.dry_run:
-        left = "what is left of " * (not config.fresh and (folder.path / "run.json").exists())
-        world.say(
-            f"dry run: nothing was trained, nothing written to {folder.path}; without --dry_run, {left}{steps} steps"
-        )
+        say_dry_run(config, folder, made.steps)
         return {}
 
-    model, trained = build(config, source, world)
-    weights = storage.weights_sha256(source, world)
-    inputs = {"weights": weights, **{name: stream.fingerprint for name, stream in streams.items()}}
-    folder.create(
-        settings,
-        inputs,
-        config.fresh,
-        {"chat_template_source": chat.template_source, "end_ids": chat.end_ids},
-    )
-    world.from_main(
-        lambda: storage.write_json(
-            folder.path / "data.json", {name: stream.report for name, stream in streams.items()}
-        )
-    )
+    model, trained = build(config, made.source, world)
+    chat = made.chat
+    weights = storage.weights_sha256(made.source, world)
+    inputs = {"weights": weights}
+    inputs |= {name: stream.fingerprint for name, stream in made.streams.items()}
+    facts = {"chat_template_source": chat.template_source, "end_ids": chat.end_ids}
+    folder.create(settings, inputs, config.fresh, facts)
+    reports = {name: stream.report for name, stream in made.streams.items()}
+    world.from_main(partial(storage.write_json, folder.path / "data.json", reports))
+
     references: list[dict[str, Tensor]] = [{}, {}]  # of the training and the held-out streams
     if config.objective != "sft":
-        references = [
-            {
-                name: reference_logprobs(model, name, stream, weights, config, chat, world)
-                for name, stream in part.items()
-            }
-            for part in (streams, held)
-        ]
+        for part, found in zip((made.streams, made.held), references, strict=True):
+            for name, stream in part.items():
+                found[name] = reference_logprobs(model, name, stream, weights, config, chat, world)
+    evaluate = partial(held_out_figures, model, config, made.held, references[1], chat, world)
+    rows = Rows(made.streams, references[0], chat)
+    optimize(model, trained, config, made.steps, rows, evaluate, folder)
 
-    evaluate = partial(held_out_figures, model, config, held, references[1], chat, world)
-    optimize(model, trained, config, steps, Rows(streams, references[0], chat), evaluate, folder)
     figures, loss = evaluate()
-    model.save_pretrained(
-        folder.path / "model", DTYPES[config.dtype], source, chat.template, chat.end_ids
-    )
-    moved = count_changed(trained, stored_weights(architecture, source), config, world)
+    dtype = DTYPES[config.dtype]
+    model.save_pretrained(folder.path / "model", dtype, made.source, chat.template, chat.end_ids)
+    changed = count_changed(trained, stored_weights(made.architecture, made.source), config, world)
     world.from_main(lambda: plots.draw_curves(folder.rows(), folder.path / "curves.png"))
     result = {
-        "steps": steps,
+        "steps": made.steps,
         "held_out": figures,
         "held_out_loss": loss,
-        "changed_values": moved,
+        "changed_values": changed,
         "model": "model",
     }
     folder.finish(result)
@@ -1009,6 +1111,17 @@ def try_toy(config: Config, world: World) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_toy(config: Config, pairs: int) -> None:
+    """ValueError for what the second stage would refuse after the first is trained."""
+    steps = config.steps or config.epochs * pairs // config.batch
+    if config.batch > pairs or (steps == 1 and config.warmup):
+        raise ValueError(
+            f"the toy run has {pairs} pairs of each kind, and the learning rate of a single step "
+            f"is 0: it takes 2 or more, got --batch {config.batch}, --epochs {config.epochs} and "
+            f"--steps {config.steps}"
+        )
+
+
 def run_toy(config: Config, world: World) -> dict[str, Any]:
     """The recipe toy, from nothing to a table: data and a small model with random weights, SFT of
     every weight, BFPO (or DPO, IPO) of `down_proj` alone, and answers to held-out requests that are
@@ -1018,14 +1131,7 @@ def run_toy(config: Config, world: World) -> dict[str, Any]:
 
     folder = RunFolder(Path(config.out), world)
     settings = dataclasses.asdict(config)
-    steps = config.steps or config.epochs * recipe.PAIRS // config.batch
-    # As the second stage would say, after the first.
-    if config.batch > recipe.PAIRS or (steps == 1 and config.warmup):
-        raise ValueError(
-            f"the toy run has {recipe.PAIRS} pairs of each kind, and the learning rate of a single "
-            f"step is 0: it takes 2 or more, got --batch {config.batch}, --epochs {config.epochs} "
-            f"and --steps {config.steps}"
-        )
+    check_toy(config, recipe.PAIRS)
     result = folder.check(settings, FREE, config.fresh, (config.chat_template,))
     if result is not None:
         world.say(

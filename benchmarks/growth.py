@@ -169,7 +169,7 @@ def work(folder: Path, steps: int) -> None:
         if step == 1:
             began, used = time.perf_counter(), time.process_time()
         train.forward_backward(model, config, rows, torch.arange(config.batch), world)
-        distributed.gradient_norm(trained.values()).item()
+        train.gradient_norm(trained.values()).item()
         optimizer.step()
         optimizer.zero_grad()
     cost = torch.tensor([time.perf_counter() - began, time.process_time() - used])

@@ -87,6 +87,7 @@ def work(side: str, folder: Path) -> None:
     if side == "transformers":
         from transformers import AutoModelForCausalLM
     elif side == "ours, 4 processes":
+        import train
         from support import distributed
 
         world = distributed.start("cpu")
@@ -102,7 +103,7 @@ def work(side: str, folder: Path) -> None:
     else:
         with torch.device("meta"):
             model = Mistral(Config.read(folder)).bfloat16()
-        distributed.shard(model, list(model.model.layers), world, torch.bfloat16)
+        train.shard(model, world, torch.bfloat16)
         model.to_empty(device="cpu")
         load_weights(model, folder)
     loaded = time.perf_counter() - start

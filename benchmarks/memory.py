@@ -163,7 +163,9 @@ def measure(name: str, glibc: bool = False, pairs: int = 4, steps: int = 2) -> d
                 idle |= {pid: anonymous_mib(pid) for pid in ranks}
         if run.wait():
             raise RuntimeError("".join(lines))
-    planned = re.search(r"([\d.]+)  in all, at the fullest moment \((.*?);", "".join(lines))
+    planned = re.search(
+        r"([\d.]+) (?: in all| GiB|GiB).*at the fullest moment \((.*?)[;)]", "".join(lines)
+    )
     assert planned, lines
     weights = sum(
         math.prod(size) * (2 if "bfloat16" in more and "down_proj" not in tensor else 4)

@@ -129,7 +129,7 @@ def main() -> None:
 
     def step() -> None:
         train.forward_backward(model, config, rows, torch.arange(len(stream)), world)
-        distributed.gradient_norm(trained.values()).item()
+        train.gradient_norm(trained.values()).item()
         optimizer.step()
         optimizer.zero_grad()
 

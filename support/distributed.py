@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -23,11 +23,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 Result = TypeVar("Result")
 # Bad input; a full disk, which save_file says by an error of its own; a model or pack too large for
@@ -284,72 +282,12 @@ class StopRequest:
         self.requested = number
 
 
-# --- sharding -------------------------------------------------------------------------------------
-
-
-def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """FSDP2 in place: each block is a unit, the rest is the root; compute in `dtype`, reduce
-    gradients in fp32.
-
-    Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the
-    masters), cast when gathered.
-    """
-    # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2 would
-    # copy it twice a pack.
-    as_it_is = {
-        parameter
-        for parameter in model.parameters()
-        if world.size == 1 and parameter.dtype == dtype
-    }
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=as_it_is)
-    # By default the root stays whole after a forward. Weights that are then read into its shards,
-    # as on resuming after the reference pass, would not be seen by the next forward, nor by an
-    # export.
-    fully_shard(
-        model,
-        mesh=world.mesh,
-        mp_policy=policy,
-        reshard_after_forward=True,
-        ignored_params=as_it_is,
-    )
-    register_fsdp_forward_method(model, "logprobs")
+# --- small things ---------------------------------------------------------------------------------
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its shard, or all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def adam_state(optimizer: torch.optim.AdamW, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint holds: {name: tensor} of the trained weights and their moments, which are
-    made here, as zeros.
-
-    The first step would make them, too late for a checkpoint to be read into them.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trained.items():
-        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = moments | {
-            "step": torch.zeros(())
-        }  # on the CPU: on a GPU each would be waited for
-        tensors |= {
-            f"weight.{name}": parameter.detach(),
-            **{f"{key}.{name}": value for key, value in moments.items()},
-        }
-    return tensors
-
-
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The norm of all their gradients together, a scalar tensor, the same on every rank."""
-    norm = get_total_norm(
-        [parameter.grad for parameter in parameters if parameter.grad is not None]
-    )
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-# --- what the log says ----------------------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:

@@ -525,7 +525,7 @@ def step_line(row: Mapping[str, Any]) -> str:
     parts += [f"h {', '.join(margins)}"] if margins else []
     parts += [
         f"lr {row['lr']:.2g}",
-        f"{row['rows_per_s']:.0f} rows/s",
+        f"{row['rows_per_s']:.3g} rows/s",
         f"{row['tokens_per_s']:.0f} tokens/s",
     ]
     return "  ".join([*parts, f"{row['memory_gib']:.2f} GiB"])

@@ -175,7 +175,7 @@ def test_paper_recipe_at_7b_fits_one_80_gb_gpu() -> None:
 def test_what_is_gathered_is_what_fsdp2_has(dtype: torch.dtype) -> None:
     """Claim: one process gathers a block's trained weights in bfloat16, where they are cast, and
     nothing in fp32; more processes gather whole blocks. Oracle: the parameters that
-    distributed.shard gives to FSDP2.
+    train.shard gives to FSDP2.
     """
     config = Config(61, 32, 48, 2, 4, 2, 8)
     alone = Load(config, trained(config, "down_proj"), dtype, "cpu", 1, 100, 50, 2, False)
@@ -184,7 +184,7 @@ def test_what_is_gathered_is_what_fsdp2_has(dtype: torch.dtype) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(name in alone.trained)
         p.data = p.data.float() if name in alone.trained else p.data
-    distributed.shard(model, list(model.model.layers), distributed.start("cpu"), dtype)
+    train.shard(model, distributed.start("cpu"), dtype)
     assert isinstance(model, FSDPModule) and all(
         isinstance(block, FSDPModule) for block in model.model.layers
     )

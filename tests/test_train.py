@@ -163,6 +163,10 @@ def world() -> World:
         (["redteam"], "--safety"),
         (["toy", "--model", "x"], "toy"),
         (["bfpo", "--lr", "zero"], "--lr"),
+        (["bfpo", "--batsh", "4"], "unknown setting --batsh; did you mean --batch?"),
+        (["bfpo", "--learning-rate=1e-5"], "unknown setting --learning-rate; here it is --lr"),
+        (["bfpo", "--report_to", "wandb"], "here it is log.jsonl and curves.png in the run folder"),
+        (["bfpo", "--lora_r", "8"], "here it is --selective, and no adapters"),
         (["bfpo", "--tau", "1e-320"], "targets g / tau and their squares must be finite in fp32"),
         (["bfpo", "--tau", "1e-20"], "targets g / tau and their squares must be finite in fp32"),
         (["bfpo", "--alpha", "1e39"], "targets g / tau"),
@@ -209,6 +213,17 @@ def test_recipes_are_the_papers() -> None:
     assert train.parse(["redteam", "--safety", "rows.jsonl"]).batch == 16
     sft = train.parse(["sft"])
     assert (sft.model, sft.max_length, sft.batch) == ("mistralai/Mistral-7B-v0.1", 2048, 32)
+
+
+def test_own_pairs_replace_the_recipes_of_both_kinds() -> None:
+    """Claim: --safety or --helpfulness alone leaves nothing of the recipe's sources; other settings of
+    the recipe stay. Oracle: the settings.
+    """
+    for flag, other in (("safety", "helpfulness"), ("helpfulness", "safety")):
+        config = train.parse(["bfpo", f"--{flag}", "mine.jsonl"])
+        assert getattr(config, flag) == ("mine.jsonl",) and getattr(config, other) == ()
+        assert config.model == train.RECIPES["bfpo"]["model"]
+    assert train.parse(["bfpo"]).helpfulness == train.RECIPES["bfpo"]["helpfulness"]
 
 
 def test_learning_rate_warms_up_from_zero_and_ends_near_zero() -> None:
