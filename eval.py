@@ -208,6 +208,8 @@ class Policy:
         self.positions, self.dtype = config.max_position_embeddings, world.dtype
         stored_weights(config, self.folder)
         must_fit(self.chat, config.vocab_size, name)
+        for remark in self.chat.remarks:
+            world.say(remark)
         self.identity = {
             "weights_sha256": storage.weights_sha256(self.folder, world),
             "chat_sha256": self.chat.fingerprint,
@@ -553,10 +555,6 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
         who: Policy(name, options.chat_template, world, folder.started)
         for who, name in names.items()
     }
-    for remark in dict.fromkeys(
-        itertools.chain.from_iterable(policy.chat.remarks for policy in policies.values())
-    ):
-        world.say(remark)
     for policy, name in itertools.product(
         policies.values(), (name for name in asked if TASKS[name].answers)
     ):
@@ -564,7 +562,8 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
     cut: dict[str, dict[str, int]] = {name: {} for name in asked}
     for (who, policy), name in itertools.product(policies.items(), asked):
         cut[name][who] = policy.check_rows(name, TASKS[name], asked[name], protocol)
-    folder.create(settings, {}, options.fresh)
+    formats = {who: policy.chat.template_source for who, policy in policies.items()}
+    folder.create(settings, {}, options.fresh, {"chat_template_source": formats})
 
     taken: dict[str, dict[str, JsonRows]] = {}
     for who, policy in policies.items():
@@ -798,6 +797,8 @@ def main(arguments: Sequence[str]) -> None:
                 )
             )
             return
+        for remark in chat.remarks:
+            world.say(remark)
         reference_folder = find_model(options.reference)
         must_fit(chat, Config.read(reference_folder).vocab_size, reference_folder)
         if (reference_folder / "tokenizer.json").exists() and not chat.entries.items() <= Chat(

@@ -330,6 +330,18 @@ def unknown(flag: str, names: Sequence[str]) -> str:
     return f"unknown setting {flag}" + "".join(f"; did you mean --{name}?" for name in near)
 
 
+def flag_options(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is told of a setting's flag."""
+    shown = f"; default {field.default}" if field.default not in ("", (), False) else ""
+    text = field.metadata["help"] + shown
+    if isinstance(field.default, bool):
+        return {"help": text, "action": argparse.BooleanOptionalAction}
+    if isinstance(field.default, tuple):
+        return {"help": text, "nargs": "+", "metavar": "SOURCE"}
+    kind = type(field.default)
+    return {"help": text, "type": kind, "metavar": kind.__name__.upper()}
+
+
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that a command line asks for: the recipe's settings, then the flags'.
 
@@ -347,16 +359,7 @@ def parse(arguments: Sequence[str]) -> Config:
         "recipe", nargs="?", choices=RECIPES, default=Config.recipe, help="default: %(default)s"
     )
     for field in fields:
-        shown = f"; default {field.default}" if field.default not in ("", (), False) else ""
-        options: dict[str, Any] = {"help": field.metadata["help"] + shown}
-        if isinstance(field.default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(field.default, tuple):
-            options |= {"nargs": "+", "metavar": "SOURCE"}
-        else:
-            kind = type(field.default)
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **flag_options(field))
     names = ["help", *(field.name for field in fields), *(f"no-{field.name}" for field in fields)]
     for word in arguments:
         # argparse would take the unknown flag's value for the recipe, and blame that.

@@ -168,7 +168,8 @@ def run(options: argparse.Namespace, world: World) -> None:
     waiting = folder.path / "to_rank.jsonl"
     if ranks is None and not options.fresh:
         world.from_main(lambda: must_not_have_ranks(waiting))
-    folder.create(vars(options), {}, options.fresh)
+    facts = {"chat_template_source": policy.chat.template_source}
+    folder.create(vars(options), {}, options.fresh, facts)
 
     answers = policy.take(folder.path / "answers.jsonl", PROMPT, entries, protocol, options.seed)
     policy.unload()
@@ -209,6 +210,7 @@ def run(options: argparse.Namespace, world: World) -> None:
     setup = {
         "model": options.model,
         **policy.identity,
+        **facts,
         "temperature": protocol.temperature,
         "top_p": protocol.top_p,
         "max_new_tokens": protocol.max_new_tokens,

@@ -348,6 +348,8 @@ def test_answers_stop_at_every_end_token(
     assert printed.count("has no chat template; Zephyr's is used") == 2
     setup = json.loads((out / "report.json").read_text())["setup"]
     assert setup["models"]["policy"]["chat_template_source"] == "zephyr, as the model has none"
+    record = json.loads((out / "run.json").read_text())
+    assert record["chat_template_source"] == {"policy": "zephyr, as the model has none"}
 
 
 def test_answers_wait_for_a_judge(

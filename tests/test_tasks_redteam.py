@@ -178,6 +178,8 @@ def test_from_prompts_to_a_trained_model(
         and f"{len(waiting):8} pairs" in capsys.readouterr().out
     )
     pairs, report = lines(out / "redteam.jsonl"), json.loads((out / "report.json").read_text())
+    source = json.loads((out / "run.json").read_text())["chat_template_source"]
+    assert source == report["setup"]["chat_template_source"] == "zephyr, as the model has none"
     verdicts = load_judge(f"harmbench:{models / 'safety'}", world)
     for k in (1, 2):
         said = verdicts(
