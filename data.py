@@ -675,13 +675,14 @@ def title_of(name: str, stream: Stream, i: int, chat: Chat) -> str:
 
 
 def not_finite(
-    logprobs: Tensor, name: str, stream: Stream, chat: Chat, first: int = 0
+    logprobs: Tensor, name: str, stream: Stream, chat: Chat, rows: Sequence[int] | None = None
 ) -> list[str]:
-    """Titles of a stream's rows, from `first` on, whose log-probabilities [n, responses] are not
-    all finite.
+    """Titles of a stream's rows whose log-probabilities [n, responses] are not all finite. rows: the
+    numbers of the n rows; all by default.
     """
+    numbers = range(len(stream)) if rows is None else rows
     bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
-    return [title_of(name, stream, first + i, chat) for i in bad]
+    return [title_of(name, stream, numbers[i], chat) for i in bad]
 
 
 def in_words(titles: list[str]) -> str:

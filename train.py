@@ -54,6 +54,7 @@ from bfpo import (
 from data import (
     Rows,
     Stream,
+    batch_indices,
     deal,
     describe,
     in_words,
@@ -491,6 +492,14 @@ def open_streams(
     return training, {name: rows for name, rows in held.items() if len(rows)}
 
 
+def rows_used(config: Config, name: str, stream: Stream) -> list[int] | None:
+    """The rows of a stream that a run of --steps draws, in order; None if it may draw all."""
+    draws = config.steps * config.batch
+    if not config.steps or draws >= len(stream):
+        return None
+    return sorted(batch_indices(len(stream), draws, config.seed, 0, name).tolist())
+
+
 def reference_logprobs(
     model: Mistral,
     name: str,
@@ -499,18 +508,23 @@ def reference_logprobs(
     config: Config,
     chat: Chat,
     world: World,
+    used: Sequence[int] | None = None,
 ) -> Tensor:
     """pi_ref's log-probabilities of a stream, [n, 2] fp32: from the cache, else computed by the
-    policy's own code path.
+    policy's own code path. used: the rows that the run draws, if not all; the others get NaN.
 
     Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype and
-    device: a run that differs only in objective, tau, alpha, b1, lr or seed reuses it. Deviation 4:
-    no second model in memory. ValueError names the rows whose log-probability is not finite.
+    device: a run that differs only in objective, tau, alpha, b1, lr or seed reuses it (with --steps
+    another seed draws other rows). Deviation 4: no second model in memory. ValueError names the
+    rows whose log-probability is not finite.
     """
 
-    def make(rows: range) -> Tensor:
+    numbers = range(len(stream)) if used is None else used
+
+    def make(part: range) -> Tensor:
+        rows = [numbers[i] for i in part]
         logprobs = score(model, stream, world, config.pack_tokens, f"reference, {name}", rows)
-        if bad := not_finite(logprobs, name, stream, chat, rows.start):
+        if bad := not_finite(logprobs, name, stream, chat, rows):
             raise ValueError(
                 f"the starting weights {config.model} give rows a log-probability that is not "
                 f"finite: {in_words(bad)}; take other weights, or leave these rows out"
@@ -518,9 +532,17 @@ def reference_logprobs(
         return logprobs
 
     parts = [REFERENCE_VERSION, weights, stream.fingerprint, config.dtype, world.device.type]
+    if used is not None:
+        parts.append(list(used))
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = cache_root(config.cache) / "reference" / key
-    return storage.cached_rows(path, (len(stream), 2), make, world, f"reference of {name} pairs")
+    shape = (len(numbers), 2)
+    logprobs = storage.cached_rows(path, shape, make, world, f"reference of {name} pairs")
+    if used is None:
+        return logprobs
+    whole = torch.full((len(stream), 2), math.nan)
+    whole[torch.tensor(used)] = logprobs
+    return whole
 
 
 # --- a step of Algorithm 1 ------------------------------------------------------------------------
@@ -1059,9 +1081,15 @@ def run(config: Config, world: World) -> dict[str, Any]:
 
     references: list[dict[str, Tensor]] = [{}, {}]  # of the training and the held-out streams
     if config.objective != "sft":
-        for part, found in zip((made.streams, made.held), references, strict=True):
-            for name, stream in part.items():
-                found[name] = reference_logprobs(model, name, stream, weights, config, chat, world)
+        for name, stream in made.streams.items():
+            used = rows_used(config, name, stream)
+            references[0][name] = reference_logprobs(
+                model, name, stream, weights, config, chat, world, used
+            )
+        for name, stream in made.held.items():
+            references[1][name] = reference_logprobs(
+                model, name, stream, weights, config, chat, world
+            )
     evaluate = partial(held_out_figures, model, config, made.held, references[1], chat, world)
     rows = Rows(made.streams, references[0], chat)
     optimize(model, trained, config, made.steps, rows, evaluate, folder)

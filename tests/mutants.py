@@ -121,7 +121,7 @@ MUTANTS = [
     (
         "guards",
         "train.py",
-        "if bad := not_finite(logprobs, name, stream, chat, rows.start):",
+        "if bad := not_finite(logprobs, name, stream, chat, rows):",
         "if False:",
     ),
     ("guards", "train.py", "if losses and math.isfinite(loss)", "if losses"),
