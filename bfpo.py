@@ -178,8 +178,10 @@ def quadrant_sums(
     0, as the authors' accuracy is, would count their failures (deviation 5). h = 0 is on no side. A
     pair whose h is not finite is left out. All inputs are 1-D over pairs. ValueError: as label's.
     """
-    h, g = h.detach().double(), label(chosen_safe, rejected_safe, alpha, b1).double()
-    s_w, s_l = chosen_safe.bool(), rejected_safe.bool()
+    h = h.detach().double()
+    g = label(chosen_safe, rejected_safe, alpha, b1).double()
+    s_w = chosen_safe.bool()
+    s_l = rejected_safe.bool()
     masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])  # deviation 6
     on_target_side = (h.sign() * g.sign() > 0).double()
     columns_NC = torch.stack([torch.ones_like(h), h, g / tau, on_target_side], dim=-1)
@@ -325,7 +327,8 @@ def joint_reward(
     """
     _check_label_settings(alpha, b1)
     preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
-    helpful_A, safe_share = preference_AA @ reference_A, reference_A @ safe_A
+    helpful_A = preference_AA @ reference_A
+    safe_share = reference_A @ safe_A
     return (safe_A + safe_share - 2 * alpha) * (
         helpful_A + 1 / (b1 - 1)
     )  # Theorem 3.2; alpha: Prop. 3.3

@@ -502,12 +502,12 @@ def rows_used(config: Config, name: str, stream: Stream) -> list[int] | None:
 
 def reference_logprobs(
     model: Mistral,
-    name: str,
-    stream: Stream,
     weights: str,
     config: Config,
     chat: Chat,
     world: World,
+    name: str,
+    stream: Stream,
     used: Sequence[int] | None = None,
 ) -> Tensor:
     """pi_ref's log-probabilities of a stream, [n, 2] fp32: from the cache, else computed by the
@@ -906,6 +906,29 @@ def step_of(
     return memory_plan.step_of(lengths, drawn, packs, ranks, config.pack_tokens, window)
 
 
+def load_of(
+    config: Config,
+    model: ModelConfig,
+    trained: frozenset[str],
+    step: memory_plan.Step,
+    world: World,
+) -> memory_plan.Load:
+    """All that the memory of a rank depends on."""
+    load = memory_plan.Load(
+        model,
+        trained,
+        DTYPES[config.dtype],
+        world.device.type,
+        shards=world.size // config.replicate,
+        tokens=1,
+        scored=1,
+        packs=1,
+        checkpoint_blocks=config.checkpoint_blocks,
+        processes=world.size,
+    )
+    return step.with_budget(load, config.pack_tokens)
+
+
 def announce(
     config: Config,
     model: ModelConfig,
@@ -915,28 +938,14 @@ def announce(
     world: World,
 ) -> None:
     """Print the plan of a run. What does not fit is a warning, in a dry run a ValueError."""
-    dtype = DTYPES[config.dtype]
     step = step_of(config, streams, steps, world.size, model.sliding_window)
-    load = memory_plan.Load(
-        model,
-        trained,
-        dtype,
-        world.device.type,
-        shards=world.size // config.replicate,
-        tokens=1,
-        scored=1,
-        packs=1,
-        checkpoint_blocks=config.checkpoint_blocks,
-        processes=world.size,
-    )
-    load = step.with_budget(load, config.pack_tokens)
+    load = load_of(config, model, trained, step, world)
     has_reference = config.objective != "sft"
     tokens = sum(int(stream.lengths.sum()) for stream in streams.values())
     step_tokens = sum(stream.lengths.sum(1).mean() for stream in streams.values()) * config.batch
-    cached = sum(stream.report["cache"]["bytes"] for stream in streams.values())
-    if has_reference:
-        cached += sum(8 * len(stream) for stream in streams.values())
-    disk = memory_plan.disk_bytes(model.shapes(), trained, config.keep, dtype)
+    row_bytes = 8 if has_reference else 0  # two fp32 log-probabilities
+    cached = sum(s.report["cache"]["bytes"] + row_bytes * len(s) for s in streams.values())
+    disk = memory_plan.disk_bytes(model.shapes(), trained, config.keep, load.dtype)
 
     def plan() -> tuple[str, str]:
         room = memory_plan.USABLE * memory_plan.free_bytes(world.device)
@@ -988,6 +997,18 @@ def open_model(config: Config, folder: RunFolder) -> tuple[Path, Chat, ModelConf
     return source, chat, architecture
 
 
+def settled(config: Config, world: World) -> Config:
+    """The configuration with the device's own dtype and pack size in the place of auto and 0. It
+    is settled first, so that a run cannot go on in another precision on another device.
+    """
+    auto = str(world.dtype).removeprefix("torch.")
+    return replace(
+        config,
+        dtype=config.dtype.replace("auto", auto),
+        pack_tokens=config.pack_tokens or PACK_TOKENS[world.device.type],
+    )
+
+
 class Prepared(NamedTuple):
     """What a run starts from."""
 
@@ -1035,6 +1056,36 @@ def say_dry_run(config: Config, folder: RunFolder, steps: int) -> None:
     )
 
 
+def export(
+    model: Mistral,
+    trained: dict[str, Tensor],
+    config: Config,
+    made: Prepared,
+    evaluate: Callable[[], tuple[dict[str, Any], float | None]],
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Write the trained model, the curves and done.json; returns what that holds."""
+    world = folder.world
+    figures, loss = evaluate()
+    ends = made.chat.end_ids
+    dtype = DTYPES[config.dtype]
+    model.save_pretrained(folder.path / "model", dtype, made.source, made.chat.template, ends)
+    start = stored_weights(made.architecture, made.source)
+    changed = count_changed(trained, start, config, world)
+    world.from_main(lambda: plots.draw_curves(folder.rows(), folder.path / "curves.png"))
+    result = {
+        "steps": made.steps,
+        "held_out": figures,
+        "held_out_loss": loss,
+        "changed_values": changed,
+        "model": "model",
+    }
+    folder.finish(result)
+    say_held_out(figures, world)
+    world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, checkpoints/")
+    return result
+
+
 def run(config: Config, world: World) -> dict[str, Any]:
     """One run from its folder, data and model to the exported model; returns what done.json holds,
     {} from a dry run.
@@ -1043,13 +1094,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     run folder is written, and from the loop when the policy of step 0 is not the reference, or a
     loss is not finite.
     """
-    # dtype auto is settled first, so that a run cannot go on in another precision on another device
-    auto = str(world.dtype).removeprefix("torch.")
-    config = replace(
-        config,
-        dtype=config.dtype.replace("auto", auto),
-        pack_tokens=config.pack_tokens or PACK_TOKENS[world.device.type],
-    )
+    config = settled(config, world)
     folder = RunFolder(Path(config.out), world)
     settings = dataclasses.asdict(config)
     sources = (*config.safety, *config.helpfulness, *config.sft)
@@ -1079,37 +1124,19 @@ def run(config: Config, world: World) -> dict[str, Any]:
     reports = {name: stream.report for name, stream in made.streams.items()}
     world.from_main(partial(storage.write_json, folder.path / "data.json", reports))
 
-    references: list[dict[str, Tensor]] = [{}, {}]  # of the training and the held-out streams
+    references, held_references = {}, {}
     if config.objective != "sft":
+        reference = partial(reference_logprobs, model, weights, config, chat, world)
         for name, stream in made.streams.items():
-            used = rows_used(config, name, stream)
-            references[0][name] = reference_logprobs(
-                model, name, stream, weights, config, chat, world, used
-            )
+            references[name] = reference(name, stream, rows_used(config, name, stream))
         for name, stream in made.held.items():
-            references[1][name] = reference_logprobs(
-                model, name, stream, weights, config, chat, world
-            )
-    evaluate = partial(held_out_figures, model, config, made.held, references[1], chat, world)
-    rows = Rows(made.streams, references[0], chat)
+            held_references[name] = reference(name, stream)
+    evaluate = partial(held_out_figures, model, config, made.held, held_references, chat, world)
+    rows = Rows(made.streams, references, chat)
     optimize(model, trained, config, made.steps, rows, evaluate, folder)
 
-    figures, loss = evaluate()
-    dtype = DTYPES[config.dtype]
-    model.save_pretrained(folder.path / "model", dtype, made.source, chat.template, chat.end_ids)
-    changed = count_changed(trained, stored_weights(made.architecture, made.source), config, world)
-    world.from_main(lambda: plots.draw_curves(folder.rows(), folder.path / "curves.png"))
-    result = {
-        "steps": made.steps,
-        "held_out": figures,
-        "held_out_loss": loss,
-        "changed_values": changed,
-        "model": "model",
-    }
-    folder.finish(result)
-    say_held_out(figures, world)
-    world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, checkpoints/")
-    must_be_finite(figures)
+    result = export(model, trained, config, made, evaluate, folder)
+    must_be_finite(result["held_out"])
     return result
 
 

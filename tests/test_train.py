@@ -15,6 +15,7 @@ from datetime import UTC, datetime, tzinfo
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -537,8 +538,9 @@ def test_loss_that_is_not_finite_stops_before_the_update(
         int(train.Rows.draw(rows_of(config, toys, world), 4, config.seed, 1)[2]),
     )
 
-    def broken(model: Mistral, name: str, stream: train.Stream, *rest: object) -> torch.Tensor:
-        reference = true(model, name, stream, *rest).clone()  # type: ignore[arg-type]
+    def broken(*given: Any) -> torch.Tensor:
+        reference = true(*given).clone()
+        name, stream = given[5:7]
         if name == "safety" and len(stream) == 400:
             reference[bad, 0] = math.nan
         return reference
@@ -992,7 +994,7 @@ def test_cached_reference_gives_the_gradient_of_a_live_second_model(
     streams, _ = train.open_streams(config, chat, world)
     model, trained = train.build(config, inputs / "model", world)
     references = {
-        name: train.reference_logprobs(model, name, stream, "these", config, chat, world)
+        name: train.reference_logprobs(model, "these", config, chat, world, name, stream)
         for name, stream in streams.items()
     }
     data = train.Rows(streams, references, chat)
@@ -1255,9 +1257,9 @@ def test_a_kill_in_the_reference_loses_one_part(
 
     monkeypatch.setattr(train, "score", score)
     with pytest.raises(KeyboardInterrupt):
-        train.reference_logprobs(model, "safety", stream, "these", config, chat, world)
+        train.reference_logprobs(model, "these", config, chat, world, "safety", stream)
     killed_at = 99
-    found = train.reference_logprobs(model, "safety", stream, "these", config, chat, world)
+    found = train.reference_logprobs(model, "these", config, chat, world, "safety", stream)
     assert [i for rows in scored for i in rows] == list(range(len(stream))) and len(
         scored
     ) == math.ceil(len(stream) / 30) > 2
