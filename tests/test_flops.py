@@ -5,6 +5,7 @@ Deterministic counts on fixed batches, so that a change that loses speed is seen
 machine's load.
 """
 
+import gc
 import math
 import sys
 from collections import Counter
@@ -334,7 +335,8 @@ def work(world: World, lengths: Sequence[Sequence[int]]) -> tuple[Counter[str], 
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal bytecodes
-        if not frame.f_code.co_filename.startswith(ours) or frame.f_code.co_filename == __file__:
+        file = frame.f_code.co_filename
+        if not file.startswith(ours) or "site-packages" in file or file == __file__:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         bytecodes += event == "opcode"
@@ -345,11 +347,14 @@ def work(world: World, lengths: Sequence[Sequence[int]]) -> tuple[Counter[str], 
         with Seen("meta") as seen:  # fills caches too, before bytecodes are counted
             train.forward_backward(model, config, rows, torch.arange(len(lengths)), world)
         before = sys.gettrace()
+        gc.collect()
+        gc.disable()  # what earlier tests left is not freed, by code of ours, while it is counted
         sys.settrace(trace)
         try:
             train.forward_backward(model, config, rows, torch.arange(len(lengths)), world)
         finally:
             sys.settrace(before)
+            gc.enable()
     return +seen.names, bytecodes  # without the names that were seen on the host alone
 
 
