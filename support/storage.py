@@ -57,10 +57,22 @@ SHARED_DISK_S = 30.0  # how long a network disk may take to show a node what ano
 # --- files ----------------------------------------------------------------------------------------
 
 
+def read_line(line: str | bytes) -> Any:
+    """The value that JSON text holds.
+
+    ValueError: it is damaged, or holds NaN or an infinity, which Python alone reads.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, empty if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = read_line(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
     if not isinstance(content, dict):
@@ -70,7 +82,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
     """A JSON object as a file, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def sha256_all(paths: Sequence[Path], world: World) -> dict[str, str]:
@@ -136,18 +148,6 @@ def as_lines(rows: Iterable[Any]) -> str:
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
     """JSON lines, as write_text writes."""
     write_text(path, as_lines(rows))
-
-
-def read_line(line: bytes) -> Any:
-    """The value of a JSON line.
-
-    ValueError: it is damaged, or holds NaN or an infinity, which Python alone reads.
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    return json.loads(line, parse_constant=refuse)
 
 
 def read_json(

@@ -438,10 +438,12 @@ def test_damaged_folders_are_refused_by_file_name(
     refused("config.json", lambda f: (f / "config.json").unlink())
     refused("config.json", lambda f: (f / "config.json").write_text("[]"))
     refused("config.json must be JSON", lambda f: (f / "config.json").write_text("[" * 100_000))
+    refused("NaN is not JSON", lambda f: (f / "config.json").write_text('{"rope_theta": NaN}'))
 
     def change(folder: Path, **entries: object) -> None:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | entries))
+        text = json.dumps(config | entries).replace('"1e999"', "1e999")  # more than a float holds
+        (folder / "config.json").write_text(text)
 
     began = time.monotonic()
     refused(
@@ -462,7 +464,8 @@ def test_damaged_folders_are_refused_by_file_name(
         lambda f: change(f, sliding_window=8.5),
     )
     refused(
-        "rope_theta must be a number > 0, got inf", lambda f: change(f, rope_theta=float("inf"))
+        "rope_theta must be a number > 0, got inf",
+        lambda f: change(f, rope_theta="1e999"),
     )
 
     def pickled(folder: Path) -> None:
