@@ -228,10 +228,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PAIR_STREAMS = {"safety": "pairs", "helpfulness": "pairs"}
 CHANGES = ("chosen_logprob_change_nats", "rejected_logprob_change_nats")  # since step 0
-# |h| that rounding may leave at step 0, in nats for each square root of a response token: twice the
-# compute dtype's error on a random 16-layer model (0.03 in bfloat16), times five for the largest of
-# a batch; fp32 likewise, rounded up.
-GATE_NATS = {"float32": 1e-3, "bfloat16": 0.3}
+# What rounding may leave at step 0, in nats for each square root of a scored token. Between two
+# passes over the same packs: equal bits on a CPU, in bfloat16 too; on a GPU the dtype's own error.
+EQUAL_PACKS_NATS = {"cpu": 1e-3, "cuda": 0.03}
+# Between the policy and the kept reference, which saw other packs, as a root mean square over the
+# batch: twice the dtype's error against fp64 on a random 16-layer model (0.03 in bfloat16).
+OTHER_PACKS_NATS = {"float32": 1e-3, "bfloat16": 0.06}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REFERENCE_VERSION = 1  # of kept log-probabilities: count up when the same rows would give others
 # What fills a GPU; a larger pack makes a CPU hardly faster, and holds more.
@@ -568,6 +570,12 @@ class Outcome:
     change: Tensor  # [N, responses] log-probability minus the reference's; of sft itself
 
 
+def own_packs(config: Config, rows: Rows, items: Tensor, world: World) -> list[Tensor]:
+    """This rank's share of `items`, the global batch, as packs of rows."""
+    dealt = my_packs(rows.tokens[items].tolist(), world, config.pack_tokens)
+    return [items[torch.tensor(pack, dtype=torch.long)] for pack in dealt]
+
+
 def forward_backward(
     model: Mistral, config: Config, rows: Rows, items: Tensor, world: World
 ) -> Outcome:
@@ -578,8 +586,7 @@ def forward_backward(
     # FSDP averages gradients over the ranks; the loss is a mean over the global batch, of each
     # stream's pairs or of all scored tokens.
     scale = world.size / (rows.scored[items].sum().item() if is_sft else config.batch)
-    dealt = my_packs(rows.tokens[items].tolist(), world, config.pack_tokens)
-    packs = [items[torch.tensor(pack, dtype=torch.long)] for pack in dealt]
+    packs = own_packs(config, rows, items, world)
     own = torch.cat(packs)
     if not is_sft:
         # To the device before any pack, and the results off it after the last: no pack waits.
@@ -645,19 +652,43 @@ def step_figures(
     return {"loss": sum(losses.values()), **losses, **changes, "quadrants": quadrants}
 
 
+@torch.no_grad()
+def repeated(model: Mistral, config: Config, rows: Rows, items: Tensor, world: World) -> Tensor:
+    """Log-probabilities [N, 2] of this rank's rows, by a second pass over the step's own packs."""
+    logprobs = []
+    for pack in own_packs(config, rows, items, world):
+        trees = Pack.build([rows.tree(i) for i in pack.tolist()])
+        logprobs.append(model.logprobs(trees.to(world.device)).reshape(2, -1).T)
+    return torch.cat(logprobs).float().cpu()
+
+
 def gate(
-    config: Config, rows: Rows, items: Tensor, outcome: Outcome, loss: float, world: World
+    model: Mistral,
+    config: Config,
+    rows: Rows,
+    items: Tensor,
+    outcome: Outcome,
+    loss: float,
+    world: World,
 ) -> None:
     """At step 0 pi = pi_ref: h must be 0, and the loss what the objective gives there.
 
+    Two passes of one model differ by rounding alone, and by next to none in equal packs. The kept
+    reference saw other packs, so the policy is also held against a pass over the step's own.
     ValueError: a reference of other weights, another chat format, or a model that is not
     deterministic. It comes before any update.
     """
-    h = (outcome.change[:, 0] - outcome.change[:, 1]).abs()
-    allowed = GATE_NATS[config.dtype] * rows.scored[outcome.items].sqrt()
-    shares = (h / allowed).tolist()
-    largest_share = max(world.gather(max(shares, default=0.0)))
-    nats = max(world.gather(max(h.tolist(), default=0.0)))
+    policy = outcome.change + rows.reference[outcome.items]
+    again = repeated(model, config, rows, items, world)
+    root = rows.scored[outcome.items].sqrt()
+    h = outcome.change[:, 0] - outcome.change[:, 1]
+    h_equal = margin(*policy.T, *again.T)
+    largest = [0.0, 0.0]
+    if len(h):
+        largest = [h.abs().max().item(), (h_equal / root).abs().max().item()]
+    nats, equal = (max(values) for values in zip(*world.gather(largest), strict=True))
+    other = (world.sum((h / root).square().sum()).item() / len(items)) ** 0.5
+
     g = label(rows.chosen_safe[items], rows.rejected_safe[items], config.alpha, config.b1)
     at_zero = pair_loss(config.objective, torch.zeros_like(g), g, config.tau)
     expected = at_zero.mean().item() * len(rows.names)
@@ -666,11 +697,14 @@ def gate(
         moved = pair_loss(config.objective, torch.full_like(g, reach), g, config.tau)
         drift = max(drift, (moved - at_zero).abs().max().item())
     is_expected = abs(loss - expected) <= len(rows.names) * drift + 1e-6 * expected
+
+    equal_share = equal / EQUAL_PACKS_NATS[world.device.type]
+    other_share = other / OTHER_PACKS_NATS[config.dtype]
     words = (
-        f"max |h| {nats:.2g} nats ({largest_share:.1%} of what rounding may leave), "
-        f"loss {loss:.6g}, {expected:.6g} expected at h = 0"
+        f"max |h| {nats:.2g} nats ({other_share:.1%} of what rounding may leave, "
+        f"{equal_share:.1%} in equal packs), loss {loss:.6g}, {expected:.6g} expected at h = 0"
     )
-    if not (largest_share <= 1 and is_expected):
+    if not (equal_share <= 1 and other_share <= 1 and is_expected):
         raise ValueError(
             f"step 0: the policy is not the reference: {words}; remove the reference cache and "
             "start again with --fresh"
@@ -718,7 +752,7 @@ def train_step(
             f"not changed; {rows.blame(outcome.items, outcome.loss, world)}. {remedy}"
         )
     if step == 0 and config.objective != "sft":
-        gate(config, rows, items, outcome, row["loss"], world)
+        gate(model, config, rows, items, outcome, row["loss"], world)
     if config.clip_norm:
         clip_grads_with_norm_(trained.values(), config.clip_norm, norm)
     optimizer.param_groups[0]["lr"] = rate
