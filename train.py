@@ -1090,6 +1090,18 @@ def say_dry_run(config: Config, folder: RunFolder, steps: int) -> None:
     )
 
 
+def record(config: Config, made: Prepared, weights: str, folder: RunFolder) -> None:
+    """Make the run folder, or go on with the run there: run.json, with sums of what the run reads,
+    and data.json, the streams' reports.
+    """
+    inputs = {"weights": weights}
+    inputs |= {name: stream.fingerprint for name, stream in made.streams.items()}
+    facts = {"chat_template_source": made.chat.template_source, "end_ids": made.chat.end_ids}
+    folder.create(dataclasses.asdict(config), inputs, config.fresh, facts)
+    reports = {name: stream.report for name, stream in made.streams.items()}
+    folder.world.from_main(partial(storage.write_json, folder.path / "data.json", reports))
+
+
 def export(
     model: Mistral,
     trained: dict[str, Tensor],
@@ -1151,12 +1163,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     model, trained = build(config, made.source, world)
     chat = made.chat
     weights = storage.weights_sha256(made.source, world)
-    inputs = {"weights": weights}
-    inputs |= {name: stream.fingerprint for name, stream in made.streams.items()}
-    facts = {"chat_template_source": chat.template_source, "end_ids": chat.end_ids}
-    folder.create(settings, inputs, config.fresh, facts)
-    reports = {name: stream.report for name, stream in made.streams.items()}
-    world.from_main(partial(storage.write_json, folder.path / "data.json", reports))
+    record(config, made, weights, folder)
 
     references, held_references = {}, {}
     if config.objective != "sft":
@@ -1241,6 +1248,7 @@ def run_toy(config: Config, world: World) -> dict[str, Any]:
     folder.create(settings, {}, config.fresh)
     sft, preference = toy_stages(config, folder.path)
     name = config.objective.upper()
+    world.say(recipe.expected(config.steps, config.epochs, config.batch))
     world.say(f"[1/4] the toy language: {folder.path / 'data'}")
     recipe.begin(folder.path, config.seed, world)
     world.say(

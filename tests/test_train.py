@@ -32,7 +32,7 @@ from support import distributed, plots, storage
 from support.chat import ZEPHYR
 from support.distributed import World
 from toy import files as toy_files
-from toy import language
+from toy import language, recipe
 
 WORDS = (
     "the",
@@ -1570,7 +1570,11 @@ def test_toy_recipe_prints_its_table_again(
     """
     config = train.parse(["--steps", "2", "--out", str(tmp_path / "toy")])
     result = train.run_toy(config, world)
-    table = table_of(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    table = table_of(said)
+    assert said.startswith("all four parts take about 26s")  # two steps of each stage
+    report = json.loads((tmp_path / "toy" / "sft" / "data.json").read_text())["sft"]
+    assert sum(part["training_rows"] for part in report["sources"]) == recipe.CONVERSATIONS
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert train.run_toy(config, world) == result
     assert len(table) == 2 and table_of(capsys.readouterr().out) == table
