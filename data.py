@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import fcntl
 import hashlib
 import heapq
 import json
 import math
 import reprlib
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +34,8 @@ from bfpo import QUADRANTS, label
 from model import Mistral, Pack, find_model
 from support.chat import Chat, Ids, Message, truncate
 from support.distributed import World
-from support.sources import Source, cache_root, checked, find_source, sha256, source_rows, text_of
-from support.storage import read_object
+from support.sources import Source, cache_root, checked, find_source, source_rows, text_of
+from support.storage import kept_folder, read_object
 
 FORMAT = 9  # of the token cache: count up when the same rows would give other arrays or counts
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
@@ -205,7 +203,6 @@ def doubt(row: dict[str, Any], schema: Schema) -> str:
 
 # --- streams of token ids -------------------------------------------------------------------------
 
-SUMS = "sha256.json"  # of a cache's other files: their bytes and sums
 COUNTS = (
     "rows",
     "malformed",
@@ -265,13 +262,6 @@ class Stream:
 
 
 def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
-    sums = read_object(folder / SUMS)
-    for name in (
-        "report.json",
-        *sums,
-    ):  # a rename made the folder whole; sizes show what was cut later
-        if name not in sums or sums[name][0] != (folder / name).stat().st_size:
-            raise ValueError(f"{name} has changed")
     report = read_object(folder / "report.json")
     report["cache"] = {
         "folder": str(folder),
@@ -419,10 +409,8 @@ def _example(chat: Chat, tree: Sequence[Ids], most: int = 600) -> str:
 
 
 def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options) -> None:
-    """Writes the cache folder: aside, and renamed when it is whole. The caller holds the lock."""
-    aside, problems = folder.with_suffix(".partial"), list[str]()
-    shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed
-    aside.mkdir()
+    """Fills a new cache folder with tokens, rows.npy and report.json."""
+    problems: list[str] = []
     report: dict[str, Any] = {
         "stage": options.stage,
         "sources": [],
@@ -432,54 +420,48 @@ def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options
     rows: list[
         list[int]
     ] = []  # tokens of each part, chosen_safe, rejected_safe, held out, number of the source
-    try:
-        with open(aside / "tokens", "wb") as tokens:
-            for number, source in enumerate(sources):
-                part: dict[str, Any] = {
-                    "source": source.text,
-                    "schema": "",
-                    **dict.fromkeys(COUNTS, 0),
-                }
-                report["sources"].append(part)
-                for item, whole in _tokenise(
-                    _items(source, chat, options, part, problems), chat, options.stage
-                ):
-                    tree = truncate(whole, options.max_length, options.max_prompt)
-                    if options.stage == "pairs" and np.array_equal(
-                        tree[1], tree[2]
-                    ):  # a margin of 0 whatever is learnt
-                        part["identical"] += 1
-                        continue
-                    tokens.write(np.concatenate(tree).astype(report["token_type"]).tobytes())
-                    rows.append([*map(len, tree), *item.safe, item.held_out, number])
-                    if not item.held_out:
-                        cut = [len(a) < len(b) for a, b in zip(tree, whole, strict=True)]
-                        part["prompts_cut"] += cut[0]
-                        part["answers_cut"] += sum(cut[1:])
-                        if item.doubt:
-                            part[f"scores_{item.doubt}"] += 1
-                        report["example"] = report["example"] or _example(chat, tree)
-        if problems:
-            raise ValueError(
-                "\n".join(
-                    [
-                        f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:",
-                        *problems,
-                    ]
-                )
+    with open(folder / "tokens", "wb") as tokens:
+        for number, source in enumerate(sources):
+            part: dict[str, Any] = {
+                "source": source.text,
+                "schema": "",
+                **dict.fromkeys(COUNTS, 0),
+            }
+            report["sources"].append(part)
+            for item, whole in _tokenise(
+                _items(source, chat, options, part, problems), chat, options.stage
+            ):
+                tree = truncate(whole, options.max_length, options.max_prompt)
+                if options.stage == "pairs" and np.array_equal(
+                    tree[1], tree[2]
+                ):  # a margin of 0 whatever is learnt
+                    part["identical"] += 1
+                    continue
+                tokens.write(np.concatenate(tree).astype(report["token_type"]).tobytes())
+                rows.append([*map(len, tree), *item.safe, item.held_out, number])
+                if not item.held_out:
+                    cut = [len(a) < len(b) for a, b in zip(tree, whole, strict=True)]
+                    part["prompts_cut"] += cut[0]
+                    part["answers_cut"] += sum(cut[1:])
+                    if item.doubt:
+                        part[f"scores_{item.doubt}"] += 1
+                    report["example"] = report["example"] or _example(chat, tree)
+    if problems:
+        raise ValueError(
+            "\n".join(
+                [
+                    f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:",
+                    *problems,
+                ]
             )
-        table = np.array(rows, dtype=np.int32).reshape(-1, 7 if options.stage == "pairs" else 6)
-        for number, part in enumerate(report["sources"]):
-            _summarise(part, table[table[:, -1] == number], options.stage)
-        np.save(aside / "rows.npy", table)
-        (aside / "report.json").write_text(
-            json.dumps(report, indent=1, allow_nan=False), encoding="utf-8"
         )
-        sums = {file.name: (file.stat().st_size, sha256(file)) for file in aside.iterdir()}
-        (aside / SUMS).write_text(json.dumps(sums), encoding="utf-8")
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    table = np.array(rows, dtype=np.int32).reshape(-1, 7 if options.stage == "pairs" else 6)
+    for number, part in enumerate(report["sources"]):
+        _summarise(part, table[table[:, -1] == number], options.stage)
+    np.save(folder / "rows.npy", table)
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=1, allow_nan=False), encoding="utf-8"
+    )
 
 
 def load_stream(
@@ -515,30 +497,16 @@ def load_stream(
         )
     found = [find_source(text, stage) for text in sources]
     options = Options(stage, prefer, max_length, max_prompt, held_out)
-    key = json.dumps(
-        [FORMAT, chat.fingerprint, options, [(source.text, source.identity) for source in found]]
-    )
-    root = cache_root(cache_dir)
-    folder = root / hashlib.sha256(key.encode()).hexdigest()[:32]
+    identity = [FORMAT, chat.fingerprint, options, [(s.text, s.identity) for s in found]]
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
-            with open(f"{folder}.lock", "w") as lock:
-                fcntl.flock(
-                    lock, fcntl.LOCK_EX
-                )  # if its holder is killed, the system lets go of it
-                if not folder.exists():
-                    _build(folder, found, chat, options)
+        folder = kept_folder(
+            cache_root(cache_dir), identity, lambda new: _build(new, found, chat, options)
+        )
     except OSError as error:
         raise ValueError(
             f"the token cache must be writable, got {error}; name another: train.py --cache, or BFPO_CACHE"
         ) from error
-    try:
-        return _open_cache(folder, mixed)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"the token cache {folder} is damaged ({error}); delete it and run again"
-        ) from error
+    return _open_cache(folder, mixed)
 
 
 # --- report ---------------------------------------------------------------------------------------

@@ -17,9 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import io
-import json
 import math
 import operator
 import os
@@ -236,6 +234,7 @@ EQUAL_PACKS_NATS = {"cpu": 1e-3, "cuda": 0.03}
 OTHER_PACKS_NATS = {"float32": 1e-3, "bfloat16": 0.06}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REFERENCE_VERSION = 1  # of kept log-probabilities: count up when the same rows would give others
+REFERENCE_ROWS = 4096  # kept at a time: a minute or two of a 7B model on a GPU
 # What fills a GPU; a larger pack makes a CPU hardly faster, and holds more.
 PACK_TOKENS = {"cpu": 1536, "cuda": 8192}
 # Other trainers' names for settings, and what there is here.
@@ -522,8 +521,11 @@ def reference_logprobs(
     """
 
     numbers = range(len(stream)) if used is None else used
+    computed = 0
 
-    def make(part: range) -> Tensor:
+    def make(part: range) -> list[Any]:
+        nonlocal computed
+        computed += len(part)
         rows = [numbers[i] for i in part]
         logprobs = score(model, stream, world, config.pack_tokens, f"reference, {name}", rows)
         if bad := not_finite(logprobs, name, stream, chat, rows):
@@ -531,15 +533,17 @@ def reference_logprobs(
                 f"the starting weights {config.model} give rows a log-probability that is not "
                 f"finite: {in_words(bad)}; take other weights, or leave these rows out"
             )
-        return logprobs
+        return logprobs.tolist()
 
-    parts = [REFERENCE_VERSION, weights, stream.fingerprint, config.dtype, world.device.type]
+    identity = [REFERENCE_VERSION, weights, stream.fingerprint, config.dtype, world.device.type]
     if used is not None:
-        parts.append(list(used))
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    path = cache_root(config.cache) / "reference" / key
-    shape = (len(numbers), 2)
-    logprobs = storage.cached_rows(path, shape, make, world, f"reference of {name} pairs")
+        identity.append(list(used))
+    store = cache_root(config.cache) / "reference"
+    what = f"reference of {name} pairs"
+    kept = storage.kept_parts(store, identity, len(numbers), REFERENCE_ROWS, make, world, what)
+    read = len(kept) - computed
+    world.say(f"{what}: {read:,} rows read, {computed:,} computed; kept in {store}")
+    logprobs = torch.tensor(kept, dtype=torch.float32)
     if used is None:
         return logprobs
     whole = torch.full((len(stream), 2), math.nan)

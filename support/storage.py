@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import accumulate
@@ -30,7 +30,6 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -43,6 +42,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import (
     compute_local_shape_and_global_offset,
 )  # private; the same on torch 2.11 to 2.13
+from tqdm import tqdm
 
 from support.distributed import World, duration, launched, local_part
 from support.sources import cache_root, local_path, sha256
@@ -51,7 +51,7 @@ MANIFEST = "manifest.json"
 CHECKPOINT_FILE_BYTES = (
     2**28
 )  # of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors
-PART_ROWS = 4096  # of kept log-probabilities, to a file: a minute or two of a 7B model on a GPU
+SUMS = "sha256.json"  # of a kept folder's other files: {name: (bytes, sha256)}
 SHARED_DISK_S = 30.0  # how long a network disk may take to show a node what another one wrote
 
 # --- files ----------------------------------------------------------------------------------------
@@ -116,20 +116,65 @@ def weights_sha256(folder: Path, world: World) -> str:
     return world.same(f"the model {folder}", hashlib.sha256(json.dumps(sums).encode()).hexdigest())
 
 
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A free name beside `path`, for a file or folder that takes its place when the block ends.
+
+    A kill or an error at any moment leaves what was at `path`, or the new one, and no mixture. One
+    process at a time may write to a path.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    earlier = path.with_name(f".{path.name}.earlier")
+    if earlier.exists() and not path.exists():  # a kill came between the two renames
+        earlier.rename(path)
+    discard(aside)
+    discard(earlier)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        if aside.is_file():
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():  # no rename replaces a folder that holds something
+            path.rename(earlier)
+        aside.replace(path)
+    finally:
+        discard(aside)
+    discard(earlier)
+
+
 def set_aside(path: Path, aside: Path) -> None:
     """Rename a folder, at once; what has the name already, left by a kill, goes."""
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(path, aside)
+    discard(aside)
+    path.rename(aside)
+
+
+def lock(path: Path, wait: bool = True) -> IO[str]:
+    """Hold the lock of this name until the file is closed or the process ends.
+
+    BlockingIOError: another process holds it, and this one does not wait.
+    """
+    file = open(path, "w")  # noqa: SIM115  # open for as long as the lock is held
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, flush to disk, rename: the file is whole or absent."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    """A file of text, whole or absent."""
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -176,96 +221,136 @@ def log_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-# --- cached tensors -------------------------------------------------------------------------------
+# --- work kept for later runs ---------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.touch()
-    mode = aside.stat().st_mode  # of any new file; save_file's can be read by nobody else
-    save_file(dict(tensors), aside, metadata=dict(metadata))
-    aside.chmod(mode)
-    os.replace(aside, path)
+def key_of(identity: Any) -> str:
+    """The name under which work is kept: a sum over all that it depends on, as JSON."""
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-def cached_tensor(
-    path: Path, shape: tuple[int, ...], make: Callable[[], Tensor], world: World, what: str
-) -> Tensor:
-    """The tensor of this shape that `path` keeps, on the CPU of every rank; else make() of all
-    ranks together, kept from now on.
+def has_all_files(folder: Path) -> bool:
+    """Whether the files that a kept folder's sums name are there, in their sizes."""
+    try:
+        sums = read_object(folder / SUMS)
+        return bool(sums) and all(
+            (folder / name).stat().st_size == size for name, (size, _) in sums.items()
+        )
+    except (ValueError, OSError):
+        return False
 
-    make gives the same contiguous tensor on every rank. A damaged file is named and made again, and
-    so is one whose values are not all finite, which an earlier version kept. Of runs that make it
-    at the same time the first to end is kept and used by all: on another number of processes it
-    differs in rounding, and a run that is started again must find the bits it began with.
+
+def kept_folder(root: Path, identity: Any, make: Callable[[Path], None]) -> Path:
+    """The folder under `root` that keeps what make(an empty folder) writes for this identity.
+
+    Of any number of processes that call at once one makes it, and the others wait. Later calls
+    compare its files' sizes alone, as reading many gigabytes takes long. A damaged folder is named
+    and made again.
     """
+    folder = root / key_of(identity)
+    if has_all_files(folder):
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(folder.with_suffix(".lock")):
+        if has_all_files(folder):
+            return folder
+        if folder.exists():
+            print(f"{folder} is damaged; making it again", file=sys.stderr, flush=True)
+        with whole(folder) as aside:
+            aside.mkdir()
+            make(aside)
+            sums = {file.name: (file.stat().st_size, sha256(file)) for file in aside.iterdir()}
+            write_json(aside / SUMS, sums)
+    return folder
 
-    def sha256_of(values: Tensor) -> str:
-        return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
-    def read() -> Tensor | None:
-        if not path.exists():
-            return None
-        if not os.access(path, os.R_OK):
-            raise ValueError(
-                f"{path} is somebody else's, and cannot be read; change its mode, or pass another --cache"
-            )
-        with (
-            contextlib.suppress(SafetensorError, KeyError, TypeError, OSError),
-            safe_open(path, "pt") as file,
-        ):
-            found: Tensor = file.get_tensor("values")
-            whole = found.shape == shape and sha256_of(found) == file.metadata()["sha256"]
-            if whole and found.isfinite().all():
-                return found
-        world.say(f"{what}: {path} is damaged; computing it again")
-        path.unlink(missing_ok=True)
+def sum_of_rows(rows: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_part(path: Path, what: str) -> list[Any] | None:
+    """The rows that a part keeps; None if there is none, or a damaged one, which is named."""
+    if not path.exists():
         return None
-
-    def begin() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        open(path.with_suffix(".lock"), "a").close()
-
-    def keep() -> Tensor:
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (found := read()) is not None:
-                return found
-            write_tensors(path, {"values": made}, {"sha256": sha256_of(made)})
-        return made
-
-    if (found := world.from_main(read)) is not None:
-        world.say(f"{what}: read from {path}")
-        return found
-    world.from_main(begin)  # what cannot be written is said before the work
-    made = make()
-    made = world.from_main(keep)
-    world.say(f"{what}: computed, kept in {path}")
-    return made
+    with contextlib.suppress(ValueError):
+        part = read_json(path, "sha256", "rows")
+        if part["sha256"] == sum_of_rows(part["rows"]):
+            return list(part["rows"])
+    print(f"{what}: {path} is damaged; computing it again", flush=True)
+    path.unlink()
+    return None
 
 
-def cached_rows(
-    path: Path, shape: tuple[int, int], make: Callable[[range], Tensor], world: World, what: str
-) -> Tensor:
-    """cached_tensor of make(rows), by parts of PART_ROWS rows in files of their own, `path` and a
-    number: a kill loses one part.
+def keep_part(path: Path, rows: list[Any], what: str) -> list[Any]:
+    """Keep rows as a part; returns them, or what another run has kept there meanwhile."""
+    with lock(path.parent / ".lock"):
+        others = read_part(path, what)
+        if others is not None:
+            return others
+        rows = json.loads(json.dumps(rows, allow_nan=False))  # as a later run reads them
+        write_text(path, json.dumps({"sha256": sum_of_rows(rows), "rows": rows}) + "\n")
+    return rows
+
+
+def kept_parts(
+    store: Path,
+    identity: Any,
+    count: int,
+    size: int,
+    make: Callable[[range], list[Any]],
+    world: World,
+    what: str,
+) -> list[Any]:
+    """Rows 0 to count - 1 of what `identity` stands for, JSON values, the same on every rank: those
+    that are kept in `store`, and the others.
+
+    make(numbers) computes the others, at most `size` rows at a time, by all ranks together. Each
+    time they become a part, a file that is whole or absent: a kill loses one. Of runs that compute
+    a part at the same time the first to end is kept and used by all. On other processes rows differ
+    in rounding, and a run that is started again must find those it began with.
     """
-    parts = [
-        range(start, min(start + PART_ROWS, shape[0])) for start in range(0, shape[0], PART_ROWS)
-    ]
-    return torch.cat(
-        [
-            cached_tensor(
-                Path(f"{path}-{part.start}.safetensors"),
-                (len(part), shape[1]),
-                functools.partial(make, part),
-                world,
-                f"{what}, {part.start:,} to {part.stop:,} of {shape[0]:,}",
-            )
-            for part in parts
-        ]
-    )
+    key = key_of(identity)
+    rows: list[Any] = []
+
+    def find() -> list[Any] | None:
+        found = read_part(part, what)
+        if found is None:  # what cannot be written is said before the work
+            store.mkdir(parents=True, exist_ok=True)
+            open(store / ".lock", "a").close()
+        return found
+
+    with tqdm(
+        total=count, desc=what, unit="row", disable=not world.is_main or count <= size, leave=False
+    ) as progress:
+        while len(rows) < count:
+            part = store / f"{key}-{len(rows)}.json"
+            new = world.from_main(find)
+            if new is None:
+                made = make(range(len(rows), min(len(rows) + size, count)))
+                new = world.from_main(functools.partial(keep_part, part, made, what))
+            rows += new
+            progress.update(len(new))
+    return rows
+
+
+def kept_rows(
+    path: Path,
+    identity: Mapping[str, Any],
+    count: int,
+    size: int,
+    make: Callable[[range], list[dict[str, Any]]],
+    world: World,
+    what: str,
+) -> list[dict[str, Any]]:
+    """kept_parts of objects, which are written to `path` too, as JSON lines for people to read.
+
+    The parts lie beside it, in `.kept`.
+    """
+    store = path.parent / ".kept"
+    identity = {**identity, "file": path.name}
+    rows = kept_parts(store, identity, count, size, make, world, what)
+    world.from_main(lambda: write_lines(path, rows))
+    return rows
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -397,80 +482,6 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], world: World) -> i
         world.say(f"checkpoint {path} is damaged; trying the one before it")
         world.from_main(functools.partial(set_aside, path, path.with_name(f".{path.name}")))
     return 0
-
-
-# --- rows that take long to compute ---------------------------------------------------------------
-
-
-def kept_rows(
-    path: Path,
-    identity: Mapping[str, Any],
-    count: int,
-    chunk: int,
-    compute: Callable[[range], list[dict[str, Any]]],
-    world: World,
-    what: str,
-) -> list[dict[str, Any]]:
-    """Rows 0 to count - 1 of a JSONL file, in order, the same on every rank: those that are there,
-    and the others.
-
-    The others are computed `chunk` at a time, by every rank at once, and appended as they come: a
-    kill loses one chunk. The first line is `identity`, all that the rows depend on. ValueError
-    names the entries that another run had otherwise.
-    """
-    from tqdm import tqdm
-
-    def begin() -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        stored = path.read_bytes().splitlines() if path.exists() else []
-        for number, line in enumerate(stored, 1):
-            try:
-                lines.append(read_line(line))
-            except (ValueError, RecursionError):
-                if number < len(stored):  # no kill did that
-                    raise ValueError(
-                        f"{path}:{number} is damaged, and {len(stored) - number} lines follow; mend it, or delete the file"
-                    ) from None
-        plain = json.loads(json.dumps(identity))
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError(
-                f"{path} must hold an object in each line; mend it, or delete the file"
-            )
-        if lines and lines[0] != plain:
-            changed = sorted(
-                key for key in plain.keys() | lines[0].keys() if lines[0].get(key) != plain.get(key)
-            )
-            raise ValueError(
-                f"{path} was made with another {', '.join(changed)}; delete that file alone, or pass another --out"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(as_lines(lines or [plain]), encoding="utf-8")
-        os.replace(aside, path)
-        return lines[1:]
-
-    def append(new: Sequence[Mapping[str, Any]]) -> None:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(as_lines(new))
-            file.flush()
-            os.fsync(file.fileno())
-
-    rows = world.from_main(begin)
-    with tqdm(
-        total=count,
-        initial=len(rows),
-        desc=what,
-        unit="row",
-        disable=not world.is_main,
-        mininterval=2.0,
-        leave=False,
-    ) as progress:
-        while len(rows) < count:
-            new = compute(range(len(rows), min(len(rows) + chunk, count)))
-            world.from_main(functools.partial(append, new))
-            rows += new
-            progress.update(len(new))
-    return rows
 
 
 # --- the run folder -------------------------------------------------------------------------------

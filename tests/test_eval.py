@@ -119,27 +119,25 @@ def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Pat
     run = start(flags(place, tmp_path / "killed", *tasks))
     answers = tmp_path / "killed" / "policy" / "strongreject.jsonl"
     deadline = time.monotonic() + 300
-    while not (
-        answers.exists() and len(answers.read_bytes().splitlines()) > 64
-    ):  # the first 64 answers of 110 are on disk
+    parts: list[Path] = []  # the first 64 answers of 110 are on disk
+    while not parts:
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+        parts = list(answers.parent.glob(".kept/*-0.json"))
     run.send_signal(signal.SIGKILL)
     run.communicate()
-    before = answers.read_text()
-    assert len(before.splitlines()) < 111 and not (tmp_path / "killed" / "report.json").exists()
-    answers.write_text(before[: before.rindex("\n") - 5])  # as if the kill had come amid a write
+    before = parts[0].read_bytes()
+    kept = json.loads(before)["rows"]
+    assert len(kept) == 64 and not (tmp_path / "killed" / "report.json").exists()
 
     again = start(flags(place, tmp_path / "killed", *tasks), processes=2)
     table, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     evaluation.main(flags(place, tmp_path / "whole", *tasks))
     assert lines(answers) == lines(tmp_path / "whole" / "policy" / "strongreject.jsonl")
-    assert answers.read_text().startswith(
-        before[: before.rindex("\n", 0, -1)]
-    )  # what was there is as it was
+    assert lines(answers)[:64] == kept and parts[0].read_bytes() == before  # not computed again
     mine, theirs = (
-        lines(tmp_path / name / "policy" / "ethics_cm.jsonl")[1:] for name in ("killed", "whole")
+        lines(tmp_path / name / "policy" / "ethics_cm.jsonl") for name in ("killed", "whole")
     )
     np.testing.assert_allclose(
         [row["logprobs"] for row in mine], [row["logprobs"] for row in theirs], rtol=0, atol=1e-4
@@ -191,8 +189,8 @@ def test_report_of_a_model_and_its_reference(
     folder = tmp_path / "out" / "policy"
 
     rows, verdicts = (
-        lines(folder / "ethics_cm.jsonl")[1:],
-        lines(next(folder.glob("strongreject.harmbench*")))[1:],
+        lines(folder / "ethics_cm.jsonl"),
+        lines(next(folder.glob("strongreject.harmbench*"))),
     )
     acc = [row["logprobs"].index(max(row["logprobs"])) == row["right"][0] for row in rows]
     assert (found["tasks"]["ethics_cm"]["n"], found["tasks"]["ethics_cm"]["score"]) == (
@@ -208,7 +206,7 @@ def test_report_of_a_model_and_its_reference(
     assert found["tasks"]["strongreject"]["others"]["mean_harm"]["score"] == pytest.approx(
         np.mean([v["harm"] for v in verdicts])
     )
-    rows = lines(tmp_path / "out" / "reference" / "ethics_cm.jsonl")[1:]
+    rows = lines(tmp_path / "out" / "reference" / "ethics_cm.jsonl")
     theirs = [row["logprobs"].index(max(row["logprobs"])) == row["right"][0] for row in rows]
     assert found["tasks"]["ethics_cm"]["difference"]["score"] == pytest.approx(
         np.mean(acc) - np.mean(theirs)
@@ -333,7 +331,7 @@ def test_answers_stop_at_every_end_token(
             "cpu",
         ]
         evaluation.main([*command, "--tasks", "xstest", "--protocol", "modern"])
-        row, _ = lines(out / "policy" / "xstest.jsonl")[1:]
+        row, _ = lines(out / "policy" / "xstest.jsonl")
         shares.append(
             json.loads((out / "report.json").read_text())["at_token_limit"]["xstest"]["policy"]
         )
@@ -369,7 +367,7 @@ def test_answers_wait_for_a_judge(
     assert list(json.loads((tmp_path / "out" / "report.json").read_text())["tasks"]) == [
         "ethics_cm"
     ]
-    assert len(lines(tmp_path / "out" / "policy" / "xstest.jsonl")) == 4
+    assert len(lines(tmp_path / "out" / "policy" / "xstest.jsonl")) == 3
 
 
 def test_reports_side_by_side(
@@ -805,8 +803,8 @@ def test_bad_input_is_one_line_before_any_model_is_read(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Claim: a row without its field, missing rows, judges of the wrong kind, a model without room,
-    a folder of something else and a run with other settings or rows each end with code 1 and one
-    line, before weights are read. Oracle: the messages; no from_pretrained.
+    a folder of something else and a run with other settings each end with code 1 and one line,
+    before weights are read. Oracle: the messages; no from_pretrained.
     """
     evaluation.main(flags(place, tmp_path / "done", "--tasks", "ethics_cm"))
     capsys.readouterr()
@@ -816,9 +814,6 @@ def test_bad_input_is_one_line_before_any_model_is_read(
     (tmp_path / "bad.csv").write_text("input,label\nfine,0\n,1\n")
     (tmp_path / "short.jsonl").write_text(
         '{"input": "x", "label": 1}\n{"inputs": "x", "label": 1}\n'
-    )
-    (tmp_path / "other.jsonl").write_text(
-        '{"input": "x", "label": 1}\n{"input": "y", "label": 1}\n'
     )
     (tmp_path / "refusals.jsonl").write_text('{"prompt": "p", "answer": "a", "refusal": true}\n')
     (tmp_path / "long.jsonl").write_text(
@@ -919,12 +914,6 @@ def test_bad_input_is_one_line_before_any_model_is_read(
             str(tmp_path / "done"),
             "--bos",
         ): r"other settings \(bos was False, now True\)",
-        (
-            "--tasks",
-            f"ethics_cm={tmp_path / 'other.jsonl'}",
-            "--out",
-            str(tmp_path / "done"),
-        ): "was made with another rows; delete that",
         ("--compare", str(tmp_path / "foreign")): r"report.json",
         (
             "--compare",
