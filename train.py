@@ -1232,7 +1232,7 @@ def run_toy(config: Config, world: World) -> dict[str, Any]:
     """
     from toy import recipe
 
-    folder = RunFolder(Path(config.out), world)
+    folder = RunFolder(Path(config.out), world, stages=("sft", "bfpo", "dpo", "ipo"))
     settings = dataclasses.asdict(config)
     check_toy(config, recipe.PAIRS)
     result = folder.check(settings, FREE, config.fresh, (config.chat_template,))

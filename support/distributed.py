@@ -113,7 +113,7 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def same(self, what: str, value: Result) -> Result:
+    def same(self, what: str, value: Result, remedy: str = "copy it there") -> Result:
         """The value, if every rank has the same: nodes may have disks of their own.
 
         ValueError names a rank that has another.
@@ -124,7 +124,8 @@ class World:
             for rank, other in enumerate(values):
                 if other != values[0]:
                     raise ValueError(
-                        f"{what} must be the same on every node, but rank {rank} reads another than rank 0; copy it there"
+                        f"{what} must be the same on every node, but rank {rank} reads another "
+                        f"than rank 0; {remedy}"
                     )
 
         self.from_main(compare)

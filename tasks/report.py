@@ -270,7 +270,7 @@ def compare(folders: Sequence[str], out: str | None) -> str:
         raise ValueError(f"--compare takes folders of reports, got {other[0]}")
     keys = ("tasks", "averages", "setup", "win_rates")
     reports = {
-        folder: storage.read_json(Path(folder) / "report.json", *keys, remedy=remedy)
+        folder: storage.read_object(Path(folder) / "report.json", *keys, remedy=remedy)
         for folder in folders
     }
     names = dict.fromkeys(

@@ -16,7 +16,6 @@ what is finished is not done again.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -37,7 +36,7 @@ import torch
 import train
 from bfpo import label, population_reward
 from support import distributed, plots
-from support.storage import read_json, surroundings, write_json, write_text
+from support.storage import lock, read_object, surroundings, write_json, write_text
 from toy import files as toy_files
 from toy import language, recipe
 from toy.files import HELD
@@ -154,7 +153,7 @@ class Job:
     def record(self) -> dict[str, Any] | None:
         """What `work` left, if it was for these settings."""
         found = (
-            read_json(self.scores, "settings", "helpful", "harmless", "transcript")
+            read_object(self.scores, "settings", "helpful", "harmless", "transcript")
             if self.scores.exists()
             else None
         )
@@ -175,15 +174,12 @@ def locked(work: Path) -> IO[str]:
     ValueError when another command has it.
     """
     work.mkdir(parents=True, exist_ok=True)
-    lock = open(work / ".lock", "w")  # noqa: SIM115  # the system lets go of it with the last process
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(work / ".lock", wait=False)
     except BlockingIOError:
-        lock.close()
         raise ValueError(
             f"{work} is in use by another command, or by what one left running; wait for it, or pass another --work"
         ) from None
-    return lock
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Records:
@@ -454,7 +450,7 @@ def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         raise ValueError(
             f"{options.record} is not there; run `python synthetic.py search` and pass its search.json with --record"
         )
-    found: dict[str, dict[str, float]] = read_json(options.record, "picks")["picks"]
+    found: dict[str, dict[str, float]] = read_object(options.record, "picks")["picks"]
     if lacking := [
         name
         for name in MODELS

@@ -3,12 +3,11 @@ helpfulness pairs, held-out requests.
 """
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from support.storage import whole
 from toy.language import BENIGN_KINDS, FORBIDDEN_KINDS, Request, answer, requests, tokenizer_json
 
 PAIRS = 4000  # of each of the two kinds
@@ -89,20 +88,6 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
     }
     benign, forbidden = benign[2 * HELD :], forbidden[2 * HELD :]
 
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "tokenizer").mkdir(parents=True)
-    (aside / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
-    config = {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (aside / "tokenizer" / "tokenizer_config.json").write_text(
-        json.dumps(config, indent=2), encoding="utf-8"
-    )
-
     def write(
         path: str, row: Callable[[Request, random.Random], dict[str, object]], source: list[Request]
     ) -> None:
@@ -113,24 +98,36 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
     def noisy_row(request: Request, rng: random.Random) -> dict[str, object]:
         return safety_row(request, rng, (noise.random() < flipped, noise.random() < flipped))
 
-    test_benign, test_forbidden = held["test"]
-    write(
-        "ultrachat/train.jsonl",
-        sft_row,
-        rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000),
-    )
-    write("ultrachat/test.jsonl", sft_row, test_benign[:100] + test_forbidden[:100])
-    write("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=PAIRS))
-    write("pku/test.jsonl", safety_row, test_forbidden)
-    write("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=PAIRS))
-    write("ultrafeedback/test.jsonl", helpfulness_row, test_benign)
-    for split, halves in held.items():
-        write(
-            f"requests/{split}.jsonl",
-            lambda r, _: {"task": r.task, "thing": r.thing, "prompt": r.text},
-            [*halves[0], *halves[1]],
+    with whole(folder) as aside:
+        (aside / "tokenizer").mkdir(parents=True)
+        (aside / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+        config = {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        (aside / "tokenizer" / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2), encoding="utf-8"
         )
-    os.rename(aside, folder)
+
+        test_benign, test_forbidden = held["test"]
+        write(
+            "ultrachat/train.jsonl",
+            sft_row,
+            rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000),
+        )
+        write("ultrachat/test.jsonl", sft_row, test_benign[:100] + test_forbidden[:100])
+        write("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=PAIRS))
+        write("pku/test.jsonl", safety_row, test_forbidden)
+        write("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=PAIRS))
+        write("ultrafeedback/test.jsonl", helpfulness_row, test_benign)
+        for split, halves in held.items():
+            write(
+                f"requests/{split}.jsonl",
+                lambda r, _: {"task": r.task, "thing": r.thing, "prompt": r.text},
+                [*halves[0], *halves[1]],
+            )
     return folder
 
 
