@@ -4,6 +4,7 @@ counts made by hand.
 
 import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -312,6 +313,99 @@ def test_mistral_stream_is_truncated_as_the_paper(mistral_tokenizer, tmp_path):
         )
     (part,) = stream.report["sources"]
     assert (part["prompts_cut"], part["answers_cut"]) == (2, 2)
+
+
+def recorded_rows() -> dict[str, list[dict[str, Any]]]:
+    """Rows of every schema by source, some cut, empty, identical or with doubtful scores."""
+    words = ["tree", "naïve", "漢字", "</s>", "<|user|>\n", "😀", "\t", "  two", "2024", "it's"]
+
+    def text(seed: int, most: int) -> str:
+        draws = hashlib.sha256(str(seed).encode()).digest()
+        return " ".join(words[byte % len(words)] for byte in (draws * 20)[: seed * 7 % most])
+
+    plain = [
+        own(i, prompt=f"question {i} {text(i, 90)}", chosen=text(i + 1, 60), rejected=text(i, 80))
+        for i in range(80)
+    ]
+    plain[7] |= {"rejected": plain[7]["chosen"]}
+    pairs = [
+        pku(f"{text(i, 40)} {i}", (i % 2 == 0, i % 3 == 0), i % 2, (i + 1) // 2 % 2)
+        for i in range(60)
+    ]
+    scored = []
+    for i in range(40):
+        turns = talk(f"{i} {text(i, 50)}", "a", text(i, 30) + "?")
+        answers = {"chosen": f"yes {text(i, 90)}", "rejected": f"no {text(i + 3, 70)}"}
+        row: dict[str, Any] = {"score_chosen": i % 5, "score_rejected": 2.0 if i % 7 else None}
+        for name, answer in answers.items():
+            row[name] = [*turns, {"role": "assistant", "content": answer}]
+        scored.append(row)
+    conversations = [
+        {"messages": talk(f"{i}", text(i, 60) + "!", text(i, 9) + "?", text(i + 5, 99) + ".")}
+        for i in range(30)
+    ]
+    return {"plain": plain, "pku": pairs, "scored": scored, "messages": conversations}
+
+
+RECORDED_COUNTS = (
+    *("rows", "empty", "identical", "scores_missing", "scores_tied", "scores_inverted"),
+    *("prompts_cut", "answers_cut", "training_rows", "held_out_rows"),
+)
+# From the first version of these arrays. Other sums need another data.FORMAT.
+RECORDED = {
+    "pairs": "8b96da7811a6df9b f3e8476e27853c6e",
+    "pairs, counts": "d416e24dc65f5b50",
+    "pairs, steps": "395328006cf7dfa2",
+    "safe": "e673e044eabdbdd9 66f05079aac65e41",
+    "safe, counts": "b3a1644980d843bb",
+    "safe, steps": "259b4d60eb3e2130",
+    "helpfulness": "91730914a33d21ee 138ff0ef4573110d",
+    "helpfulness, counts": "e572624b87e87867",
+    "helpfulness, steps": "b1e0872e3981e2bf",
+    "sft": "64a398e103859ea0 461dc9b735d04607",
+    "sft, counts": "8bef8eb951fb2425",
+    "sft, steps": "ffa1e31ba3819723",
+}
+
+
+def recorded_sums(stream: data.Stream) -> str:
+    """A short sum of a stream's ids, lengths and labels."""
+    parts = [np.concatenate(stream.tree(i)).tolist() for i in range(len(stream))]
+    labels = np.stack([stream.chosen_safe, stream.rejected_safe]).astype(int).tolist()
+    content = json.dumps([parts, stream.lengths.tolist(), labels])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def test_ids_batches_and_packs_are_those_recorded(mistral_tokenizer, tmp_path):
+    """Claim: the same rows give the ids, lengths, labels, batches and packs that they gave before.
+    Oracle: sums recorded from the first version of this file.
+    """
+    mistral = Chat(mistral_tokenizer)
+    rows = recorded_rows()
+    paths = {name: str(write(tmp_path / f"{name}.jsonl", part)) for name, part in rows.items()}
+    write(tmp_path / "split" / "train.jsonl", rows["plain"][:50])
+    write(tmp_path / "split" / "test.jsonl", rows["plain"][50:])
+    lengths = {"max_length": 250, "max_prompt": 80}
+    several = [paths["plain"], f"{paths['pku']}[:80%]", str(tmp_path / "split")]
+    calls: dict[str, Any] = {
+        "pairs": (several, lengths),
+        "safe": ([paths["pku"]], {"prefer": "safe", "held_out": 0.3}),
+        "helpfulness": ([paths["scored"]], lengths),
+        "sft": ([paths["messages"], paths["pku"]], {"stage": "sft", "max_length": 250}),
+    }
+    sums = {}
+    for name, (sources, options) in calls.items():
+        train, held = load_stream(sources, mistral, **options)
+        sums[name] = f"{recorded_sums(train)} {recorded_sums(held)}"
+        counts = [[part[key] for key in RECORDED_COUNTS] for part in train.report["sources"]]
+        sums[f"{name}, counts"] = hashlib.sha256(str(counts).encode()).hexdigest()[:16]
+        tokens = train.lengths.sum(1)
+        dealt = []
+        for step in range(5):
+            batch = batch_indices(len(train), 16, 42, step, name)
+            dealt.append([batch.tolist(), deal(tokens[batch].tolist(), 3, 400)])
+        sums[f"{name}, steps"] = hashlib.sha256(str(dealt).encode()).hexdigest()[:16]
+    assert sums == RECORDED
 
 
 # ------------------------------------------------------------------------------------------------ sources and files
