@@ -1,11 +1,12 @@
-"""Rows to streams of token ids, batches and packs, with nothing guessed.
+"""From anybody's rows to packs: schema, pair, token ids, truncation, batches, packs, scores.
 
-A row of a file (support/sources.py) -> Pair(prompt, chosen, rejected, chosen_safe, rejected_safe) -> chat
-text -> token ids (support/chat.py) -> a tree in a Stream -> a place in a Pack (model.py). chosen is y_w,
-the more helpful answer; the labels are I_safe.
+A row of a file (support/sources.py) -> Pair(prompt, chosen, rejected, chosen_safe, rejected_safe)
+-> chat text and token ids (support/chat.py) -> a tree in a Stream -> a place in a Pack (model.py).
+chosen is y_w, the more helpful answer. The labels are I_safe.
 
-    python data.py FILE --model DIR          what training would see of these pairs: labels, targets, lengths, what is
-    python data.py FILE --model DIR --sft    dropped or cut, and a decoded example; FILE may be any source
+    python data.py FILE --model DIR                 what training would see of these safety pairs
+    python data.py FILE --model DIR --helpfulness   of pairs without labels, all safe
+    python data.py FILE --model DIR --sft           of conversations
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import argparse
 import bisect
 import hashlib
 import heapq
-import json
 import math
 import reprlib
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import accumulate, chain, islice, pairwise
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,27 +35,21 @@ from bfpo import QUADRANTS, label
 from model import Mistral, Pack, find_model
 from support.chat import Chat, Ids, Message, truncate
 from support.distributed import World
-from support.sources import Source, cache_root, checked, find_source, source_rows, text_of
-from support.storage import kept_folder, read_object
+from support.sources import Row, Source, boolean, cache_root, checked, find_source, text
+from support.storage import kept_folder, read_object, write_json
 
-FORMAT = 9  # of the token cache: count up when the same rows would give other arrays or counts
+FORMAT = 10  # of kept arrays: count up when the same rows would give other arrays or counts
 CHUNK_ROWS = 512  # tokenised at a time: about 50 MB of encodings, twice
 GENERATION_BATCH = 64  # prompts answered at a time
 HELD_OUT_ROWS = 1000  # of a source's test split, at most
+HASHES = 2**64  # values of question_hash
+SHOWN_PROBLEMS = 10  # malformed rows that an error names
 
 # --- schemas --------------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    prompt: list[Message]
-    chosen: str
-    rejected: str
-    chosen_safe: bool
-    rejected_safe: bool
-
-
 class Schema(NamedTuple):
-    """Names of columns. Without labels, the answers are whole conversations and both safe."""
+    """Names of columns. Without labels both answers count as safe."""
 
     mark: str  # the column that gives the schema away
     answers: tuple[str, ...]
@@ -62,10 +57,9 @@ class Schema(NamedTuple):
     better: str = ""  # id of the more helpful answer; without it, the first one
     safer: str = ""
     first_id: int = 0  # the ids count the answers from here
-    scores: tuple[str, ...] = ()  # of chosen and rejected; they order nothing, and are counted
 
 
-SCHEMAS = {
+SCHEMAS = {  # the first whose mark is among a row's columns
     "messages": Schema("messages", ("messages",)),  # SFT alone: ultrachat_200k
     "PKU-SafeRLHF": Schema(
         "response_0",
@@ -82,490 +76,425 @@ SCHEMAS = {
         first_id=1,
     ),
     "bfpo": Schema("chosen_safe", ("chosen", "rejected"), ("chosen_safe", "rejected_safe")),
-    "ultrafeedback_binarized": Schema(
-        "score_chosen", ("chosen", "rejected"), scores=("score_chosen", "score_rejected")
-    ),
+    "TRL": Schema("chosen", ("chosen", "rejected")),  # and ultrafeedback_binarized
 }
 
 
-def find_schema(columns: Sequence[str], stage: str) -> str:
+def _known(name: str) -> str:
+    """A schema in words: the column that marks it, and all its columns."""
+    schema = SCHEMAS[name]
+    columns = [*schema.answers, *schema.labels, schema.better, schema.safer]
+    return f"{name}, marked by {schema.mark}: prompt, {', '.join(filter(None, columns))}"
+
+
+def find_schema(columns: Iterable[str], stage: str, labelled: bool = False) -> str:
     """The schema with these columns.
 
-    SFT takes whole conversations, or the safer answer of pairs.
+    SFT takes whole conversations, or the safer answer of pairs. labelled: rows that do not say
+    which answers are safe are refused.
     """
-    known = {
-        name: schema for name, schema in SCHEMAS.items() if stage == "sft" or name != "messages"
-    }
-    for name, schema in known.items():
-        if schema.mark in columns:
-            return name
-    hint = " (conversations: pass them as --sft)" if "messages" in columns else ""
-    wanted = []
-    for name, schema in known.items():
-        names = (
-            "prompt",
-            *schema.answers,
-            *schema.labels,
-            schema.better,
-            schema.safer,
-            *schema.scores,
-        )
-        wanted.append(f"{name}: {', '.join(filter(None, names))}")
-    raise ValueError(
-        f"columns must be those of a known schema{hint}, got {', '.join(columns)[:200]}; known: {'; '.join(wanted)}"
-    )
-
-
-def _messages(row: dict[str, Any], name: str) -> list[Message]:
-    turns = checked(
-        row,
-        name,
-        lambda value: (
-            isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
-        ),
-        "a list of {role, content}",
-    )
-    roles = ("system", "user", "assistant")
-    return [
-        {
-            "role": checked(
-                turn, "role", lambda value: value in roles, "system, user or assistant"
-            ),
-            "content": text_of(turn, "content"),
-        }
-        for turn in turns
-    ]
-
-
-def read_pair(row: dict[str, Any], schema: Schema, prefer: str) -> Pair:
-    """prefer says which answer is chosen. helpful: the better one. safe: the safe one if just one
-    is safe, else the better one. safer (SFT): as safe, but of two with one label the safer one,
-    where the schema says which it is.
-    """
-    if not schema.labels:
-        chosen, rejected = (_messages(row, name) for name in schema.answers)
-        roles = [chosen[-1]["role"], rejected[-1]["role"]]
-        if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or roles != ["assistant", "assistant"]:
+    names = [name for name in SCHEMAS if stage == "sft" or name != "messages"]
+    for name in names:
+        if SCHEMAS[name].mark not in columns:
+            continue
+        if labelled and not SCHEMAS[name].labels:
             raise ValueError(
-                "chosen and rejected must be one conversation with two last answers of the assistant"
+                "the row does not say which answers are safe; add the columns chosen_safe and "
+                "rejected_safe, or pass the source as --helpfulness, where both answers count as "
+                "safe"
             )
-        prompt = chosen[:-1]
-    elif isinstance(row.get("prompt"), list):
-        prompt = _messages(row, "prompt")
-    else:
-        prompt = [{"role": "user", "content": text_of(row, "prompt")}]
+        return name
+    hint = " (conversations: pass them as --sft)" if "messages" in columns else ""
+    raise ValueError(
+        f"columns must be those of a known schema{hint}, got {', '.join(columns)[:200]}; known: "
+        + "; ".join(map(_known, names))
+    )
+
+
+# --- a row's pair ---------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    chosen_safe: bool
+    rejected_safe: bool
+
+
+def read_messages(row: Row, name: str) -> list[Message]:
+    """A column's conversation, of which role and content are kept."""
+
+    def is_list(value: Any) -> bool:
+        return bool(
+            isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+        )
+
+    roles = ("system", "user", "assistant")
+    messages = []
+    for turn in checked(row, name, is_list, "a list of {role, content}"):
+        role = checked(turn, "role", lambda value: value in roles, "system, user or assistant")
+        messages.append({"role": role, "content": text(turn, "content")})
+    return messages
+
+
+def read_prompt(row: Row) -> list[Message]:
+    """The prompt, which is a question's text or a conversation."""
+    if isinstance(row.get("prompt"), list):
+        return read_messages(row, "prompt")
+    return [{"role": "user", "content": text(row, "prompt")}]
+
+
+def read_answers(row: Row, schema: Schema) -> tuple[list[Message], list[str]]:
+    """(prompt, both answers), in the order of their columns.
+
+    Answers are texts, or conversations that end with the answer. Such conversations may hold the
+    prompt, as in ultrafeedback_binarized; then they hold all of it.
+    """
+    if not isinstance(row.get(schema.answers[0]), list):
+        return read_prompt(row), [text(row, name) for name in schema.answers]
+    first, second = (read_messages(row, name) for name in schema.answers)
+    roles = [first[-1]["role"], second[-1]["role"]]
+    if first[:-1] != second[:-1] or roles != ["assistant", "assistant"]:
+        raise ValueError(
+            f"{' and '.join(schema.answers)} must be one conversation with two last answers of "
+            "the assistant"
+        )
+    return first[:-1] or read_prompt(row), [first[-1]["content"], second[-1]["content"]]
+
+
+def read_number(row: Row, name: str, schema: Schema) -> int:
+    """Which answer a column of ids names, 0 or 1; 0 without such a column."""
+    if not name:
+        return 0
+    ids = [schema.first_id, schema.first_id + 1]
+
+    def is_id(value: Any) -> bool:
+        return type(value) is int and value in ids
+
+    return ids.index(checked(row, name, is_id, f"{ids[0]} or {ids[1]}"))
+
+
+def chosen_number(row: Row, schema: Schema, safe: Sequence[bool], prefer: str) -> int:
+    """Which answer is chosen, 0 or 1, as `prefer` says.
+
+    helpful: the better one. safe: the safe one if just one is safe, else the better one. safer
+    (SFT): as safe, but of two with one label the safer one, where the schema says which it is.
+    """
+    better = read_number(row, schema.better, schema)
+    safer = read_number(row, schema.safer, schema)
+    if prefer == "helpful":
+        return better
+    if safe[0] != safe[1]:  # labels that differ decide, whatever safer_response_id says
+        return safe.index(True)
+    return safer if prefer == "safer" and schema.safer else better
+
+
+def read_pair(row: Row, schema: Schema, prefer: str) -> Pair:
+    """The pair of a row. prefer: helpful, safe or safer, as in chosen_number."""
+    prompt, answers = read_answers(row, schema)
     if prompt[-1]["role"] != "user":
         raise ValueError(f"the prompt must end with a user's turn, got {prompt[-1]['role']}")
-    if not schema.labels:
-        return Pair(prompt, chosen[-1]["content"], rejected[-1]["content"], True, True)
-    answers = [text_of(row, name) for name in schema.answers]
-    safe = [
-        bool(
-            checked(
-                row, name, lambda value: isinstance(value, int) and value in (0, 1), "true or false"
-            )
-        )
-        for name in schema.labels
-    ]
-    ids = [schema.first_id, schema.first_id + 1]
-    better, safer = (
-        ids.index(
-            checked(
-                row,
-                name,
-                lambda value: type(value) is int and value in ids,
-                f"{ids[0]} or {ids[1]}",
-            )
-        )
-        if name
-        else None
-        for name in (schema.better, schema.safer)
-    )
-    first = safer if prefer == "safer" and safer is not None else better or 0
-    if (
-        prefer != "helpful" and safe[0] != safe[1]
-    ):  # labels that differ say it, whatever safer_response_id does
-        first = safe.index(True)
-    return Pair(prompt, answers[first], answers[1 - first], safe[first], safe[1 - first])
+    safe = [boolean(row, name) for name in schema.labels] or [True, True]
+    chosen = chosen_number(row, schema, safe, prefer)
+    rejected = 1 - chosen
+    return Pair(prompt, answers[chosen], answers[rejected], safe[chosen], safe[rejected])
 
 
-def doubt(row: dict[str, Any], schema: Schema) -> str:
-    """Why a row's scores do not say that chosen is better: missing, tied or inverted, or "" if they
-    do.
-    """
-    scores: list[Any] = [row.get(name) for name in schema.scores]
-    if not all(isinstance(score, int | float) and abs(score) < math.inf for score in scores):
-        return "missing"
-    if not scores or scores[0] > scores[1]:
-        return ""
-    return "tied" if scores[0] == scores[1] else "inverted"
-
-
-# --- streams of token ids -------------------------------------------------------------------------
-
-COUNTS = (
-    "rows",
-    "malformed",
-    "empty",
-    "identical",
-    "scores_missing",
-    "scores_tied",
-    "scores_inverted",
-    "prompts_cut",
-    "answers_cut",
-)
+# --- token ids ------------------------------------------------------------------------------------
 
 
 class Options(NamedTuple):
-    stage: str
-    prefer: str
-    max_length: int
-    max_prompt: int
-    held_out: float
+    """What a stream's arrays depend on, beside the rows and the chat format."""
+
+    stage: str = "pairs"  # or sft
+    prefer: str = "helpful"  # or safe, as in chosen_number
+    max_length: int = 1024  # in tokens, with BOS and EOS
+    max_prompt: int = 512
+    held_out: float = 0.02  # share of all questions
+    labelled: bool = False  # whether the rows must say which answers are safe
 
 
 class Item(NamedTuple):
+    """A row before its texts are tokenised."""
+
     texts: tuple[str, ...]  # for Chat.pair_ids or Chat.conversation_ids
-    safe: tuple[bool, bool]
-    held_out: bool
-    doubt: str
+    chosen_safe: bool
+    rejected_safe: bool
+    question: int  # its hash
+    held_out: bool = False
 
 
-class Stream:
-    """Token ids of a data set's training or held-out rows, in a memory-mapped array. tree(i) is one
-    item of Pack.build: [prompt, chosen, rejected], for SFT [BOS, the rest]. lengths [n, 3] (SFT [n,
-    2]) in tokens; chosen_safe, rejected_safe bool [n]; report: what describe prints; fingerprint:
-    of all that the arrays depend on.
-    """
-
-    def __init__(self, folder: Path, held_out: bool, report: dict[str, Any]) -> None:
-        rows = np.load(folder / "rows.npy")
-        mine = rows[:, -2] == held_out
-        self.tokens = np.memmap(folder / "tokens", report["token_type"], "r")
-        self.ends = np.cumsum(rows[:, :-4].sum(axis=1, dtype=np.int64))[mine]
-        self.lengths, self.chosen_safe, self.rejected_safe = (
-            rows[mine, :-4],
-            rows[mine, -4] != 0,
-            rows[mine, -3] != 0,
-        )
-        self.report, self.fingerprint = (
-            report,
-            f"{folder.name}.{'held_out' if held_out else 'train'}",
-        )
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def tree(self, i: int) -> list[Ids]:
-        flat = self.tokens[self.ends[i] - self.lengths[i].sum() : self.ends[i]].astype(np.int64)
-        return np.split(flat, np.cumsum(self.lengths[i][:-1]))
+def hashed(content: str, size: int) -> int:
+    """The first `size` bytes of a text's sha256, as a number."""
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:size])
 
 
-def _open_cache(folder: Path, mixed: bool) -> tuple[Stream, Stream]:
-    report = read_object(folder / "report.json")
-    report["cache"] = {
-        "folder": str(folder),
-        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
-    }
-    for part in report["sources"]:
-        one = [
-            quadrant
-            for quadrant, pairs in part["quadrants"].items()
-            if mixed and pairs == part["training_rows"]
-        ]
-        part["warning"] = (
-            f"every pair of {part['source']} is {one[0]}; mixed labels are expected here"
-            if one
-            else ""
-        )
-    return Stream(folder, False, report), Stream(folder, True, report)
+def question_hash(question: str) -> int:
+    """Where a question stands in [0, HASHES): what decides whether it is held out."""
+    return hashed(question, 8)
 
 
-def _summarise(part: dict[str, Any], table: Ids, stage: str) -> None:
-    """Adds to a source's report what its kept rows say, [n, parts + 4] as in rows.npy."""
-    train = table[table[:, -2] == 0]
-    if not len(train):
-        raise ValueError(
-            f"{part['source']} must have rows to train on, got {part['rows']} rows, of which {part['empty']} empty,"
-            f" {part['identical']} with identical answers and {len(table)} held out"
-        )
-    lengths, unsafe = train[:, :-4], 1 - train[:, -4:-2]
-    columns = [*(lengths.T if stage == "pairs" else ()), lengths.sum(1)]
-    part |= {"training_rows": len(train), "held_out_rows": len(table) - len(train)}
-    part["quadrants"] = dict(
-        zip(QUADRANTS, np.bincount(unsafe @ (2, 1), minlength=4).tolist(), strict=True)
-    )
-    part["tokens"] = {
-        name: {f"p{q}": int(np.percentile(column, q)) for q in (0, 10, 50, 90, 99, 100)}
-        for name, column in zip(
-            ("prompt", "chosen", "rejected", "total")[-len(columns) :], columns, strict=True
-        )
-    }
-
-
-def _item(
-    row: dict[str, Any], chat: Chat, options: Options, part: dict[str, Any], share: float
-) -> Item | None:
-    """None if there is nothing to learn from the row; share: of all questions, held out."""
-    pairs, safe = options.stage == "pairs", (True, True)
-    schema = SCHEMAS[part["schema"]]
-    if part["schema"] == "messages":
-        messages = _messages(row, "messages")
+def make_item(row: Row, schema: Schema, chat: Chat, options: Options) -> Item | None:
+    """What to tokenise of a row; None if there is nothing to learn from it, as a text is empty."""
+    safe = (True, True)
+    if schema.mark == "messages":
+        messages = read_messages(row, "messages")
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if not answers:
             raise ValueError("messages must have an assistant's turn")
     else:
         pair = read_pair(row, schema, options.prefer)
-        messages, safe = [*pair.prompt, {"role": "assistant", "content": pair.chosen}], pair[3:]
-        answers = [pair.chosen, pair.rejected][: 1 + pairs]
+        messages = [*pair.prompt, {"role": "assistant", "content": pair.chosen}]
+        answers = [pair.chosen]
+        if options.stage == "pairs":
+            answers.append(pair.rejected)
+        safe = (pair.chosen_safe, pair.rejected_safe)
     asked = [message["content"] for message in messages if message["role"] == "user"]
-    if not all(text.strip() for text in (*asked, *answers)):
-        part["empty"] += 1
+    if not all(content.strip() for content in (*asked, *answers)):
         return None
-    texts = chat.pair_texts(messages[:-1], *answers) if pairs else chat.conversation_text(messages)
-    held_out = (
-        int.from_bytes(hashlib.sha256("".join(asked[:1]).encode()).digest()[:8]) < share * 2**64
-    )
-    return Item(texts, safe, held_out, doubt(row, schema))
+    if options.stage == "pairs":
+        texts = chat.pair_texts(messages[:-1], *answers)
+    else:
+        texts = chat.conversation_text(messages)
+    question = question_hash(asked[0] if asked else "")
+    return Item(texts, *safe, question)
 
 
-def _items(
+def tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:
+    """Each item with its ids, not truncated: [prompt, chosen, rejected], for SFT [BOS, the rest].
+
+    A chunk is tokenised in a thread while this one prepares the next. The tokenizer, which uses
+    every core, lets Python run beside it.
+    """
+    encode = chat.pair_ids if stage == "pairs" else chat.conversation_ids
+    under_way: deque[tuple[list[Item], Future[list[list[Ids]]]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        while chunk := list(islice(items, CHUNK_ROWS)):
+            under_way.append((chunk, thread.submit(encode, [item.texts for item in chunk])))
+            if len(under_way) == 2:
+                earlier, ids = under_way.popleft()
+                yield from zip(earlier, ids.result(), strict=True)
+        for last, ids in under_way:
+            yield from zip(last, ids.result(), strict=True)
+
+
+# --- kept arrays ----------------------------------------------------------------------------------
+
+COUNTS = ("rows", "empty", "identical", "prompts_cut", "answers_cut")
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+
+
+def row_type(stage: str) -> np.dtype[Any]:
+    """What is kept of a row beside its tokens: the lengths of its tree's parts, in tokens; labels;
+    the number of its source; its question's hash.
+    """
+    lengths = ("lengths", np.int32, (3 if stage == "pairs" else 2,))
+    flags = [(name, np.bool_) for name in ("chosen_safe", "rejected_safe", "held_out")]
+    return np.dtype([lengths, *flags, ("source", np.int32), ("question", np.uint64)])
+
+
+class Stream:
+    """Token ids of a data set's training or held-out rows, in a memory-mapped array.
+
+    tree(i) is one item of Pack.build: [prompt, chosen, rejected], for SFT [BOS, the rest]. lengths
+    [n, 3] (SFT [n, 2]) in tokens; chosen_safe, rejected_safe bool [n]; questions: their hashes [n].
+    report: what describe prints. fingerprint: of all that the arrays depend on.
+    """
+
+    def __init__(self, folder: Path, held_out: bool, report: dict[str, Any]) -> None:
+        every = np.load(folder / "rows.npy")
+        is_mine = every["held_out"] == held_out
+        rows = every[is_mine]
+        self.tokens = np.memmap(folder / "tokens", report["token_type"], "r")
+        self.ends = np.cumsum(every["lengths"].sum(axis=1, dtype=np.int64))[is_mine]
+        self.lengths = rows["lengths"]
+        self.chosen_safe = rows["chosen_safe"]
+        self.rejected_safe = rows["rejected_safe"]
+        self.questions = rows["question"]
+        self.report = report
+        self.fingerprint = f"{folder.name}.{'held_out' if held_out else 'train'}"
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tree(self, i: int) -> list[Ids]:
+        start = self.ends[i] - self.lengths[i].sum()
+        ids = self.tokens[start : self.ends[i]].astype(np.int64)
+        return np.split(ids, np.cumsum(self.lengths[i][:-1]))
+
+
+def read_items(
     source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]
 ) -> Iterator[Item]:
     """The rows worth tokenising.
 
-    What is left out is counted in part; the first malformed rows go to problems.
+    Held out are the first HELD_OUT_ROWS of a source's test split, or where it has none, the
+    questions whose hash is low. What is left out is counted in part. Malformed rows go to problems;
+    after the first there are no more items.
     """
-    total, rows = source_rows(source, HELD_OUT_ROWS if options.held_out else 0)
-    seconds = 0.1 if sys.stderr.isatty() else 10.0  # between lines
-    for place, row, test in tqdm(
-        rows,
-        f"tokenising {source.text}",
-        total,
-        unit=" rows",
-        mininterval=seconds,
-        delay=seconds,
-        leave=False,
-    ):
+    count, rows = source.rows()
+    tests = source.test_rows(HELD_OUT_ROWS) if options.held_out else []
+    shown = partial(tqdm, total=count + len(tests), unit=" rows", leave=False)
+    seconds = 0.1 if sys.stderr.isatty() else 10.0  # between two lines of progress
+    every = shown(chain(rows, tests), f"tokenising {source.text}", delay=seconds)
+    every.mininterval = seconds
+    for number, (place, row) in enumerate(every):
         part["rows"] += 1
         try:
-            if not isinstance(row, dict):
-                raise (
-                    row
-                    if isinstance(row, ValueError)
-                    else ValueError(f"a row must be an object, got {reprlib.repr(row)}")
-                )
-            part["schema"] = part["schema"] or find_schema(list(row), options.stage)
-            item = _item(
-                row,
-                chat,
-                options,
-                part,
-                share=1 if test else 0 if source.test else options.held_out,
-            )
+            if isinstance(row, ValueError):
+                raise row
+            if not part["schema"]:
+                part["schema"] = find_schema(row, options.stage, options.labelled)
+            item = make_item(row, SCHEMAS[part["schema"]], chat, options)
         except ValueError as error:
-            part["malformed"] += 1
-            problems += [f"{place}: {error}"] if len(problems) < 10 else []
+            problems.append(f"{place}: {error}")
             if not part["schema"] and isinstance(row, dict):
-                break  # unknown columns: the other rows would only say the same
-        else:
-            if item and not problems:
-                yield item
+                return  # unknown columns: the other rows would only say the same
+            continue
+        if item is None:
+            part["empty"] += 1
+        elif not problems:
+            is_low = item.question < options.held_out * HASHES
+            yield item._replace(held_out=number >= count if source.test else is_low)
 
 
-def _tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:
-    """Each item with its ids, not truncated. A chunk is tokenised in a thread while this one
-    prepares the next: the tokenizer, which uses every core, lets Python run beside it.
-    """
-    tokenise = chat.pair_ids if stage == "pairs" else chat.conversation_ids
-    chunks = iter(lambda: list(islice(items, CHUNK_ROWS)), [])
-    with ThreadPoolExecutor(1) as thread:
-        jobs = (
-            (chunk, thread.submit(tokenise, [item.texts for item in chunk]))
-            for chunk in chain(chunks, [[]])
+def quadrant_counts(rows: Any) -> dict[str, int]:
+    """How many rows, an array of row_type, are in each safety quadrant."""
+    quadrant = 2 * (~rows["chosen_safe"]).astype(int) + (~rows["rejected_safe"]).astype(int)
+    return dict(zip(QUADRANTS, np.bincount(quadrant, minlength=4).tolist(), strict=True))
+
+
+def summarise(part: dict[str, Any], rows: Any, stage: str) -> None:
+    """Add to a source's report what its kept rows say, an array of row_type."""
+    train = rows[~rows["held_out"]]
+    held = rows[rows["held_out"]]
+    if not len(train):
+        raise ValueError(
+            f"{part['source']} must have rows to train on, got {part['rows']} rows, of which "
+            f"{part['empty']} empty, {part['identical']} with identical answers, {len(held)} held out"
         )
-        for (chunk, job), _ in pairwise(
-            jobs
-        ):  # the next chunk is submitted before this one is waited for
-            yield from zip(chunk, job.result(), strict=True)
+    part |= {"training_rows": len(train), "held_out_rows": len(held), "tokens": {}}
+    part |= {"quadrants": quadrant_counts(train), "held_out_quadrants": quadrant_counts(held)}
+    columns = {"total": train["lengths"].sum(1)}
+    if stage == "pairs":
+        names = ("prompt", "chosen", "rejected")
+        columns = dict(zip(names, train["lengths"].T, strict=True)) | columns
+    for name, column in columns.items():
+        values = np.percentile(column, PERCENTILES).astype(int).tolist()
+        part["tokens"][name] = {f"p{q}": v for q, v in zip(PERCENTILES, values, strict=True)}
 
 
-def _example(chat: Chat, tree: Sequence[Ids], most: int = 600) -> str:
-    """A decoded tree, scored tokens between [[ and ]], without the middle of long parts."""
-
-    def short(text: str) -> str:
-        return (
-            text
-            if len(text) <= most
-            else f"{text[: most // 2]} [... {len(text) - most} ...] {text[-most // 2 :]}"
-        )
-
+def example_of(chat: Chat, tree: Sequence[Ids]) -> list[str]:
+    """A decoded tree, a line for each part, scored tokens between [[ and ]]."""
+    short = reprlib.Repr()
+    short.maxstring = 400
     prompt = chat.decode(tree[0], skip_special_tokens=False)
-    answers = [
-        chat.decode([*tree[0], *response], skip_special_tokens=False)[len(prompt) :]
-        for response in tree[1:]
-    ]
-    return short(prompt) + "\n".join(f"[[{short(answer)}]]" for answer in answers)
+    lines = [short.repr(prompt)]
+    for response in tree[1:]:
+        whole = chat.decode([*tree[0], *response], skip_special_tokens=False)
+        lines.append(short.repr(f"[[{whole[len(prompt) :]}]]"))
+    return lines
 
 
-def _build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options) -> None:
-    """Fills a new cache folder with tokens, rows.npy and report.json."""
+def read_trees(
+    source: Source, chat: Chat, options: Options, part: dict[str, Any], problems: list[str]
+) -> Iterator[tuple[list[Ids], Item]]:
+    """(tree, item) of each row that is kept; part and problems as of read_items.
+
+    Part also counts the pairs whose answers are identical once cut, which are left out, and what
+    the training rows lost to truncation.
+    """
+    items = read_items(source, chat, options, part, problems)
+    for item, whole in tokenise(items, chat, options.stage):
+        tree = truncate(whole, options.max_length, options.max_prompt)
+        if options.stage == "pairs" and np.array_equal(tree[1], tree[2]):
+            part["identical"] += 1  # their margin is 0 whatever is learnt
+            continue
+        if not item.held_out:
+            cut = [len(a) < len(b) for a, b in zip(tree, whole, strict=True)]
+            part["prompts_cut"] += cut[0]
+            part["answers_cut"] += sum(cut[1:])
+        yield tree, item
+
+
+def build(folder: Path, sources: Sequence[Source], chat: Chat, options: Options) -> None:
+    """Fill a new folder: tokens, rows.npy (of row_type) and report.json.
+
+    ValueError: malformed rows, the first of them and their number, or no row to train on.
+    """
+    token_type = "uint16" if chat.vocabulary <= 2**16 else "int32"
+    parts: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     problems: list[str] = []
-    report: dict[str, Any] = {
-        "stage": options.stage,
-        "sources": [],
-        "example": "",
-        "token_type": "uint16" if chat.vocabulary <= 2**16 else "int32",
-    }
-    rows: list[
-        list[int]
-    ] = []  # tokens of each part, chosen_safe, rejected_safe, held out, number of the source
+    example: list[str] = []
     with open(folder / "tokens", "wb") as tokens:
         for number, source in enumerate(sources):
-            part: dict[str, Any] = {
-                "source": source.text,
-                "schema": "",
-                **dict.fromkeys(COUNTS, 0),
-            }
-            report["sources"].append(part)
-            for item, whole in _tokenise(
-                _items(source, chat, options, part, problems), chat, options.stage
-            ):
-                tree = truncate(whole, options.max_length, options.max_prompt)
-                if options.stage == "pairs" and np.array_equal(
-                    tree[1], tree[2]
-                ):  # a margin of 0 whatever is learnt
-                    part["identical"] += 1
-                    continue
-                tokens.write(np.concatenate(tree).astype(report["token_type"]).tobytes())
-                rows.append([*map(len, tree), *item.safe, item.held_out, number])
-                if not item.held_out:
-                    cut = [len(a) < len(b) for a, b in zip(tree, whole, strict=True)]
-                    part["prompts_cut"] += cut[0]
-                    part["answers_cut"] += sum(cut[1:])
-                    if item.doubt:
-                        part[f"scores_{item.doubt}"] += 1
-                    report["example"] = report["example"] or _example(chat, tree)
+            part: dict[str, Any] = {"source": source.text, "schema": "", **dict.fromkeys(COUNTS, 0)}
+            parts.append(part)
+            for tree, item in read_trees(source, chat, options, part, problems):
+                tokens.write(np.concatenate(tree).astype(token_type).tobytes())
+                lengths = tuple(map(len, tree))
+                flags = (item.chosen_safe, item.rejected_safe, item.held_out)
+                rows.append((lengths, *flags, number, item.question))
+                if not (example or item.held_out):
+                    example = example_of(chat, tree)
     if problems:
-        raise ValueError(
-            "\n".join(
-                [
-                    f"malformed rows: {sum(p['malformed'] for p in report['sources'])}; the first ones:",
-                    *problems,
-                ]
-            )
-        )
-    table = np.array(rows, dtype=np.int32).reshape(-1, 7 if options.stage == "pairs" else 6)
-    for number, part in enumerate(report["sources"]):
-        _summarise(part, table[table[:, -1] == number], options.stage)
+        head = f"malformed rows: {len(problems)}; the first ones:"
+        raise ValueError("\n".join([head, *problems[:SHOWN_PROBLEMS]]))
+    table = np.array(rows, dtype=row_type(options.stage))
+    for number, part in enumerate(parts):
+        summarise(part, table[table["source"] == number], options.stage)
     np.save(folder / "rows.npy", table)
-    (folder / "report.json").write_text(
-        json.dumps(report, indent=1, allow_nan=False), encoding="utf-8"
-    )
+    report = {"sources": parts, "example": example, "token_type": token_type, **options._asdict()}
+    write_json(folder / "report.json", report)
 
 
 def load_stream(
-    sources: Sequence[str],
-    chat: Chat,
-    *,
-    stage: str = "pairs",
-    prefer: str = "helpful",
-    max_length: int = 1024,
-    max_prompt: int = 512,
-    held_out: float = 0.02,
-    mixed: bool = False,
-    cache_dir: str | Path | None = None,
+    sources: Sequence[str], chat: Chat, *, cache_dir: str | Path | None = None, **settings: Any
 ) -> tuple[Stream, Stream]:
     """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
 
-    stage "pairs" or "sft"; prefer "helpful" or "safe", as in read_pair; lengths in tokens, with BOS
-    and EOS. Held-out rows: the first HELD_OUT_ROWS of a source's test split; where it has none, the
-    questions whose hash falls in the first held_out of all hashes, so that none of such sources is
-    on both sides; held_out=0: none. mixed: warn of a source whose pairs all fall in one safety
-    quadrant. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of processes may call
-    at once: one builds, the others wait, however long it takes. ValueError: wrong arguments, or
-    rows that break their schema: the first ten with file:line, and their number.
+    settings: those of Options. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of
+    processes may call at once. ValueError: settings out of range, or rows that break their schema:
+    the first ten with file:line, and their number.
     """
-    known = stage in ("pairs", "sft") and prefer in ("helpful", "safe")
-    if stage == "sft":
-        prefer, max_prompt = "safer", 1  # the prompt is BOS
-    if not (sources and known and 1 <= max_prompt < max_length and 0 <= held_out < 1):
+    options = Options(**settings)
+    if options.stage == "sft":  # the prompt is BOS
+        options = options._replace(prefer="safer", max_prompt=1)
+    if not 1 <= options.max_prompt < options.max_length:
         raise ValueError(
-            "sources must be one or more, stage pairs or sft, prefer helpful or safe, max_prompt in [1, max_length),"
-            f" held_out in [0, 1), got {list(sources)}, {stage}, {prefer}, {max_prompt} with max_length {max_length},"
-            f" {held_out}"
+            f"max_prompt must be in [1, max_length), got {options.max_prompt} with max_length "
+            f"{options.max_length}"
         )
-    found = [find_source(text, stage) for text in sources]
-    options = Options(stage, prefer, max_length, max_prompt, held_out)
+    if not 0 <= options.held_out < 1:
+        raise ValueError(f"held_out must be in [0, 1), got {options.held_out}")
+    found = [find_source(source, options.stage) for source in sources]
     identity = [FORMAT, chat.fingerprint, options, [(s.text, s.identity) for s in found]]
+
+    def fill(folder: Path) -> None:
+        build(folder, found, chat, options)
+
     try:
-        folder = kept_folder(
-            cache_root(cache_dir), identity, lambda new: _build(new, found, chat, options)
-        )
+        folder = kept_folder(cache_root(cache_dir), identity, fill)
     except OSError as error:
         raise ValueError(
-            f"the token cache must be writable, got {error}; name another: train.py --cache, or BFPO_CACHE"
+            f"the token cache must be writable, got {error}; name another: train.py --cache, or "
+            "BFPO_CACHE"
         ) from error
-    return _open_cache(folder, mixed)
+    report = read_object(folder / "report.json")
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    report["cache"] = {"folder": str(folder), "bytes": size}
+    return Stream(folder, False, report), Stream(folder, True, report)
 
 
-# --- report ---------------------------------------------------------------------------------------
-
-
-def _scores(part: dict[str, Any]) -> str:
-    return (
-        f"  scores of chosen and rejected: {part['scores_missing']} rows without both, {part['scores_tied']} tied,"
-        f" {part['scores_inverted']} with the lower one for chosen"
-    )
-
-
-def describe(report: dict[str, Any]) -> str:
-    """A stream's report, as text."""
-    lines = []
-    for part in report["sources"]:
-        shares = ", ".join(
-            f"{name} {n} ({n / part['training_rows']:.1%})" for name, n in part["quadrants"].items()
-        )
-        lines += [
-            f"{part['source']}: {part['schema']}, {part['rows']} rows read, {part['training_rows']} to train on,"
-            f" {part['held_out_rows']} held out",
-            f"  dropped: {part['empty']} empty, {part['identical']} with identical answers;"
-            f" cut to length: {part['prompts_cut']} prompts, {part['answers_cut']} answers",
-            *([f"  {shares}"] if report["stage"] == "pairs" else []),
-            *([_scores(part)] if SCHEMAS[part["schema"]].scores else []),
-            *(
-                f"{name:>10} tokens  "
-                + "  ".join(f"{q} {value:5d}" for q, value in quantiles.items())
-                for name, quantiles in part["tokens"].items()
-            ),
-        ]
-    lines += [
-        "first row, scored tokens between [[ and ]]:",
-        *(f"  | {line}" for line in report["example"].split("\n")),
-    ]
-    lines.append(
-        f"token cache: {report['cache']['folder']}, {report['cache']['bytes'] / 2**20:.1f} MiB; delete it at will, or"
-        " move it and name its new folder: train.py --cache, or BFPO_CACHE"
-    )
-    lines += [f"WARNING: {part['warning']}" for part in report["sources"] if part["warning"]]
-    for part in report["sources"]:
-        if part["scores_inverted"]:
-            lines.append(
-                f"WARNING: in {part['scores_inverted']} rows of {part['source']} chosen has the lower score;"
-                " they are used as they are; correct the scores, or swap the answers"
-            )
-    return "\n".join(lines)
-
-
-# --- batches and packs ----------------------------------------------------------------------------
+# --- the batch of step n --------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, name: str, epoch: int) -> Ids:
-    key = hashlib.sha256(f"{seed} {name} {epoch}".encode()).digest()
-    draws = np.random.Philox(key=int.from_bytes(key[:16])).random_raw(
-        size
-    )  # raw draws: the same in every numpy
+    key = hashed(f"{seed} {name} {epoch}", 16)
+    draws = np.random.Philox(key=key).random_raw(size)  # raw draws: the same in every numpy
     return np.argsort(draws, kind="stable")
 
 
@@ -582,6 +511,8 @@ def batch_indices(size: int, batch: int, seed: int, step: int, name: str) -> Ids
         [_permutation(size, seed, name, place // size)[place % size] for place in places]
     )
 
+
+# --- packs dealt to ranks -------------------------------------------------------------------------
 
 # In a tree's forward attention takes 4 x layers x width x T^2 / 2 FLOPs, the linear layers 2 x
 # parameters x T. At Mistral-7B's shapes (32 layers, width 4096, 6.98e9 parameters in the body) both
@@ -603,9 +534,8 @@ def deal(tokens: Sequence[int], world_size: int, budget: int) -> list[list[list[
     if world_size < 1 or budget < 1:
         raise ValueError(f"world_size and budget must be >= 1, got {world_size} and {budget}")
     ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
-    rooms: list[list[tuple[int, int]]] = [
-        [] for _ in range(world_size)
-    ]  # (tokens left, pack), sorted
+    # Of each rank (tokens left, pack), sorted.
+    rooms: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
     loads = [(0.0, rank) for rank in range(world_size)]
     for item in sorted(range(len(tokens)), key=lambda item: (-tokens[item], item)):
         load, rank = heapq.heappop(loads)
@@ -620,13 +550,20 @@ def deal(tokens: Sequence[int], world_size: int, budget: int) -> list[list[list[
     return ranks
 
 
-def unevenness(tokens: Sequence[int], ranks: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Of what deal returned: the costliest rank's cost over the cheapest one's, minus 1."""
-    costs = [sum(cost(tokens[item]) for pack in packs for item in pack) for packs in ranks]
-    return max(costs) / min(costs) - 1 if min(costs) else float("inf")
+def my_packs(lengths: Sequence[int], world: World, budget: int) -> list[list[int]]:
+    """This rank's share of the items as packs of item numbers, of at most `budget` tokens, the cost
+    shared out evenly.
+
+    Every rank gets as many packs, empty ones at the end, because every forward takes part in the
+    others' collectives.
+    """
+    dealt = deal(lengths, world.size, budget)
+    own = dealt[world.rank]
+    most = max(map(len, dealt))
+    return own + [[] for _ in range(most - len(own))]
 
 
-# --- rows of all streams ----------------------------------------------------------------------
+# --- rows of all streams --------------------------------------------------------------------------
 
 
 def safety_labels(stream: Stream) -> tuple[Tensor, Tensor]:
@@ -638,8 +575,8 @@ def title_of(name: str, stream: Stream, i: int, chat: Chat) -> str:
     """What a message calls row i of a stream: the stream's name, the number, and how the row begins
     and ends.
     """
-    text = chat.decode([token for part in stream.tree(i)[:2] for token in part])
-    return f"{name} {i} ({reprlib.repr(text)})"
+    prompt, answer, *_ = stream.tree(i)
+    return f"{name} {i} ({reprlib.repr(chat.decode([*prompt, *answer]))})"
 
 
 def not_finite(
@@ -674,41 +611,27 @@ class Rows:
         references: dict[str, Tensor],
         chat: Chat | None = None,
     ) -> None:
-        self.streams, self.names, self.chat = list(streams.values()), list(streams), chat
-        self.starts = [0, *accumulate(len(stream) for stream in self.streams)]
-        self.stream = torch.cat(
-            [torch.full((len(stream),), k) for k, stream in enumerate(self.streams)]
-        )
+        self.streams = list(streams.values())
+        self.names = list(streams)
+        self.chat = chat
+        sizes = [len(stream) for stream in self.streams]
+        self.starts = [0, *accumulate(sizes)]
+        self.stream = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         lengths = torch.cat([torch.tensor(stream.lengths) for stream in self.streams])
-        self.tokens, self.scored = lengths.sum(1), lengths[:, 1:].sum(1)
-        self.chosen_safe, self.rejected_safe = map(
-            torch.cat, zip(*map(safety_labels, self.streams), strict=True)
-        )
+        self.tokens = lengths.sum(1)
+        self.scored = lengths[:, 1:].sum(1)
+        labels = [safety_labels(stream) for stream in self.streams]
+        self.chosen_safe = torch.cat([chosen for chosen, _ in labels])
+        self.rejected_safe = torch.cat([rejected for _, rejected in labels])
         self.reference = torch.cat(list(references.values())) if references else torch.empty(0, 2)
 
     def draw(self, batch: int, seed: int, step: int) -> Tensor:
         """The global batch of a step: `batch` rows of each stream, a pure function of (seed, step)."""
-        drawn = (
-            batch_indices(len(stream), batch, seed, step, name)
-            for stream, name in zip(self.streams, self.names, strict=True)
-        )
-        return torch.cat(
-            [
-                torch.from_numpy(rows) + start
-                for rows, start in zip(drawn, self.starts, strict=False)
-            ]
-        )
-
-    def unevenness(self, batch: int, seed: int, steps: int, ranks: int, pack_tokens: int) -> str:
-        """How evenly steps are dealt to ranks, in words: the mean of the first hundred steps."""
-        dealt = [
-            self.tokens[self.draw(batch, seed, step)].tolist() for step in range(min(steps, 100))
-        ]
-        parts = [unevenness(tokens, deal(tokens, ranks, pack_tokens)) for tokens in dealt]
-        mean = sum(parts) / len(parts)
-        if mean == math.inf:
-            return "in some steps a rank has no rows; pass a larger --batch, or use fewer processes"
-        return f"a step costs its costliest rank {mean:.1%} more than its cheapest, on average"
+        drawn = []
+        for name, stream, start in zip(self.names, self.streams, self.starts, strict=False):
+            rows = batch_indices(len(stream), batch, seed, step, name)
+            drawn.append(torch.from_numpy(rows) + start)
+        return torch.cat(drawn)
 
     def tree(self, i: int) -> list[Ids]:
         """Row i as an item of Pack.build: [prompt, response, ...] in token ids."""
@@ -724,29 +647,17 @@ class Rows:
         """Which rows make a step's loss or gradient not finite, of the items and losses [N] that
         each rank brings.
         """
-        mine = [
-            (loss, self.title(i)) for i, loss in zip(items.tolist(), losses.tolist(), strict=True)
-        ]
-        every = [pair for part in world.gather(mine) for pair in part]
+        own = []
+        for i, loss in zip(items.tolist(), losses.tolist(), strict=True):
+            own.append((loss, self.title(i)))
+        every = list(chain.from_iterable(world.gather(own)))
         if bad := [title for loss, title in every if not math.isfinite(loss)]:
             return f"rows whose loss is not finite: {in_words(bad)}"
-        return "every row's loss is finite; the largest: " + ", ".join(
-            f"{loss:.3g} of {title}" for loss, title in sorted(every)[-3:]
-        )
+        largest = [f"{loss:.3g} of {title}" for loss, title in sorted(every)[-3:]]
+        return f"every row's loss is finite; the largest: {', '.join(largest)}"
 
 
-# --- scoring and generating over ranks ---------------------------------------------------------
-
-
-def my_packs(lengths: Sequence[int], world: World, budget: int) -> list[list[int]]:
-    """This rank's share of the items as packs of item numbers, of at most `budget` tokens, the cost
-    shared out evenly.
-
-    Every rank gets as many packs, empty ones at the end, because every forward takes part in the
-    others' collectives.
-    """
-    dealt = deal(lengths, world.size, budget)
-    return dealt[world.rank] + [[] for _ in range(max(map(len, dealt)) - len(dealt[world.rank]))]
+# --- scoring and generating over ranks ------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -755,31 +666,31 @@ def score(
     stream: Stream,
     world: World,
     budget: int,
-    text: str,
+    title: str,
     rows: Sequence[int] | None = None,
 ) -> Tensor:
     """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n,
     responses], the same on every rank.
     """
-    rows, responses = range(len(stream)) if rows is None else rows, stream.lengths.shape[1] - 1
-    logprobs = torch.zeros(len(rows), responses)
-    packs, found = my_packs(stream.lengths[list(rows)].sum(1).tolist(), world, budget), []
+    numbers = range(len(stream)) if rows is None else rows
+    responses = stream.lengths.shape[1] - 1
+    tokens = stream.lengths[list(numbers)].sum(1).tolist()
+    packs = my_packs(tokens, world, budget)
+    found = []
     for items in tqdm(
-        packs, desc=text, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False
+        packs, title, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False
     ):
-        pack = Pack.build([stream.tree(rows[i]) for i in items]).to(world.device)
-        found.append(
-            model.logprobs(pack).float().reshape(responses, -1).T
-        )  # off the device after the last: none waits for another
-    logprobs[[i for items in packs for i in items]] = torch.cat(found).cpu()
+        pack = Pack.build([stream.tree(numbers[i]) for i in items]).to(world.device)
+        found.append(model.logprobs(pack).float().reshape(responses, -1).T)
+    logprobs = torch.zeros(len(numbers), responses)
+    # Off the device after the last pack: none waits for another.
+    logprobs[list(chain.from_iterable(packs))] = torch.cat(found).cpu()
     logprobs = world.sum(logprobs)
     bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
-    if (
-        bad and budget > 1
-    ):  # a NaN spreads within its pack, masked or not: only a row that gives it alone has it
-        logprobs[bad] = score(
-            model, stream, world, 1, f"{text}, not finite", [rows[i] for i in bad]
-        )
+    if bad and budget > 1:
+        # A NaN spreads within its pack, masked or not. Only a row that gives it alone has it.
+        alone = [numbers[i] for i in bad]
+        logprobs[bad] = score(model, stream, world, 1, f"{title}, not finite", alone)
     return logprobs
 
 
@@ -822,42 +733,116 @@ def generate(
     )
     answers: dict[int, Answer] = {}
     for i, ids in zip(numbers, new, strict=True):
-        text = chat.decode(ids)
-        end = min((text.find(string) for string in stop if string in text), default=len(text))
-        answers[i] = Answer(text[:end], len(ids), len(ids) == max_new_tokens and end == len(text))
-    every = {i: answer for part in world.gather(answers) for i, answer in part.items()}
+        whole = chat.decode(ids)
+        end = min((whole.find(string) for string in stop if string in whole), default=len(whole))
+        at_limit = len(ids) == max_new_tokens and end == len(whole)
+        answers[i] = Answer(whole[:end], len(ids), at_limit)
+    every: dict[int, Answer] = {}
+    for part in world.gather(answers):
+        every |= part
     return [every[i] for i in range(len(prompts))]
+
+
+# --- training prompts, for whoever evaluates ------------------------------------------------------
+
+QUESTIONS = "questions.npy"  # in a run folder, beside its model
+
+
+def trained_questions(model: Path) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Hashes of the questions that a run trained this exported model on, its earlier stages'
+    included. None of a model that no run exported.
+    """
+    path = model.absolute().parent / QUESTIONS
+    return np.load(path) if path.is_file() else np.empty(0, np.uint64)
+
+
+def keep_questions(folder: Path, streams: Mapping[str, Stream], start: Path) -> None:
+    """Write a run folder's trained_questions: its rows' and those of the model it starts from."""
+    every = [stream.questions for stream in streams.values()]
+    np.save(folder / QUESTIONS, np.unique(np.concatenate([trained_questions(start), *every])))
+
+
+def count_trained(model: Path, entries: Iterable[Sequence[str]]) -> int:
+    """How many entries have a text that is one of the model's training questions."""
+    known = set(trained_questions(model).tolist())
+
+    def is_trained(texts: Sequence[str]) -> bool:
+        return any(question_hash(content) in known for content in texts)
+
+    return len(list(filter(is_trained, entries)))
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def describe_source(part: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
+    """A source's part of a report, as lines: what was lost first."""
+    trained = part["training_rows"]
+    lines = [
+        f"{part['source']}: {part['schema']}, {part['rows']} rows read, {trained} to train on, "
+        f"{part['held_out_rows']} held out",
+        f"  dropped: {part['empty']} empty, {part['identical']} with identical answers; "
+        f"cut to length: {part['prompts_cut']} prompts, {part['answers_cut']} answers",
+    ]
+    for name, percentiles in part["tokens"].items():
+        values = "  ".join(f"{q} {value:5d}" for q, value in percentiles.items())
+        lines.append(f"{name:>10} tokens  {values}")
+    if report["stage"] == "sft":
+        return lines
+    pairs = {name: count for name, count in part["quadrants"].items() if count}
+    shares = [f"{name} {count} ({count / trained:.1%})" for name, count in pairs.items()]
+    lines.append(f"  {', '.join(shares)}")
+    if unseen := [name for name in pairs if not part["held_out_quadrants"][name]]:
+        remedy = "a larger --held_out SHARE holds out more"
+        lines.append(f"  no held-out pair is {' or '.join(unseen)}; {remedy}")
+    if report["labelled"] and len(pairs) == 1:
+        lines.append(
+            f"WARNING: every pair of {part['source']} is {next(iter(pairs))}; mixed labels are "
+            "expected here"
+        )
+    return lines
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """A stream's report, as text."""
+    lines = []
+    for part in report["sources"]:
+        lines += describe_source(part, report)
+    lines.append("first row, scored tokens between [[ and ]]:")
+    lines += [f"  | {line}" for line in report["example"]]
+    cache = report["cache"]
+    lines.append(
+        f"token cache: {cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB; delete it at will, or "
+        "move it and name its new folder: train.py --cache, or BFPO_CACHE"
+    )
+    return "\n".join(lines)
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
+def parse() -> argparse.Namespace:
+    """The command's flags. Exits with 2 for wrong usage."""
+    parser = argparse.ArgumentParser(description="What training would see of these rows.")
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="FILE", help="NAME[@REVISION][:SPLIT][[START:STOP]]")
+    add("--model", required=True, help="folder or hub name of the model whose tokenizer is used")
+    add("--sft", action="store_true", help="conversations (of pairs: the safer answers)")
+    add("--helpfulness", action="store_true", help="pairs without labels, all safe")
+    add("--prefer", choices=("helpful", "safe"), default="helpful", help="which answer is chosen")
+    add("--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's")
+    add("--max_length", type=int, help="tokens; default 1024, with --sft 2048")
+    add("--max_prompt", type=int, default=512, help="tokens")
+    add("--held_out", type=float, default=0.02, help="share of prompts, without a test split")
+    flags = parser.parse_args()
+    if flags.max_length is None:
+        flags.max_length = 2048 if flags.sft else 1024
+    return flags
+
+
 def main() -> None:
     """The command. Exits with 2 for wrong usage, with 1 and a line for bad rows."""
-    parser = argparse.ArgumentParser(description="What training would see of these rows.")
-    parser.add_argument(
-        "sources", nargs="+", metavar="FILE", help="NAME[@REVISION][:SPLIT][[START:STOP]]"
-    )
-    parser.add_argument(
-        "--model", required=True, help="folder or hub name of the model whose tokenizer is used"
-    )
-    parser.add_argument(
-        "--sft", action="store_true", help="conversations (of pairs: the safer answers)"
-    )
-    parser.add_argument(
-        "--prefer", choices=("helpful", "safe"), default="helpful", help="which answer is chosen"
-    )
-    parser.add_argument(
-        "--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's"
-    )
-    parser.add_argument("--max_length", type=int, help="tokens; default 1024, with --sft 2048")
-    parser.add_argument("--max_prompt", type=int, default=512, help="tokens")
-    flags = parser.parse_args()
-    max_length = (2048 if flags.sft else 1024) if flags.max_length is None else flags.max_length
-    if not 1 <= (1 if flags.sft else flags.max_prompt) < max_length:
-        parser.error(
-            f"max_prompt must be in [1, max_length), got {flags.max_prompt} with max_length {max_length}"
-        )
+    flags = parse()
     try:
         chat = Chat(find_model(flags.model, weights=False), flags.chat_template)
         stream, _ = load_stream(
@@ -865,27 +850,19 @@ def main() -> None:
             chat,
             stage="sft" if flags.sft else "pairs",
             prefer=flags.prefer,
-            max_length=max_length,
+            max_length=flags.max_length,
             max_prompt=flags.max_prompt,
-            mixed=not flags.sft,
+            held_out=flags.held_out,
+            labelled=not (flags.sft or flags.helpfulness),
         )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    parts = stream.report["sources"]
-    for part in parts:
-        part["warning"] *= bool(
-            SCHEMAS[part["schema"]].labels
-        )  # a schema without labels is one quadrant by its nature
     print("\n".join([*chat.remarks, describe(stream.report)]))
-    safe = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
-    for quadrant, labels, target in zip(
-        QUADRANTS, safe.tolist(), label(*safe.T).tolist(), strict=True
-    ):
-        if not flags.sft:
-            pairs = sum(part["quadrants"][quadrant] for part in parts)
-            print(
-                f"{quadrant:>14}: labels {labels[0]} {labels[1]}, {pairs} pairs, target {target:+.2f}/tau (alpha 1/2, B_1 3)"
-            )
+    if not flags.sft:
+        safe = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
+        targets = zip(QUADRANTS, label(*safe.T).tolist(), strict=True)
+        words = [f"{quadrant} {target:+.2f}" for quadrant, target in targets]
+        print(f"target margins, in 1/tau, at alpha 1/2 and B_1 3: {', '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from bfpo import check_targets, preference_view, quadrant_table
 from data import (
     GENERATION_BATCH,
     SCORED_PACK_TOKENS,
+    count_trained,
     generate,
     in_words,
     load_stream,
@@ -551,6 +552,12 @@ def benchmark(options: argparse.Namespace, world: World) -> dict[str, Any]:
             judge.check(labelled[0])
     if examiner:
         alpaca.check_contests(examiner, [request for _, request in asked[PREFERRED]])
+    for name, entries in asked.items():
+        texts = [(r.prompt, r.behaviour) for _, r in entries if isinstance(r, Request)]
+        if seen := count_trained(find_model(options.model, weights=False), texts):
+            world.say(
+                f"WARNING: {options.model} was trained on {seen} of the {len(texts)} prompts of {name}"
+            )
     policies = {
         who: Policy(name, options.chat_template, world, folder.started)
         for who, name in names.items()

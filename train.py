@@ -56,6 +56,7 @@ from data import (
     deal,
     describe,
     in_words,
+    keep_questions,
     load_stream,
     my_packs,
     not_finite,
@@ -126,6 +127,9 @@ class Config:
         (), "sources of pairs that are all safe (the paper's buffer)"
     )
     sft: tuple[str, ...] = setting((), "sources of conversations, for the objective sft")
+    held_out: float = setting(
+        0.02, "share of the prompts held out, where a source has no test split", least=0, below=1
+    )
     prefer: str = setting(
         "helpful",
         "which answer is chosen: the more helpful (the paper), or the safe one",
@@ -471,8 +475,9 @@ def open_streams(
             stage=stage,
             max_length=config.max_length,
             max_prompt=config.max_prompt,
+            held_out=config.held_out,
             prefer=config.prefer,
-            mixed=name == "safety",
+            labelled=name == "safety",
             cache_dir=config.cache or None,
         )
         world.same(f"the rows of {name}", training[name].fingerprint)
@@ -871,8 +876,6 @@ def optimize(
         moments["step"].fill_(first)
     if first:
         world.say(f"resuming after step {first} of {steps}")
-    if world.size > 1:
-        world.say(rows.unevenness(config.batch, config.seed, steps, world.size, config.pack_tokens))
     if config.objective != "sft":
         world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
     folder.start_log(first, steps, config.log_every)
@@ -1096,7 +1099,7 @@ def say_dry_run(config: Config, folder: RunFolder, steps: int) -> None:
 
 def record(config: Config, made: Prepared, weights: str, folder: RunFolder) -> None:
     """Make the run folder, or go on with the run there: run.json, with sums of what the run reads,
-    and data.json, the streams' reports.
+    data.json, the streams' reports, and hashes of their questions.
     """
     inputs = {"weights": weights}
     inputs |= {name: stream.fingerprint for name, stream in made.streams.items()}
@@ -1104,6 +1107,7 @@ def record(config: Config, made: Prepared, weights: str, folder: RunFolder) -> N
     folder.create(dataclasses.asdict(config), inputs, config.fresh, facts)
     reports = {name: stream.report for name, stream in made.streams.items()}
     folder.world.from_main(partial(storage.write_json, folder.path / "data.json", reports))
+    folder.world.from_main(partial(keep_questions, folder.path, made.streams, made.source))
 
 
 def export(

@@ -1,50 +1,259 @@
-"""Where rows come from: hub data sets, folders and files, with a place in a file for every row that
-cannot be read. Columns, checked.
+"""The one way to read rows, for training and for tasks: files, folders and hub data sets.
 
 A source is NAME[@REVISION][:SPLIT][[START:STOP]], all but the name optional:
-    pairs.jsonl     folder     folder:train[:30000]               a local file or folder (it wins over the hub)
-    PKU-Alignment/PKU-SafeRLHF@ff7ba91:train[:20%]                a data set of the Hugging Face hub
-    HuggingFaceH4/ultrafeedback_binarized:train_prefs[1000:2000]  rows or percentages of the rows in the files
-Files are .jsonl, .json or .parquet, each also .gz or .xz. A file's split is its name without a
-shard number, as in data/train_prefs-00000-of-00002.parquet, of mine-train.jsonl what follows the
-hyphen; the split with "test" for "train" in its name has the held-out rows.
+    pairs.jsonl     folder     folder:train[:30000]     a local file or folder (it wins over the hub)
+    PKU-Alignment/PKU-SafeRLHF@ff7ba91:train[:20%]      a data set of the Hugging Face hub
+    owner/name:train_prefs[1000:2000]                   rows or percentages of the rows in the files
+Files are .jsonl, .json, .parquet, .csv with a header, or .txt with a prompt in each line. JSON
+lines may also be .jsonl.gz or .jsonl.xz. A file's split is its name without a shard number, as in
+data/train_prefs-00000-of-00002.parquet. The split with "test" for "train" in its name has the
+held-out rows. In a folder, .txt files are notes to its reader.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
 import re
 import reprlib
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 FILE = re.compile(
-    r"(?P<stem>.+?)(-(?P<part>\d+)-of-(?P<shards>\d+)(-\w+)?)?\.(?P<kind>parquet|jsonl|json)(?P<packed>\.gz|\.xz)?"
+    r"(?P<stem>.+?)(-(?P<part>\d+)-of-(?P<shards>\d+)(-\w+)?)?"
+    r"\.(?P<kind>parquet|csv|txt|(jsonl|json)(\.gz|\.xz)?)"
 )
+KINDS = ".jsonl, .json (also .gz or .xz), .parquet, .csv or .txt"
+HUB_PATTERNS = ["*.jsonl", "*.json", "*.json*.gz", "*.json*.xz", "*.parquet", "*.csv"]
 BOUND = r"\d\d?%|100%|\d+"
 SOURCE = re.compile(
-    rf"(?P<name>.+?)(:(?P<split>\w+))?(\[(?P<start>{BOUND})?:(?P<stop>{BOUND})?\])?", re.DOTALL
+    r"(?P<name>.+?)(:(?P<split>[\w-]+))?"
+    rf"(\[(?P<start>{BOUND})?:(?P<stop>{BOUND})?\])?",
+    re.DOTALL,
 )
+GRAMMAR = "NAME[@REVISION][:SPLIT][[START:STOP]]"
+USUAL_SPLITS = {  # of a folder with several splits, where the source names none
+    "pairs": ("train", "train_prefs"),
+    "sft": ("train", "train_sft"),
+    "task": ("test",),
+}
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+SURROGATE = re.compile("[\ud800-\udfff]")
+LONGEST_CELL = 2**31 - 1  # of a .csv, in characters
+
+Row = Mapping[str, Any]
+
+# --- columns --------------------------------------------------------------------------------------
+
+
+def checked(row: Row, name: str, valid: Callable[[Any], Any], wanted: str) -> Any:
+    """A column's value. ValueError names the column that is missing or not `wanted`."""
+    if name not in row:
+        raise ValueError(f"{name} is missing; the row has {', '.join(map(str, row))[:200]}")
+    if not valid(row[name]):
+        raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(row[name])}")
+    return row[name]
+
+
+def text(row: Row, *names: str) -> str:
+    """The text of the first of these columns that the row has."""
+
+    def valid(value: Any) -> bool:
+        return isinstance(value, str) and not SURROGATE.search(value)
+
+    name = next((name for name in names if name in row), " or ".join(names))
+    return str(checked(row, name, valid, "text (Unicode without lone surrogates)"))
+
+
+def some_text(row: Row, *names: str) -> str:
+    """As text, of one that is not blank."""
+    value = text(row, *names)
+    if not value.strip():
+        raise ValueError(f"{' or '.join(names)} must hold text, got {value!r}")
+    return value
+
+
+def one_of(row: Row, name: str, *words: str) -> str:
+    """A column's text, which is one of these words, as they are spelled here."""
+    return str(checked(row, name, lambda value: value in words, " or ".join(words)))
+
+
+def texts(row: Row, name: str) -> tuple[str, ...]:
+    """A column's list of texts. ValueError names one that is missing or anything else."""
+
+    def valid(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+    return tuple(checked(row, name, valid, "a list of texts"))
+
+
+def inside(row: Row, name: str) -> Row:
+    """A column's object. ValueError names one that is missing or anything else."""
+    value: Row = checked(row, name, lambda value: isinstance(value, dict), "an object")
+    return value
+
+
+def number(row: Row, name: str, low: float = 0, high: float = 1) -> float:
+    """A number in [low, high]; text will do, as CSV knows no other."""
+
+    def valid(value: Any) -> bool:
+        try:
+            return low <= float(value) <= high
+        except (TypeError, ValueError):
+            return False
+
+    return float(checked(row, name, valid, f"a number from {low} to {high}"))
+
+
+def whole_number(row: Row, name: str, low: int = 0, high: int = 1) -> int:
+    """A number as in `number`, without a fraction."""
+    value = number(row, name, low, high)
+    if value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {row[name]!r}")
+    return int(value)
+
+
+def boolean(row: Row, name: str) -> bool:
+    """True or false, as JSON or a CSV spells it (true, 1)."""
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    value = checked(row, name, lambda value: str(value).lower() in words, "true or false")
+    return words[str(value).lower()]
+
+
+def truth(row: Row, name: str) -> bool | None:
+    """As boolean; None where the column is missing or empty."""
+    return None if row.get(name) in (None, "") else boolean(row, name)
+
+
+# --- rows of a file -------------------------------------------------------------------------------
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of JSON lines, or of a .json file that is one array."""
+    with OPENERS.get(path.suffix, open)(path, "rb") as file:
+        start = file.peek(1)[:1000].removeprefix(codecs.BOM_UTF8).lstrip()
+        if ".json" in path.suffixes and start.startswith(b"["):
+            for number, row in enumerate(json.load(file), 1):
+                yield f"{path}: row {number}", row
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"{path}:{number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield f"{path}:{number}", ValueError(f"must be JSON in UTF-8: {error}")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as table:
+        # Times are of no use here, and Python does not have them all.
+        schema = table.schema_arrow
+        names = [field.name for field in schema if not pyarrow.types.is_temporal(field.type)]
+        for batch in table.iter_batches(256):
+            for row in batch.select(names).to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(LONGEST_CELL)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, strict=True)
+        for row in table:
+            # DictReader puts cells beyond the header's under None, and None into missing ones.
+            if None in row or None in row.values():
+                fault = "a row must have as many cells as the header; quote a text with a comma"
+                yield f"{path}:{table.line_num}", ValueError(fault)
+            else:
+                yield f"{path}:{table.line_num}", row
+
+
+def _prompt_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", {"text": line.strip()}
+
+
+READERS = {"parquet": _parquet_rows, "csv": _csv_rows, "txt": _prompt_rows}
+
+
+def is_table(path: Path) -> bool:
+    """Whether read_rows can read this file, by its name."""
+    return path.is_file() and FILE.fullmatch(path.name) is not None
+
+
+def stem(path: Path) -> str:
+    """A table's name without its ending, and without which part it is of how many."""
+    match = FILE.fullmatch(path.name)
+    return match["stem"] if match else path.stem
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, row) of every row, an object; for one that cannot be read, a ValueError in its
+    place. ValueError: another kind of file, or one that breaks off or is damaged.
+    """
+    if not is_table(path):
+        raise ValueError(f"rows must be in a file {KINDS}, got {path}")
+    match = FILE.fullmatch(path.name)
+    reader = READERS.get(match["kind"] if match else "", _json_rows)
+    place = ""
+    try:
+        for place, row in reader(path):
+            if not isinstance(row, dict | ValueError):
+                row = ValueError(f"a row must be an object, got {reprlib.repr(row)}")
+            yield place, row
+    except Exception as error:  # each kind of file has its own
+        after = f"after {place}" if place else "from its start"
+        raise ValueError(
+            f"{path} must be a whole {path.suffix} file in UTF-8; {after} it cannot be read: {error}"
+        ) from error
+
+
+# --- files of a source ----------------------------------------------------------------------------
+
+
+def file_rows(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    """read_rows of one file after the other."""
+    return chain.from_iterable(map(read_rows, files))
 
 
 class Source(NamedTuple):
     """The files that a source's text stands for."""
 
     text: str  # as the user wrote it
-    training: list[Path]
+    files: list[Path]
     test: list[Path]  # of the test split; empty if there is none
-    bounds: tuple[str | None, str | None]  # of the training rows: numbers or percentages
+    bounds: tuple[str | None, str | None]  # of the rows in `files`: numbers or percentages
     identity: list[str]  # differs whenever the rows may differ
+
+    def rows(self) -> tuple[int, Iterator[tuple[str, Any]]]:
+        """(how many, read_rows) of what the slice keeps. Percentages are of the rows in the files,
+        rounded to the nearest row. ValueError: a damaged file, whose rows cannot be counted.
+        """
+        count = sum(1 for _ in file_rows(self.files))
+        bounds: list[int | None] = []
+        for bound in self.bounds:
+            if bound is not None and bound.endswith("%"):
+                bounds.append(round(count * int(bound[:-1]) / 100))
+            else:
+                bounds.append(None if bound is None else int(bound))
+        kept = range(count)[slice(*bounds)]
+        return len(kept), islice(file_rows(self.files), kept.start, kept.stop)
+
+    def test_rows(self, most: int) -> list[tuple[str, Any]]:
+        """read_rows of the first `most` of the test split."""
+        return list(islice(file_rows(self.test), most))
 
 
 def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "model") -> Path:
@@ -60,8 +269,20 @@ def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "m
                 repository, repo_type=kind, revision=revision or None, allow_patterns=patterns
             )
         )
-    except Exception as error:  # its own errors, its transport's, which version to version is another library, the system's
+    except Exception as error:  # its own errors, and its transport's, which depends on the version
         raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _hub_data(name: str, patterns: list[str]) -> Path:
+    """As snapshot, of the data set NAME[@REVISION]. ValueError says why it cannot be had."""
+    repository, _, revision = name.partition("@")
+    try:
+        return snapshot(repository, revision, patterns, "dataset")
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a local path or a hub data set within reach (name, revision, "
+            f"network, HF_TOKEN); {error}"
+        ) from error
 
 
 def _from_hub(name: str, split: str | None) -> Path:
@@ -70,20 +291,18 @@ def _from_hub(name: str, split: str | None) -> Path:
         raise ValueError(
             f"a source must be an existing file or folder, or a hub data set, got {name}"
         )
-    repository, _, revision = name.partition("@")
-    kinds = [
-        f"*.{kind}{packed}"
-        for kind in ("parquet", "jsonl", "json")
-        for packed in ("", ".gz", ".xz")
-    ]
-    wanted = [f"*{split}*", f"*{split.replace('train', 'test')}*"] if split else kinds
-    try:
-        return snapshot(repository, revision, wanted, "dataset")
-    except OSError as error:
-        raise ValueError(
-            f"{name} must be a local path or a hub data set within reach (name, revision, network, HF_TOKEN);"
-            f" {error}"
-        ) from error
+    patterns = HUB_PATTERNS
+    if split:
+        patterns = [f"*{split}*", f"*{split.replace('train', 'test')}*"]
+    return _hub_data(name, patterns)
+
+
+def parquet_copy(name: str, config: str, split: str) -> Path:
+    """The folder of a data set's split in the parquet copy that the hub keeps of every public data
+    set, whatever its own form. ValueError says why it cannot be had.
+    """
+    patterns = [f"{config}/{split}/*.parquet"]
+    return _hub_data(f"{name}@refs/convert/parquet", patterns) / config / split
 
 
 def sha256(path: Path) -> str:
@@ -99,464 +318,94 @@ def cache_root(folder: str | Path | None) -> Path:
     return Path(folder or os.environ.get("BFPO_CACHE") or "~/.cache/bfpo").expanduser().absolute()
 
 
-def local_path(text: str) -> Path | None:
+def local_path(source: str) -> Path | None:
     """The file or folder here that a source, a model or a path names, if there is one; its name may
     hold any of a source's characters.
     """
-    match = SOURCE.fullmatch(text)
-    paths = (Path(name).expanduser() for name in (text, match["name"] if match else "") if name)
+    match = SOURCE.fullmatch(source)
+    paths = (Path(name).expanduser() for name in (source, match["name"] if match else "") if name)
     return next((path for path in paths if path.exists()), None)
 
 
 def check_whole(files: list[Path]) -> None:
-    """ValueError where a split's files hold rows twice, or are not all the parts that their names
+    """ValueError where files hold the same rows twice, or are not all the parts that their names
     speak of.
     """
-    matches = [(file.parent, match) for file in files if (match := FILE.fullmatch(file.name))]
-    beside: dict[tuple[Path, str], list[re.Match[str]]] = {}
-    for folder, match in matches:
-        beside.setdefault((folder, match["stem"]), []).append(match)
-    for (folder, stem), same in beside.items():
-        parts = [match["part"] for match in same]
+    tables: dict[Path, list[re.Match[str]]] = {}
+    for file in files:
+        if match := FILE.fullmatch(file.name):
+            tables.setdefault(file.parent / match["stem"], []).append(match)
+    for table, matches in tables.items():
+        parts = [match["part"] for match in matches]
         if len(parts) > len(set(parts)) or (None in parts and len(parts) > 1):
-            names = " and ".join(sorted(match.string for match in same))
+            names = " and ".join(sorted(match.string for match in matches))
             raise ValueError(
-                f"the rows of {folder / stem} must be there once, got {names}; move one away, or pass one by its path"
+                f"the rows of {table} must be there once, got {names}; move one away, or pass one "
+                "by its path"
             )
-    counts = Counter((match["stem"], match["shards"]) for _, match in matches if match["shards"])
-    for (stem, shards), found in counts.items():
-        if found < int(shards):
-            raise ValueError(f"{stem} must have {int(shards)} parts, got {found}; fetch them again")
-
-
-def check_names(split: str, files: list[Path]) -> None:
-    """ValueError where a split's files have several names in one folder: it cannot be known that
-    they belong together.
-    """
-    for folder in dict.fromkeys(file.parent for file in files):
-        stems = {
-            match["stem"]
-            for file in files
-            if file.parent == folder and (match := FILE.fullmatch(file.name))
-        }
-        if (
-            len(names := sorted(stem for stem in stems if not stem.rpartition("-")[2].isdigit()))
-            > 1
-        ):
+        wanted = int(matches[0]["shards"] or 1)
+        if len(parts) < wanted:
             raise ValueError(
-                f"the files of split {split} must have one name, got {' and '.join(names)} in {folder}; pass one by its path"
+                f"{table} must have {wanted} parts, got {len(parts)}; fetch them again"
             )
 
 
-def find_source(text: str, stage: str) -> Source:
+def _splits_of(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by split. A numbered file is of the split that its folder names."""
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if is_hidden or file.suffix == ".txt" or not is_table(file):
+            continue
+        name = stem(file)
+        splits.setdefault(file.parent.name if name.isdigit() else name, []).append(file)
+    return splits
+
+
+def _usual_split(splits: Mapping[str, list[Path]], use: str) -> str:
+    """The split that is meant where a source names none, "" if that is not clear."""
+    for name in USUAL_SPLITS[use]:
+        if name in splits:
+            return name
+    only = [name for name in splits if "train" in name] if use != "task" else []
+    if len(splits) == 1:
+        only = list(splits)
+    return only[0] if len(only) == 1 else ""
+
+
+def find_source(source: str, use: str) -> Source:
     """The files of NAME[@REVISION][:SPLIT][[START:STOP]], fetched from the hub if they are not
-    local.
+    local. use: pairs, sft or task.
     """
-    match = SOURCE.fullmatch(text)
+    match = SOURCE.fullmatch(source)
     if match is None:
-        raise ValueError(
-            "a source must be NAME[@REVISION][:SPLIT][[START:STOP]], got an empty text"
-        )
-    whole = Path(text).expanduser().exists()  # a local name may hold any of these characters
-    name, split, start, stop = (
-        (text, None, None, None) if whole else match.group("name", "split", "start", "stop")
-    )
-    path, commit = Path(name).expanduser(), ""
+        raise ValueError(f"a source must be {GRAMMAR}, got an empty text")
+    name, split, start, stop = match.group("name", "split", "start", "stop")
+    if Path(source).expanduser().exists():  # a local name may hold any of these characters
+        name, split, start, stop = source, None, None, None
+    path = Path(name).expanduser()
+    commit = ""
     if not path.exists():
         path = _from_hub(name, split)
         commit = path.name
     if path.is_file():
-        if split or not FILE.fullmatch(path.name):
-            raise ValueError(
-                f"a file must be .jsonl, .json or .parquet, also .gz or .xz, without a split, got {text}"
-            )
-        return Source(text, [path], [], (start, stop), [sha256(path)])
-    splits: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if (match := FILE.fullmatch(file.name)) and file.is_file() and not hidden:
-            stem = match["stem"].rpartition("-")[2]
-            splits.setdefault(file.parent.name if stem.isdigit() else stem, []).append(file)
-    usual = (
-        "train",
-        "train_prefs" if stage == "pairs" else "train_sft",
-        *(splits if len(splits) == 1 else ()),
-    )
-    split = split or next((name for name in usual if name in splits), "")
+        if split or not is_table(path):
+            raise ValueError(f"a file must be {KINDS}, without a split, got {source}")
+        return Source(source, [path], [], (start, stop), [sha256(path)])
+    if next(path.rglob("*.arrow"), None):
+        raise ValueError(
+            f"{path} was written by datasets' save_to_disk; write JSON lines instead, split by "
+            f"split: datasets.load_from_disk({str(path)!r}).to_json('train.jsonl')"
+        )
+    splits = _splits_of(path)
+    split = split or _usual_split(splits, use)
     if split not in splits:
         raise ValueError(
-            f"{text} must name a split of {path}, which has {', '.join(splits) or 'no data file'}"
+            f"{source} must name a split of {path}, which has {', '.join(splits) or 'no data file'}"
         )
+    files = splits[split]
     test = splits.get(split.replace("train", "test"), []) if "train" in split else []
-    check_names(split, splits[split])
-    check_whole(splits[split])
+    check_whole(files)
     check_whole(test)
-    identity = [
-        f"{file.relative_to(path)} {commit or sha256(file)}" for file in (*splits[split], *test)
-    ]
-    return Source(text, splits[split], test, (start, stop), identity)
-
-
-class Damaged(ValueError):
-    """What stands in the place of the rows that a file does not give any more."""
-
-
-def repeated(names: Iterable[str]) -> str | None:
-    """The first name that is there more than once, if there is one."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object.
-
-    ValueError names a field that it holds twice, of which Python would keep the last.
-    """
-    found = dict(fields)
-    if len(found) < len(fields):
-        raise ValueError(
-            f"an object must hold a field once, got {repeated(name for name, _ in fields)} twice"
-        )
-    return found
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_object)
-FIRST = re.compile(
-    r"\[[ \t\r\n]*(\]\Z)?"
-)  # what stands before the first row of an array, or is all of it
-NEXT = re.compile(r"[ \t\r\n]*(,|\]\Z)[ \t\r\n]*")  # what stands after a row
-
-
-def _unreadable(error: Exception) -> str:
-    """What is wrong with a row's bytes."""
-    if isinstance(error, UnicodeDecodeError):
-        return (
-            f"text must be UTF-8, got byte {error.object[error.start]:#x} at position {error.start}"
-        )
-    return f"must be JSON: {error}"
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return JSON.decode(line.decode("utf-8-sig").strip())
-    except (ValueError, RecursionError) as error:
-        return ValueError(_unreadable(error))
-
-
-def _array_rows(content: bytes) -> Iterator[Any]:
-    """The rows of a JSON array; Damaged in the place of the first that cannot be read, and no more."""
-    try:
-        text = content.decode("utf-8-sig").strip()
-        end = 0
-        mark = FIRST.match(text)
-        while mark and mark[1] != "]":
-            row, end = JSON.raw_decode(text, mark.end())
-            yield row
-            mark = NEXT.match(text, end)
-        if not mark:
-            raise json.JSONDecodeError("Expecting a comma or the end of the array", text, end)
-    except (ValueError, RecursionError) as error:
-        yield Damaged(_unreadable(error))
-
-
-def _parquet_rows(path: Path, file: Path | io.BytesIO) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
-
-    def rows_of(batch: Any) -> list[Any]:
-        try:
-            return list(batch.to_pylist())
-        except (
-            ValueError,
-            ArithmeticError,
-            LookupError,
-        ) as error:  # text that is no UTF-8, say, in one row or more
-            if len(batch) == 1:
-                what = (
-                    "text must be UTF-8"
-                    if isinstance(error, UnicodeDecodeError)
-                    else "a value cannot be read"
-                )
-                return [ValueError(f"{what}: {error}")]
-            return [row for i in range(len(batch)) for row in rows_of(batch.slice(i, 1))]
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            if doubled := repeated(table.schema_arrow.names):
-                yield (
-                    f"{path}: row 1",
-                    Damaged(f"a table must have columns of different names, got {doubled} twice"),
-                )
-                return
-            # Times are of no use here, and Python does not have them all.
-            names = [
-                field.name
-                for field in table.schema_arrow
-                if not pyarrow.types.is_temporal(field.type)
-            ]
-            for row in chain.from_iterable(
-                rows_of(batch.select(names)) for batch in table.iter_batches(256)
-            ):
-                number += 1
-                yield f"{path}: row {number}", row
-    except pyarrow.ArrowException as error:
-        yield (
-            f"{path}: row {number + 1}",
-            Damaged(f"the file breaks off or is damaged here ({error})"),
-        )
-
-
-def read_rows(path: Path, parse: Callable[[bytes], Any] = _parse) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of every row, with a ValueError in the place of a row that cannot be read.
-    Counted from 1; parse is what makes a line a row.
-    """
-    match, number = FILE.fullmatch(path.name), 0
-    assert match is not None, path  # whoever found the file has looked
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open, None: open}[match["packed"]]
-    try:
-        with opener(path, "rb") as file:
-            if match["kind"] == "parquet":
-                yield from _parquet_rows(path, io.BytesIO(file.read()) if match["packed"] else path)
-                return
-            for number, line in enumerate(file, 1):
-                if match["kind"] == "json" and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                    rows = _array_rows(line + file.read())
-                    yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
-                elif line.lstrip(b"\xef\xbb\xbf").strip():
-                    yield f"{path}:{number}", parse(line)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        yield f"{path}:{number + 1}", Damaged(f"the file breaks off or is damaged here ({error})")
-
-
-def source_rows(source: Source, most_test: int) -> tuple[int, Iterator[tuple[str, Any, bool]]]:
-    """(how many, (file:line, row or ValueError, of the test split) of each): the training rows that
-    the slice keeps, then the first most_test of the test split. Percentages are of the rows in the
-    files, rounded to the nearest row. ValueError: a slice of damaged files, whose rows cannot be
-    counted.
-    """
-    rows, tests = 0, sum(1 for path in source.test for _ in read_rows(path, parse=len))
-    for place, row in chain.from_iterable(read_rows(path, parse=len) for path in source.training):
-        if isinstance(row, Damaged) and source.bounds != (
-            None,
-            None,
-        ):  # without a slice every row is looked at anyhow
-            raise ValueError(f"{place}: {row}")
-        rows += 1
-    start, stop = (
-        None
-        if bound is None
-        else round(rows * int(bound[:-1]) / 100)
-        if bound[-1] == "%"
-        else int(bound)
-        for bound in source.bounds
-    )
-    kept = range(rows)[start:stop]
-    training = islice(chain.from_iterable(map(read_rows, source.training)), kept.start, kept.stop)
-    test = islice(chain.from_iterable(map(read_rows, source.test)), most_test)
-    return len(kept) + min(tests, most_test), chain(
-        ((*row, False) for row in training), ((*row, True) for row in test)
-    )
-
-
-def checked(row: Mapping[str, Any], name: str, valid: Callable[[Any], Any], wanted: str) -> Any:
-    """A column's value. ValueError names the column that is missing or not `wanted`."""
-    if name not in row:
-        raise ValueError(f"{name} is missing; the row has {', '.join(map(str, row))[:200]}")
-    if not valid(row[name]):
-        raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(row[name])}")
-    return row[name]
-
-
-def text_of(row: Mapping[str, Any], name: str) -> str:
-    """A column's text. ValueError names one that is missing, no text, or not Unicode."""
-    return str(
-        checked(
-            row,
-            name,
-            lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
-            "text (Unicode without lone surrogates)",
-        )
-    )
-
-
-Row = Mapping[str, Any]
-
-# --- columns --------------------------------------------------------------------------------------
-
-
-def text(row: Row, *names: str) -> str:
-    """The text of the first of these columns that the row has."""
-    return text_of(row, next((name for name in names if name in row), " or ".join(names)))
-
-
-def some_text(row: Row, *names: str) -> str:
-    """As text, of one that is not blank."""
-    found = text(row, *names)
-    if not found.strip():
-        raise ValueError(f"{' or '.join(names)} must hold text, got {found!r}")
-    return found
-
-
-def one_of(row: Row, name: str, *words: str) -> str:
-    """A column's text, which is one of these words, as they are spelled here."""
-    return str(checked(row, name, lambda found: found in words, " or ".join(words)))
-
-
-def texts(row: Row, name: str) -> tuple[str, ...]:
-    """A column's list of texts. ValueError names one that is missing or anything else."""
-    return tuple(
-        checked(
-            row,
-            name,
-            lambda found: (
-                isinstance(found, list) and all(isinstance(entry, str) for entry in found)
-            ),
-            "a list of texts",
-        )
-    )
-
-
-def inside(row: Row, name: str) -> Row:
-    """A column's object. ValueError names one that is missing or anything else."""
-    found: Row = checked(row, name, lambda found: isinstance(found, dict), "an object")
-    return found
-
-
-def number(row: Row, name: str, low: float = 0, high: float = 1) -> float:
-    """A number in [low, high]; text will do, as CSV knows no other."""
-
-    def valid(found: Any) -> bool:
-        try:
-            return low <= float(found) <= high
-        except (TypeError, ValueError):
-            return False
-
-    return float(checked(row, name, valid, f"a number from {low} to {high}"))
-
-
-def whole_number(row: Row, name: str, low: int = 0, high: int = 1) -> int:
-    """A number as in `number`, without a fraction."""
-    found = number(row, name, low, high)
-    if found != int(found):
-        raise ValueError(f"{name} must be a whole number, got {row[name]!r}")
-    return int(found)
-
-
-def truth(row: Row, name: str) -> bool | None:
-    """True or False, as JSON or a CSV spells it (true, 1); None where the column is missing or
-    empty.
-    """
-    if row.get(name) in (None, ""):
-        return None
-    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    return words[
-        str(checked(row, name, lambda found: str(found).lower() in words, "true or false")).lower()
-    ]
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def is_table(path: Path) -> bool:
-    """Whether read_rows can read this file, by its name."""
-    return path.is_file() and (
-        path.suffix in (".csv", ".txt") or FILE.fullmatch(path.name) is not None
-    )
-
-
-def must_be_table(path: Path) -> None:
-    if not is_table(path):
-        found = (
-            "another file"
-            if path.is_file()
-            else "a folder without one"
-            if path.is_dir()
-            else "which is not there"
-        )
-        raise ValueError(
-            f"rows must be in .jsonl, .json, .parquet (also .gz, .xz), .csv or .txt, got {path}, {found}"
-        )
-
-
-def stem(path: Path) -> str:
-    """A table's name without its ending, and without which part it is of how many."""
-    match = FILE.fullmatch(path.name)
-    return match["stem"] if match else path.stem
-
-
-def whole(row: Row) -> Row | ValueError:
-    """A row of csv.DictReader, which puts cells beyond the header's under None, and None into those
-    that are missing.
-    """
-    if None in row or None in row.values():
-        return ValueError(
-            "a row must have as many cells as the header; a text that holds a comma must be quoted"
-        )
-    return row
-
-
-def read_table(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of a .csv with a header, a .txt with a prompt a line, or whatever
-    sources.read_rows reads; for a row that cannot be read, a ValueError in its place.
-    """
-    must_be_table(path)
-    if path.suffix not in (".csv", ".txt"):
-        yield from read_rows(path)
-        return
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                csv.field_size_limit(2**31 - 1)  # a cell holds any text
-                table = csv.DictReader(file, strict=True)
-                if doubled := repeated(table.fieldnames or ()):
-                    raise ValueError(
-                        f"{path} must have columns of different names, got {doubled} twice"
-                    )
-                yield from ((f"{path}:{table.line_num}", whole(row)) for row in table)
-            else:
-                yield from (
-                    (f"{path}:{number}", {"text": line.strip()})
-                    for number, line in enumerate(file, 1)
-                    if line.strip()
-                )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be readable UTF-8 text: {error}") from error
-
-
-def parquet_copy(name: str, config: str, split: str) -> Path:
-    """The folder of the hub's parquet copy of a data set's split.
-
-    ValueError says why it cannot be had.
-    """
-    patterns = [f"{config}/{split}/*.parquet"]
-    try:
-        return snapshot(name, "refs/convert/parquet", patterns, "dataset") / config / split
-    except OSError as error:
-        raise ValueError(
-            f"{name} must be within reach (network, HF_TOKEN), or its rows in a local file; {error}"
-        ) from error
-
-
-def find_tables(source: str, hub: str) -> list[Path]:
-    """The data files of a file or folder, or, without a source, of the hub's parquet copy of
-    NAME:CONFIG:SPLIT.
-
-    A folder's .txt are taken for notes to its reader, several files of one name for a table's
-    parts. The hub keeps a parquet copy of every public data set, whatever its own form: branch
-    refs/convert/parquet, CONFIG/SPLIT/*.parquet.
-    """
-    path = Path(source).expanduser() if source else parquet_copy(*hub.split(":"))
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(file for file in path.glob("*") if is_table(file) and file.suffix != ".txt")
-    )
-    for file in files or [path]:
-        must_be_table(file)
-    if len(files) > 1 and any(file.suffix == ".csv" for file in files):
-        raise ValueError(
-            f"{path} must hold one .csv, or another table, got {' and '.join(file.name for file in files)}; pass one of them"
-        )
-    if not path.is_file():
-        check_names(path.name, files)
-        check_whole(files)
-    return files
+    identity = [f"{file.relative_to(path)} {commit or sha256(file)}" for file in (*files, *test)]
+    return Source(source, files, test, (start, stop), identity)

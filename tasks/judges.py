@@ -593,14 +593,10 @@ def labelled_rows(path: Path) -> tuple[list[Case], dict[str, list[bool | None]]]
     """
     cases: list[Case] = []
     labels: dict[str, list[bool | None]] = {"refusal": [], "harm": []}
-    for place, row in sources.read_table(path):
+    for place, row in sources.read_rows(path):
         try:
-            if not isinstance(row, dict):
-                raise (
-                    row
-                    if isinstance(row, ValueError)
-                    else ValueError(f"a row must be an object, got {row!r:.80}")
-                )
+            if isinstance(row, ValueError):
+                raise row
             prompt = sources.text(row, "prompt")
             behaviour, context = (
                 sources.text(row, name) if row.get(name) else ""

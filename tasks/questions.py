@@ -509,16 +509,11 @@ def load(
     least = 1 if task else 2
     task, found = task or TASKS[name], []
     ask: Any = task.ask
-    for place, row in (
-        row for path in sources.find_tables(source, task.hub) for row in sources.read_table(path)
-    ):
+    folder = source or str(sources.parquet_copy(*task.hub.split(":")))
+    for place, row in sources.find_source(folder, "task").rows()[1]:
         try:
-            if not isinstance(row, dict):
-                raise (
-                    row
-                    if isinstance(row, ValueError)
-                    else ValueError(f"a row must be an object, got {row!r:.80}")
-                )
+            if isinstance(row, ValueError):
+                raise row
             asked = ask(row, protocol) if task.answers else ask(row)
         except ValueError as error:
             raise ValueError(f"{place}: {name}: {error}") from error

@@ -76,7 +76,7 @@ def read_ranks(path: Path, prompts: Collection[str]) -> list[Ranked]:
     ValueError names the first line that is no ranked row of one of these prompts.
     """
     ranked: list[Ranked] = []
-    for place, row in sources.read_table(path):
+    for place, row in sources.read_rows(path):
         if not isinstance(row, dict) or row.get("prompt") not in prompts:
             raise ValueError(
                 f"{place} must be a row of to_rank.jsonl, of one of --prompts, with ranks, got {row!r:.200}"
@@ -91,7 +91,7 @@ def read_ranks(path: Path, prompts: Collection[str]) -> list[Ranked]:
 
 def must_not_have_ranks(path: Path) -> None:
     """ValueError when somebody has added ranks to this to_rank.jsonl, which would be written over."""
-    rows = [row for _, row in sources.read_table(path)] if path.exists() else []
+    rows = [row for _, row in sources.read_rows(path)] if path.exists() else []
     if any("ranks" in row for row in rows if isinstance(row, dict)):
         raise ValueError(
             f"{path} has ranks, which are not written over; pass --ranks {path}, or move it away"

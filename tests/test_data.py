@@ -3,8 +3,10 @@ counts made by hand.
 """
 
 import contextlib
+import csv
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -40,6 +42,10 @@ def user(text: str) -> list[dict[str, str]]:
 
 def talk(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 def pku(
@@ -78,6 +84,12 @@ def write(path: Path, rows: list[Any]) -> Path:
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows), buffer)
         content = buffer.getvalue().to_pybytes()
+    elif plain.suffix == ".csv":
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        content = table.getvalue().encode()
     else:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         content = (json.dumps(rows, indent=1) if plain.suffix == ".json" else lines).encode()
@@ -119,6 +131,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def everything(stream: data.Stream) -> list[Any]:
     labels = np.stack([stream.chosen_safe, stream.rejected_safe], axis=1).tolist()
     return [([part.tolist() for part in stream.tree(i)], labels[i]) for i in range(len(stream))]
+
+
+def quadrants_of(stream: data.Stream) -> set[str]:
+    names = {(True, True): BOTH, (True, False): CHOSEN, (False, True): REJECTED}
+    labels = zip(stream.chosen_safe.tolist(), stream.rejected_safe.tolist(), strict=True)
+    return {names.get(pair, NEITHER) for pair in labels}
 
 
 def prompts(stream: data.Stream, chat: Chat) -> list[str]:
@@ -207,9 +225,63 @@ def prompts(stream: data.Stream, chat: Chat) -> list[str]:
                 "score_rejected": 1.0,
                 "messages": talk("q", "b"),
             },
-            "ultrafeedback_binarized",
+            "TRL",
             "safe",
             Pair(talk("q", "a", "r"), "b", "c", True, True),
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            "TRL",
+            "helpful",
+            Pair(user("q"), "a", "b", True, True),
+        ),
+        (
+            {"prompt": talk("q"), "chosen": answer("a"), "rejected": answer("b")},
+            "TRL",
+            "helpful",
+            Pair(talk("q"), "a", "b", True, True),
+        ),
+        (
+            {"prompt": talk("q", "r", "s"), "chosen": answer("a"), "rejected": answer("b")},
+            "TRL",
+            "safe",
+            Pair(talk("q", "r", "s"), "a", "b", True, True),
+        ),
+        (
+            {"prompt": "q", "chosen": answer("a"), "rejected": answer("b")},
+            "TRL",
+            "helpful",
+            Pair(user("q"), "a", "b", True, True),
+        ),
+        (
+            {"prompt": talk("q"), "chosen": talk("q", "a"), "rejected": talk("q", "b")},
+            "TRL",
+            "helpful",
+            Pair(talk("q"), "a", "b", True, True),
+        ),
+        (
+            {"chosen": talk("q", "r", "s", "a"), "rejected": talk("q", "r", "s", "b")},
+            "TRL",
+            "helpful",
+            Pair(talk("q", "r", "s"), "a", "b", True, True),
+        ),
+        (
+            own(3, prompt=talk("q"), chosen=talk("q", "a"), rejected=talk("q", "b")),
+            "bfpo",
+            "helpful",
+            Pair(talk("q"), "a", "b", False, True),
+        ),
+        (
+            own(3, chosen=answer("a"), rejected=answer("b")),
+            "bfpo",
+            "safe",
+            Pair(user("question 3"), "b", "a", True, False),
+        ),
+        (
+            own(2, chosen_safe="True", rejected_safe="0"),
+            "bfpo",
+            "helpful",
+            Pair(user("question 2"), "good 2", "bad 2", True, False),
         ),
         (own(3), "bfpo", "helpful", Pair(user("question 3"), "good 3", "bad 3", False, True)),
         (own(3), "bfpo", "safe", Pair(user("question 3"), "bad 3", "good 3", True, False)),
@@ -223,11 +295,40 @@ def prompts(stream: data.Stream, chat: Chat) -> list[str]:
     ],
 )
 def test_schemas_give_the_pair(row, schema, prefer, pair):
-    """A row of every public schema, and ours: recognised by its columns; which answer is chosen,
-    and its label, by hand.
+    """A row of every public schema, ours, and TRL's in all its forms: recognised by its columns;
+    which answer is chosen, and its label, by hand.
     """
     assert data.find_schema(list(row), "pairs") == schema and data.QUADRANTS == bfpo.QUADRANTS
     assert data.read_pair(row, data.SCHEMAS[schema], prefer) == pair
+
+
+def test_unlabelled_pairs_are_helpfulness_only(chat, tmp_path):
+    """Claim: rows without labels are refused as safety pairs, with what to do, and count as safe
+    among helpfulness pairs. Oracle: the words; the labels.
+    """
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = str(write(tmp_path / "a.jsonl", [row]))
+    for words in ("add the columns chosen_safe and rejected_safe", "pass the source as --help"):
+        with pytest.raises(ValueError, match=rf"a\.jsonl:1: .*{words}"):
+            load_stream([path], chat, labelled=True)
+    (labels,) = [labels for _, labels in everything(load_stream([path], chat, held_out=0)[0])]
+    assert labels == [True, True]
+    write(tmp_path / "a.jsonl", [row | {"chosen_safe": False, "rejected_safe": True}])
+    stream, _ = load_stream([path], chat, held_out=0, labelled=True)
+    assert everything(stream)[0][1] == [False, True]
+
+
+def test_known_schemas_are_listed_with_their_marks(chat, tmp_path):
+    """Claim: the error over unknown columns names each schema, the column that marks it, and its
+    columns. Oracle: data.SCHEMAS.
+    """
+    path = str(write(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}]))
+    for stage in ("pairs", "sft"):
+        with pytest.raises(ValueError, match=r"a\.jsonl:1: .*got question, answer") as error:
+            load_stream([path], chat, stage=stage)
+        for name, schema in data.SCHEMAS.items():
+            listed = f"{name}, marked by {schema.mark}: prompt, {schema.answers[0]}"
+            assert (listed in str(error.value)) == (stage == "sft" or name != "messages")
 
 
 def test_sft_takes_conversations_and_safer_answers(chat, tmp_path):
@@ -260,14 +361,13 @@ def test_sft_takes_conversations_and_safer_answers(chat, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        f"rows.{kind}{packed}"
-        for kind in ("jsonl", "json", "parquet")
-        for packed in ("", ".gz", ".xz")
+        *("rows.parquet", "rows.csv", "rows.jsonl", "rows.jsonl.gz", "rows.jsonl.xz"),
+        *("rows.json", "rows.json.gz", "rows.json.xz"),
     ],
 )
 def test_formats_hold_the_same_rows(name, chat, tmp_path):
-    """JSON lines, a JSON array and parquet, plain, gzip and xz: the same trees as from the rows
-    themselves.
+    """JSON lines and a JSON array, plain, gzip and xz, parquet and CSV: the same trees as from the
+    rows themselves.
     """
     rows = [own(i) for i in range(7)] + [own(7, chosen="naïve 漢字 😀\n\ttwo"), own(8)]
     path = write(tmp_path / name, rows)
@@ -348,22 +448,22 @@ def recorded_rows() -> dict[str, list[dict[str, Any]]]:
 
 
 RECORDED_COUNTS = (
-    *("rows", "empty", "identical", "scores_missing", "scores_tied", "scores_inverted"),
-    *("prompts_cut", "answers_cut", "training_rows", "held_out_rows"),
+    *("rows", "empty", "identical", "prompts_cut", "answers_cut"),
+    *("training_rows", "held_out_rows"),
 )
 # From the first version of these arrays. Other sums need another data.FORMAT.
 RECORDED = {
     "pairs": "8b96da7811a6df9b f3e8476e27853c6e",
-    "pairs, counts": "d416e24dc65f5b50",
+    "pairs, counts": "b094b4e541a58095",
     "pairs, steps": "395328006cf7dfa2",
     "safe": "e673e044eabdbdd9 66f05079aac65e41",
-    "safe, counts": "b3a1644980d843bb",
+    "safe, counts": "cc6b3630688e0c5f",
     "safe, steps": "259b4d60eb3e2130",
     "helpfulness": "91730914a33d21ee 138ff0ef4573110d",
-    "helpfulness, counts": "e572624b87e87867",
+    "helpfulness, counts": "2cc6766bce0df6f1",
     "helpfulness, steps": "b1e0872e3981e2bf",
     "sft": "64a398e103859ea0 461dc9b735d04607",
-    "sft, counts": "8bef8eb951fb2425",
+    "sft, counts": "106175d487c439c6",
     "sft, steps": "ffa1e31ba3819723",
 }
 
@@ -445,12 +545,14 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
         "data/test_prefs-00000-of-00001-0ab1.parquet": 2,
         "data/train_sft-00000-of-00001.jsonl.gz": 3,
         "round1/valid.jsonl.xz": 4,
-        "other/0000.parquet": 5,
-        "other/0001.parquet": 6,
-        ".cache/train.jsonl": 7,
+        "round2/valid.csv": 5,
+        "other/0000.parquet": 6,
+        "other/0001.parquet": 7,
+        ".cache/train.jsonl": 8,
     }
     for name, i in names.items():
         write(hub / name, [own(i)])
+    (hub / "README.txt").write_text("what these files hold")
 
     def read(suffix: str, stage: str = "pairs") -> list[list[str]]:
         return [
@@ -459,7 +561,8 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
 
     assert read("") == read(":train_prefs") == [["question 0", "question 1"], ["question 2"]]
     assert read("", "sft") == [["question 3"], []]
-    assert read(":valid") == [["question 4"], []] and read(":other[1:]") == [["question 6"], []]
+    assert read(":valid") == [["question 4", "question 5"], []]
+    assert read(":other[1:]") == [["question 7"], []]
     with pytest.raises(
         ValueError,
         match=r"must name a split of .* which has test_prefs, train_prefs, train_sft, other, valid",
@@ -468,10 +571,18 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
     (hub / "data" / "train_prefs-00001-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match="train_prefs must have 2 parts, got 1"):
         read("")
-    for k in range(2):  # parts may lie in folders of their own, and a test split have several names
-        write(tmp_path / "parts" / str(k) / f"train-0000{k}-of-00002.jsonl", [own(k)])
-        write(tmp_path / "parts" / f"{'easy' if k else 'hard'}-test.jsonl", [own(2 + k)])
-    assert [len(stream) for stream in load_stream([f"{tmp_path / 'parts'}"], chat)] == [2, 2]
+
+
+def test_splits_of_a_folder_of_ones_own(chat, tmp_path):
+    """Claim: the one split with train in its name is trained on, and its test split is held out; a
+    file whose rows are there twice, or a part that is missing, is refused. Oracle: the rows.
+    """
+    for i, name in enumerate(("mine-train.jsonl", "mine-test.jsonl", "notes.jsonl")):
+        write(tmp_path / "mine" / name, [own(i)])
+    streams = load_stream([f"{tmp_path / 'mine'}"], chat)
+    assert [prompts(stream, chat) for stream in streams] == [["question 0"], ["question 1"]]
+    streams = load_stream([f"{tmp_path / 'mine'}:mine-test"], chat, held_out=0)
+    assert prompts(streams[0], chat) == ["question 1"]
     for i, names in enumerate(
         (
             ["train.jsonl", "train.jsonl.gz"],
@@ -489,25 +600,6 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
         write(tmp_path / "part" / name, [own(1)])
     with pytest.raises(ValueError, match="test must have 2 parts, got 1"):
         load_stream([f"{tmp_path / 'part'}"], chat)
-    for name in ("harm-only.jsonl", "safe-only.jsonl"):
-        write(tmp_path / "two" / name, [own(1)])
-    with pytest.raises(ValueError, match="must have one name, got harm-only and safe-only"):
-        load_stream([f"{tmp_path / 'two'}"], chat)
-    for name, i in (
-        ("mine-train.jsonl", 1),
-        ("mine-test.jsonl", 2),
-        ("rows-1.jsonl", 3),
-        ("rows-2.jsonl", 4),
-    ):
-        write(tmp_path / "mine" / name, [own(i)])
-    assert [prompts(stream, chat) for stream in load_stream([f"{tmp_path / 'mine'}"], chat)] == [
-        ["question 1"],
-        ["question 2"],
-    ]
-    assert prompts(load_stream([f"{tmp_path / 'mine'}:mine"], chat, held_out=0)[0], chat) == [
-        "question 3",
-        "question 4",
-    ]
     write(tmp_path / "one" / "pairs.jsonl", [own(1)])
     assert prompts(load_stream([f"{tmp_path / 'one'}"], chat, held_out=0)[0], chat) == [
         "question 1"
@@ -516,6 +608,25 @@ def test_splits_of_a_folder_laid_out_like_the_hub(chat, tmp_path):
         tmp_path / "a:b@c[:3].jsonl", [own(i) for i in range(5)]
     )  # an existing name is itself, whatever it holds
     assert len(load_stream([str(odd)], chat, held_out=0)[0]) == 5
+
+
+def test_folders_of_save_to_disk_are_told_the_remedy(chat, tmp_path):
+    """Claim: a folder that datasets' save_to_disk wrote, of one split or several, is refused with
+    the call that writes a file instead; that file is read. Oracle: datasets, and the rows.
+    """
+    import datasets
+
+    rows = [own(i) for i in range(3)]
+    one = datasets.Dataset.from_list(rows)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "two"))
+    for name in ("one", "two"):
+        with pytest.raises(ValueError, match=r"datasets' save_to_disk.*load_from_disk.*to_json"):
+            load_stream([str(tmp_path / name)], chat)
+    saved = datasets.load_from_disk(str(tmp_path / "two"))
+    saved["train"].to_json(str(tmp_path / "train.jsonl"))
+    stream, _ = load_stream([str(tmp_path / "train.jsonl")], chat, held_out=0)
+    assert prompts(stream, chat) == [row["prompt"] for row in rows]
 
 
 def test_held_out_rows_of_a_test_split_are_limited(chat, tmp_path, monkeypatch):
@@ -550,7 +661,7 @@ def test_held_out_share_splits_by_prompt(chat, tmp_path):
         ("missing.jsonl", "existing file or folder"),
         ("./no/folder", "existing file or folder"),
         ("{}/empty", "no data file"),
-        ("{}/notes.txt", "jsonl, .json or .parquet"),
+        ("{}/notes.pdf", ".jsonl, .json .* or .txt, without a split"),
         ("{}/a.jsonl:train", "without a split"),
         ("{}/a.jsonl[5:5]", "rows to train on"),
         ("{}/a.jsonl[:120%]", "existing file or folder"),
@@ -563,7 +674,7 @@ def test_unfit_sources_are_refused(source, words, chat, tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.pdf").write_text("x")
     write(tmp_path / "a.jsonl", [own(1)])
     write(tmp_path / "two" / "one.jsonl", [own(1)])
     write(tmp_path / "two" / "another.jsonl", [own(1)])
@@ -629,10 +740,10 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
         (own(chosen_safe=None), "chosen_safe must be"),
         (own(rejected_safe=float("nan")), "rejected_safe must be .* got nan"),
         (own(rejected_safe=2), "rejected_safe must be"),
-        (own(rejected_safe=1.0), "rejected_safe must be"),
         ({k: v for k, v in own().items() if k != "chosen"}, "chosen is missing"),
         (own(prompt=5), "prompt must be text"),
-        (own(chosen=["a"]), "chosen must be text"),
+        (own(chosen=["a"]), "chosen must be a list of"),
+        (own(chosen=talk("q", "a")), "rejected must be a list of"),
         (own(prompt=None), "prompt must be text"),
         (own(prompt=[]), "prompt must be a list"),
         (own(prompt=talk("q", "a")), "must end with a user's turn"),
@@ -640,20 +751,12 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
         (own(prompt=[{"role": "user"}]), "content is missing"),
         (own(prompt=["q"]), "prompt must be a list"),
         (own(chosen="\ud800"), "surrogates"),
-        (b'{"prompt": "\xff"}', "UTF-8, got byte 0xff at position 12"),
+        (b'{"prompt": "\xff"}', "must be JSON in UTF-8: .*0xff in position 12"),
         (b"{", "must be JSON"),
         (b"[1]", r"must be an object, got \[1\]"),
         (b"null", "must be an object"),
         (b"[" * 100_000, "must be JSON"),
         (b"NaN", "must be an object"),
-        (
-            b'{"prompt": "q", "chosen_safe": true, "chosen_safe": false}',
-            "must hold a field once, got chosen_safe twice",
-        ),
-        (
-            b'{"prompt": [{"role": "user", "content": "a", "content": "b"}]}',
-            "must hold a field once, got content twice",
-        ),
     ],
 )
 def test_malformed_rows_are_named(row, words, chat, tmp_path):
@@ -682,7 +785,7 @@ def test_malformed_rows_are_named(row, words, chat, tmp_path):
         (pku(safer="0"), "safer_response_id"),
         (pku(better=-1), "better_response_id"),
         (pku(better=None), "better_response_id"),
-        (pku(safe=(True, "False")), "is_response_1_safe"),
+        (pku(safe=(True, "no")), "is_response_1_safe"),
         (
             {
                 "prompt": "q",
@@ -719,10 +822,7 @@ def test_malformed_rows_are_named(row, words, chat, tmp_path):
             },
             "must end with a user's turn, got system",
         ),
-        (
-            {"prompt": "q", "chosen": "a", "rejected": "b"},
-            "known schema, got prompt, chosen, rejected; known: PKU",
-        ),
+        ({"prompt": "q", "answer": "a"}, "known schema, got prompt, answer; known: PKU"),
         ({"messages": talk("q", "a")}, "known schema"),
     ],
 )
@@ -752,8 +852,7 @@ def test_first_ten_malformed_rows_and_their_number(chat, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [f"a.{kind}{packed}" for kind in ("jsonl", "json", "parquet") for packed in ("", ".gz", ".xz")],
+    "name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.jsonl.xz", "a.json.gz"]
 )
 def test_truncated_and_damaged_files(name, chat, tmp_path):
     """Half of any file, its middle overwritten, or nothing at all: a ValueError with the file's
@@ -770,14 +869,13 @@ def test_truncated_and_damaged_files(name, chat, tmp_path):
         whole[:4],
     ):
         (tmp_path / name).write_bytes(content)
-        for suffix in ("", "[:50%]", "[:2]")[
-            : 1 if name == "a.jsonl" else 3
-        ]:  # a slice of what breaks off would be of a wrong total
+        # A slice of what breaks off would be of a wrong total; single lines are rows or none.
+        for suffix in ("",) if name in ("a.jsonl", "a.csv") else ("", "[:50%]", "[:2]"):
             with pytest.raises(ValueError, match=rf"{name}"):
                 load_stream([f"{tmp_path / name}{suffix}"], chat)
     if name == "a.jsonl.gz":
         (tmp_path / name).write_bytes(whole[:middle])
-        with pytest.raises(ValueError, match=r"a\.jsonl\.gz:\d+: the file breaks off"):
+        with pytest.raises(ValueError, match=r"after .*a\.jsonl\.gz:\d+ it cannot be read"):
             load_stream([f"{tmp_path / name}[:20%]"], chat)
 
 
@@ -785,13 +883,9 @@ def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
     """A row that cannot be read counts as one, and stops no slice without it; nor does a test split
     that breaks off and is not read.
     """
-    texts = pa.array([b"question 0", b"question 1", b"\xff"], pa.binary()).view(pa.string())
     folder = tmp_path / "d"
-    folder.mkdir()
-    pq.write_table(
-        pa.table({key: [own(i)[key] for i in range(3)] for key in own()} | {"prompt": texts}),
-        folder / "train.parquet",
-    )
+    path = write(folder / "train.jsonl", [own(i) for i in range(2)])
+    path.write_text(path.read_text() + "{\n")
     whole = write(folder / "test.jsonl.gz", [own(i) for i in range(300)]).read_bytes()
     (folder / "test.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     for suffix in ("[:2]", "[:67%]"):
@@ -799,46 +893,36 @@ def test_a_slice_asks_its_own_rows_to_be_whole(chat, tmp_path):
             "question 0",
             "question 1",
         ]
-    with pytest.raises(ValueError, match=r"train\.parquet: row 3: text must be UTF-8"):
+    with pytest.raises(ValueError, match=r"train\.jsonl:3: must be JSON"):
         load_stream([f"{folder}[1:]"], chat, held_out=0)
-    with pytest.raises(ValueError, match=r"test\.jsonl\.gz:\d+: the file breaks off"):
+    with pytest.raises(ValueError, match=r"test\.jsonl\.gz must be a whole .gz file"):
         load_stream([f"{folder}[:2]"], chat)
 
 
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        (
-            '{"prompt": "q", "chosen_safe": true, "chosen_safe": false}',
-            "must be JSON: an object must hold a field once, got chosen_safe",
-        ),
-        ('{"more": {"a": 1, "a": 2}}', "must hold a field once, got a twice"),
-        ("{", "must be JSON"),
-    ],
-)
-def test_a_row_of_an_array_is_named(row, words, chat, tmp_path):
-    """Claim: of a JSON array as of JSON lines, the row that cannot be read is named, and those
-    before it are read. Oracle: its number.
+def test_arrays_and_prompts(tmp_path):
+    """Claim: a JSON array is read row by row, a broken one is named with the place of the fault;
+    each line of a .txt is a prompt. Oracle: the rows.
     """
-    (tmp_path / "a.json").write_text(
-        f"[\n {json.dumps(own(1))},\n {json.dumps(own(2))} , {row}\n]\n"
-    )
-    with pytest.raises(
-        ValueError, match=rf"malformed rows: 1; the first ones:\n.*/a\.json: row 3: .*{words}"
-    ):
-        load_stream([str(tmp_path / "a.json")], chat)
-    assert [row for _, row in read_rows(tmp_path / "a.json")][:2] == [own(1), own(2)]
-    (tmp_path / "a.json").write_text(f"[{json.dumps(own(1))} {json.dumps(own(2))}]")
-    with pytest.raises(ValueError, match=r"a\.json: row 2: .*Expecting a comma"):
-        load_stream([str(tmp_path / "a.json")], chat)
-    (tmp_path / "a.json").write_text(" [ ] ")
-    assert not list(read_rows(tmp_path / "a.json"))
+    path = tmp_path / "a.json"
+    path.write_text(f"[\n {json.dumps(own(1))},\n {json.dumps(own(2))} , 5\n]\n")
+    rows = list(read_rows(path))
+    assert [row for _, row in rows[:2]] == [own(1), own(2)]
+    assert str(rows[2][1]) == "a row must be an object, got 5" and rows[2][0] == f"{path}: row 3"
+    path.write_text(f"[{json.dumps(own(1))}\n {json.dumps(own(2))}]")
+    with pytest.raises(ValueError, match=r"a\.json must be .*delimiter: line 2 column 2"):
+        list(read_rows(path))
+    path.write_text(" [ ] ")
+    assert not list(read_rows(path))
+    (tmp_path / "a.txt").write_text("How?\n\n Why, then? \n")
+    assert [row for _, row in read_rows(tmp_path / "a.txt")] == [
+        {"text": "How?"},
+        {"text": "Why, then?"},
+    ]
 
 
 def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
     """A column of times, which nothing asks for, does no harm: not nanoseconds, nor a year that
-    Python has not. Within another column such a time is a fault of its row. A column's name that is
-    there twice is refused.
+    Python has not.
     """
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
     times = {
@@ -849,33 +933,6 @@ def test_times_of_a_parquet_file_are_not_read(chat, tmp_path):
     assert prompts(load_stream([str(tmp_path / "a.parquet")], chat, held_out=0)[0], chat) == [
         f"question {i}" for i in range(3)
     ]
-    for kind in (pa.timestamp("us"), pa.timestamp("us", tz="Europe/Nowhere")):
-        nested = pa.array([None, {"seen": 2**62}, {"seen": None}], pa.struct({"seen": kind}))
-        pq.write_table(pa.table(rows | {"nested": nested}), tmp_path / "b.parquet")
-        with pytest.raises(
-            ValueError,
-            match=r"malformed rows: \d; the first ones:\n.*b\.parquet: row 2: a value cannot be read",
-        ):
-            load_stream([str(tmp_path / "b.parquet")], chat)
-    pq.write_table(
-        pa.Table.from_arrays(
-            [*map(pa.array, rows.values()), pa.array(["other"] * 3)], [*rows, "chosen"]
-        ),
-        tmp_path / "c.parquet",
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"c\.parquet: row 1: a table must have columns of different names, got chosen twice",
-    ):
-        load_stream([str(tmp_path / "c.parquet")], chat)
-    doubled = pa.StructArray.from_arrays(
-        [pa.array([1, 2, 3]), pa.array([4, 5, 6])], names=["a", "a"]
-    )
-    pq.write_table(pa.table(rows | {"more": doubled}), tmp_path / "d.parquet")
-    with pytest.raises(
-        ValueError, match=r"d\.parquet: row 1: a value cannot be read: .*duplicate field names"
-    ):
-        load_stream([str(tmp_path / "d.parquet")], chat)
 
 
 def test_fields_of_null_type_are_read(chat, tmp_path):
@@ -953,14 +1010,11 @@ def test_pairs_that_are_equal_once_cut_are_dropped(chat, tmp_path):
 
 
 def test_unreadable_parquet_text(chat, tmp_path):
-    """Bytes that are no UTF-8 in a parquet text column: the row's number."""
+    """Bytes that are no UTF-8 in a parquet text column: the file and the row before its batch."""
     rows = {key: [own(i)[key] for i in range(3)] for key in own()}
     raw = pa.array([b"good", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
     pq.write_table(pa.table(rows | {"chosen": raw}), tmp_path / "a.parquet")
-    with pytest.raises(
-        ValueError,
-        match=r"malformed rows: 1; the first ones:\n.*a\.parquet: row 2: text must be UTF-8",
-    ):
+    with pytest.raises(ValueError, match=r"a\.parquet must be a whole .*from its start.*0xff"):
         load_stream([str(tmp_path / "a.parquet")], chat)
 
 
@@ -1012,9 +1066,7 @@ def test_any_value_in_any_field(chat, tmp_path, field, value, base, stage):
 )
 @given(
     content=st.binary(max_size=300),
-    name=st.sampled_from(
-        ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.json.xz", "a.parquet.gz"]
-    ),
+    name=st.sampled_from(["a.jsonl", "a.json", "a.parquet", "a.csv", "a.jsonl.gz", "a.json.xz"]),
 )
 def test_any_bytes(chat, tmp_path, content, name):
     """Hypothesis writes any bytes: always a ValueError that names the file (no row could be made of
@@ -1032,14 +1084,10 @@ def test_any_bytes(chat, tmp_path, content, name):
         ({"max_prompt": 0}, "max_prompt"),
         ({"held_out": 1.0}, "held_out"),
         ({"held_out": float("nan")}, "held_out"),
-        ({"stage": "dpo"}, "stage"),
-        ({"prefer": "kind"}, "prefer"),
     ],
 )
 def test_wrong_options_are_refused(options, words, chat, tmp_path):
-    """Options out of range, or no source at all: a ValueError that names the option and its value."""
-    with pytest.raises(ValueError, match="sources must be one or more"):
-        load_stream([], chat)
+    """Options out of range: a ValueError that names the option and its value."""
     with pytest.raises(ValueError, match=words):
         load_stream([str(write(tmp_path / "a.jsonl", [own(1)]))], chat, **options)
 
@@ -1056,9 +1104,9 @@ def test_cache_is_used_again_and_keyed_by_all_that_matters(chat, tmp_path, monke
         write(tmp_path / "b.jsonl", [own(1)]),
     )
     built: list[Path] = []
-    build = data._build
+    build = data.build
     monkeypatch.setattr(
-        data, "_build", lambda folder, *rest: (built.append(folder), build(folder, *rest))
+        data, "build", lambda folder, *rest: (built.append(folder), build(folder, *rest))
     )
     (tmp_path / "t.jinja").write_text("{{ bos_token }}" + chat.template)
     plain = load_stream([str(path)], chat)[0]
@@ -1070,6 +1118,7 @@ def test_cache_is_used_again_and_keyed_by_all_that_matters(chat, tmp_path, monke
         {"prefer": "safe"},
         {"stage": "sft"},
         {"held_out": 0.3},
+        {"labelled": True},
     ]
     prints = {load_stream([str(path)], chat, **variant)[0].fingerprint for variant in variants}
     prints |= {
@@ -1098,18 +1147,18 @@ def test_cache_is_used_again_and_keyed_by_all_that_matters(chat, tmp_path, monke
 PROCESS_SCRIPT = """
 import os, sys, time
 import data
-build = data._build
+build = data.build
 def slow(folder, *rest):
     with open(sys.argv[3], "a") as log:
         print("start", os.getpid(), file=log, flush=True)
-    build_items = data._items
+    build_items = data.read_items
     def items(*arguments):
         for item in build_items(*arguments):
             time.sleep(float(sys.argv[4]))
             yield item
-    data._items = items
+    data.read_items = items
     build(folder, *rest)
-data._build = slow
+data.build = slow
 stream, _ = data.load_stream([sys.argv[2]], data.Chat(sys.argv[1]), held_out=0)
 print(len(stream), stream.fingerprint, int(sum(p.sum() for p in stream.tree(len(stream) - 1))))
 """
@@ -1211,7 +1260,8 @@ def test_report_counts_what_the_rows_hold(chat, tmp_path):
         own(7, prompt=" "),
         own(8, chosen="<|assistant|>\nhi", prompt="<|user|> x"),
     ]
-    train, _ = load_stream([str(write(tmp_path / "a.jsonl", rows))], chat, held_out=0, mixed=True)
+    path = str(write(tmp_path / "a.jsonl", rows))
+    train, _ = load_stream([path], chat, held_out=0, labelled=True)
     (part,) = train.report["sources"]
     assert part == {
         "source": str(tmp_path / "a.jsonl"),
@@ -1219,61 +1269,36 @@ def test_report_counts_what_the_rows_hold(chat, tmp_path):
         "rows": 9,
         "training_rows": 5,
         "held_out_rows": 0,
-        "malformed": 0,
         "empty": 3,
         "identical": 1,
         "prompts_cut": 0,
         "answers_cut": 0,
-        "scores_missing": 0,
-        "scores_tied": 0,
-        "scores_inverted": 0,
         "quadrants": {BOTH: 1, CHOSEN: 2, REJECTED: 1, NEITHER: 1},
+        "held_out_quadrants": dict.fromkeys(data.QUADRANTS, 0),
         "tokens": part["tokens"],
-        "warning": "",
     }
     text = describe(train.report)
     assert (
         "[[good 0</s>]]" in text
         and "[[bad 0</s>]]" in text
-        and "<|assistant|>\n" in text
+        and "<|assistant|>\\n" in text
         and "bfpo, 9 rows" in text
     )
     assert str(tmp_path / "token cache") in text and "WARNING" not in text
     json.dumps(train.report)
 
 
-def test_report_counts_scores_that_do_not_order_the_answers(chat, tmp_path):
-    """Claim: scores that are tied, absent or against the columns are counted, and inversions give a
-    warning; the ids are those that right scores give. Oracle: scores written here."""
-    good = [(8, 1), (7.5, 7)]
-    tied = [(5, 5), (5, 5.0)]
-    missing = [(None, 1), (3, None), (float("nan"), 1), ("8", "1")]
-    inverted = [(1, 8), (-1.0, 10**400)]
-    scores = good + tied + missing + inverted
-    rows = [
-        {"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad")}
-        for i in range(len(scores) + 1)
-    ]
-    right = [row | {"score_chosen": 2.0, "score_rejected": 1.0} for row in rows]
-    for row, (chosen, rejected) in zip(rows, scores, strict=False):
-        row |= {"score_chosen": chosen, "score_rejected": rejected}
-    rows[-1] |= {"score_chosen": 9.0}
-    for stage in ("pairs", "sft"):
-        streams = [
-            load_stream([str(write(tmp_path / name, content))], chat, stage=stage, held_out=0)[0]
-            for name, content in (("right.jsonl", right), ("doubtful.jsonl", rows))
-        ]
-        assert everything(streams[0]) == everything(streams[1])
-        counts = [
-            [s.report["sources"][0][f"scores_{kind}"] for kind in ("tied", "missing", "inverted")]
-            for s in streams
-        ]
-        assert counts == [[0, 0, 0], [2, 5, 2]]
-        assert "WARNING" not in describe(streams[0].report)
-        assert f"WARNING: in 2 rows of {tmp_path / 'doubtful.jsonl'}" in describe(streams[1].report)
-        assert "5 rows without both, 2 tied, 2 with the lower one for chosen" in describe(
-            streams[1].report
-        )
+def test_report_is_short_and_begins_with_what_is_lost(chat, tmp_path):
+    """Claim: one source's report is under 20 lines however its first row is written, with dropped
+    and cut in the second. Oracle: the text.
+    """
+    rows = [own(i, prompt=f"question {i}\n" * 50, chosen="line\n" * i) for i in range(9)]
+    path = str(write(tmp_path / "a.jsonl", rows))
+    stream, _ = load_stream([path], chat, held_out=0, max_length=90, max_prompt=60, labelled=True)
+    lines = describe(stream.report).split("\n")
+    assert len(lines) < 20 and max(map(len, lines)) < 500
+    lost = "  dropped: 1 empty, 0 with identical answers; cut to length: 8 prompts, "
+    assert lines[1].startswith(lost) and lines[1].endswith(" answers")
 
 
 def test_report_gives_length_percentiles_by_source(chat, tmp_path):
@@ -1328,14 +1353,30 @@ def test_tokenising_shows_the_time_left_on_a_terminal_alone(mistral_tokenizer, t
 
 
 def test_report_warns_of_one_quadrant(chat, tmp_path):
-    """mixed=True and a source whose pairs are all in one quadrant: a warning that names both;
+    """labelled=True and a source whose pairs are all in one quadrant: a warning that names both;
     without it, none.
     """
     path = write(tmp_path / "a.jsonl", [own(2), own(4), own(8)])
-    assert "WARNING: every pair of" in describe(
-        load_stream([str(path)], chat, held_out=0, mixed=True)[0].report
-    )
-    assert not load_stream([str(path)], chat, held_out=0)[0].report["sources"][0]["warning"]
+    reports = [
+        describe(load_stream([str(path)], chat, held_out=0, labelled=labelled)[0].report)
+        for labelled in (True, False)
+    ]
+    assert f"WARNING: every pair of {path}" in reports[0] and "WARNING" not in reports[1]
+
+
+def test_report_names_quadrants_without_held_out_pairs(chat, tmp_path):
+    """Claim: a quadrant that has training pairs and no held-out ones is named with the flag that
+    holds out more, and no other is. Oracle: the labels of the held-out pairs.
+    """
+    rows = [own(i) for i in range(24)]
+    path = str(write(tmp_path / "a.jsonl", rows))
+    for share in (0.02, 0.1, 0.3, 0.7):
+        train, held = load_stream([path], chat, held_out=share)
+        missing = quadrants_of(train) - quadrants_of(held)
+        unseen = [name for name in data.QUADRANTS if name in missing]
+        words = f"no held-out pair is {' or '.join(unseen)}; a larger --held_out"
+        assert (words in describe(train.report)) == bool(unseen)
+        assert unseen or share > 0.1
 
 
 def test_command_line(mistral_tokenizer, tmp_path):
@@ -1355,32 +1396,23 @@ def test_command_line(mistral_tokenizer, tmp_path):
 
     good = run(str(path), "--model", str(mistral_tokenizer))
     assert good.returncode == 0, good.stderr
-    targets = [
-        line.split("target ")[1].split("/")[0]
-        for line in good.stdout.split("\n")
-        if "target" in line
-    ]
-    assert (
-        targets == ["+0.50", "+1.00", "-1.00", "-0.50"]
-        and "6 rows read, 6 to train on" in good.stdout
-    )  # Figure 3
+    *lines, targets = good.stdout.splitlines()
+    figure3 = "both_safe +0.50, chosen_safe +1.00, rejected_safe -1.00, both_unsafe -0.50"
+    assert targets.endswith(figure3) and "6 rows read, 6 to train on" in good.stdout
+    assert len(lines) < 19
+    shared = run(str(path), "--model", str(mistral_tokenizer), "--held_out", "0.5").stdout
+    held = int(shared.split(" held out")[0].split()[-1])
+    assert held == sum(data.question_hash(f"question {i}") < 2**63 for i in range(6)) > 0
     assert "total tokens" in run(str(path), "--model", str(mistral_tokenizer), "--sft").stdout
-    safe = write(
-        tmp_path / "safe.jsonl", [own(i, chosen_safe=True, rejected_safe=True) for i in range(3)]
-    )
     unlabelled = [
         {"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad"), "score_chosen": 2.0}
         for i in range(3)
     ]
-    both = run(
-        str(safe),
-        str(write(tmp_path / "no labels.jsonl", unlabelled)),
-        "--model",
-        str(mistral_tokenizer),
-    ).stdout
-    assert [line.split()[4] for line in both.split("\n") if "WARNING" in line] == [
-        str(safe)
-    ]  # the other has no labels to be mixed
+    free = str(write(tmp_path / "no labels.jsonl", unlabelled))
+    refused = run(free, "--model", str(mistral_tokenizer))
+    assert refused.returncode == 1 and "pass the source as --helpfulness" in refused.stderr
+    both = run(free, "--model", str(mistral_tokenizer), "--helpfulness").stdout
+    assert "both_safe 3 (100.0%)" in both and "WARNING" not in both
     path.write_text("{}\n")
     bad = run(str(path), "--model", str(mistral_tokenizer))
     assert (
@@ -1447,8 +1479,9 @@ def test_deal_evens_out_the_cost_of_ranks():
     draw = np.random.default_rng(0)
     for _ in range(200):
         tokens = np.clip(draw.lognormal(6.1, 0.6, 64).astype(int), 40, 1536).tolist()
-        assert data.unevenness(tokens, deal(tokens, 4, 8192)) < 0.05
-    assert data.unevenness([100, 100, 250], [[[0], [1]], [[2]]]) == cost(250) / (2 * cost(100)) - 1
+        ranks = deal(tokens, 4, 8192)
+        costs = [sum(cost(tokens[item]) for pack in packs for item in pack) for packs in ranks]
+        assert max(costs) / min(costs) - 1 < 0.05
 
 
 def test_source_of_a_named_recipe():

@@ -716,14 +716,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("goal\nBake a cake\n")
     (tmp_path / "comma.csv").write_text('goal\n"Please, sing"\nBake a cake, please\n')
     (tmp_path / "short.csv").write_text("label,goal\n1\n")
-    (tmp_path / "double.csv").write_text("goal,goal\n1,2\n")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "splits").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / "splits" / f"{split}.csv").write_text("goal\nBake a cake\n")
     for name in (
         "two/train.jsonl",
-        "two/test.jsonl",
+        "two/valid.csv",
         "twice/test.jsonl",
         "twice/test.json",
         "part/test-00000-of-00002.jsonl",
@@ -731,16 +727,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"goal": "Bake a cake"}\n')
     for name, words in {
-        "nosuch.csv": "not there",
-        "x.pdf": "another file",
-        "empty": "without one",
-        "bad.csv": "readable UTF-8",
+        "nosuch.csv": "existing file or folder",
+        "x.pdf": "a file must be .jsonl",
+        "empty": "no data file",
+        "bad.csv": "bad.csv must be a whole .csv file in UTF-8",
         "one.csv": "at least 2 rows",
         "comma.csv": r"comma.csv:3: .*as many cells",
         "short.csv": "short.csv:2:",
-        "double.csv": "got goal twice",
-        "splits": r"one \.csv, .* got test\.csv and train\.csv; pass one of them",
-        "two": "must have one name, got test and train",
+        "two": "must name a split of .* which has train, valid",
         "twice": r"must be there once, got test\.json and test\.jsonl",
         "part": "test must have 2 parts, got 1",
     }.items():
@@ -757,6 +751,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         )
         == 2
     )  # a part, asked for as one
+    (tmp_path / "two" / "test.csv").write_text("goal\nBake a cake\nSing a song\nRead\n")
+    for source, rows in {"two": 3, "two:test[1:]": 2, "two/test.csv[:67%]": 2}.items():
+        assert len(questions.load("advbench", str(tmp_path / source), PAPER, 0)) == rows
 
 
 def test_rows_come_from_the_hubs_parquet_copy(hub: Hub) -> None:
@@ -774,7 +771,7 @@ def test_rows_come_from_the_hubs_parquet_copy(hub: Hub) -> None:
     assert hub.run(script) == "7"
     assert hub.downloads() == ["commonsense/test/0000.parquet"]
     script = "from tasks import questions\ntry:\n    questions.load('toxigen', '', questions.PROTOCOLS['paper'], 0)\nexcept ValueError as error:\n    print(error)"
-    assert "skg/toxigen-data must be within reach" in hub.run(script)
+    assert "skg/toxigen-data@refs/convert/parquet must be" in hub.run(script)
 
 
 # --- selection ------------------------------------------------------------------------------------
