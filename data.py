@@ -308,7 +308,7 @@ class Stream:
         rows = every[is_mine]
         self.tokens = np.memmap(folder / "tokens", report["token_type"], "r")
         self.ends = np.cumsum(every["lengths"].sum(axis=1, dtype=np.int64))[is_mine]
-        self.lengths = rows["lengths"]
+        self.lengths = np.ascontiguousarray(rows["lengths"])  # torch takes no fields in strides
         self.chosen_safe = rows["chosen_safe"]
         self.rejected_safe = rows["rejected_safe"]
         self.questions = rows["question"]

@@ -22,12 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import bfpo
 import data
+import eval as evaluation
 from data import Pair, batch_indices, cost, deal, describe, load_stream
 from support.chat import Chat
 from support.sources import find_source, read_rows
@@ -1419,6 +1421,41 @@ def test_command_line(mistral_tokenizer, tmp_path):
         bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
     )
     assert run(str(path)).returncode == 2
+
+
+def test_a_run_keeps_the_questions_that_it_was_trained_on(toys, tmp_path, capsys):
+    """Claim: --held_out sets the share of a run, whose folder keeps the hashes of its training
+    questions and of its starting model's; an evaluation warns with the count of a task's prompts
+    among them. Oracle: the rows, and question_hash.
+    """
+    lines = (toys / "pku" / "train.jsonl").read_text().splitlines(keepends=True)
+    questions = [json.loads(line)["prompt"] for line in lines]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text("".join(lines[:40]))
+    two.write_text("".join(lines[40:80]))
+    last = ("--steps", "2", "--held_out", "0.4")
+    runs.run_here(runs.bfpo(toys, tmp_path / "1", "--safety", str(one), *last))
+    model = str(tmp_path / "1" / "model")
+    runs.run_here(runs.bfpo(toys, tmp_path / "2", "--safety", str(two), "--model", model, *last))
+    train = {text for text in questions[:40] if data.question_hash(text) >= 0.4 * 2**64}
+    later = {text for text in questions[40:80] if data.question_hash(text) >= 0.4 * 2**64}
+    known = set(data.trained_questions(tmp_path / "1" / "model").tolist())
+    assert known >= set(map(data.question_hash, train)) and len(train) < len(set(questions[:40]))
+    assert not known & {data.question_hash(text) for text in set(questions[:40]) - train}
+    both = data.trained_questions(tmp_path / "2" / "model").tolist()
+    assert set(both) == known | set(map(data.question_hash, later))
+    assert not len(data.trained_questions(toys / "start"))
+
+    prompts = [*sorted(train)[:2], "a question of nobody's"]
+    write(tmp_path / "x.jsonl", [{"prompt": text, "label": "safe"} for text in prompts])
+    for folder, words in (("1", "was trained on 2 of the 3 prompts of xstest"), ("", "")):
+        capsys.readouterr()
+        policy = tmp_path / folder / "model" if folder else toys / "start"
+        task = ("--tasks", f"xstest={tmp_path / 'x.jsonl'}", "--judge", "keyword")
+        out = ("--out", str(tmp_path / f"eval{folder}"), "--device", "cpu")
+        evaluation.main(["--model", str(policy), *task, *out])
+        printed = capsys.readouterr().out
+        assert words in printed and ("was trained on" in printed) == bool(words)
 
 
 # ----------------------------------------------------------------------------------------------- batches and packs
