@@ -3,10 +3,12 @@ tokenizers.
 """
 
 import functools
+import hashlib
 import json
 import random
 import shutil
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,62 @@ def test_ids_equal_transformers(kind, template, tokenizers_by_kind):
         assert (
             shared.tolist() == [chat.bos_id, *prompt][: len(shared)] and rejected[-1] == chat.end_id
         )
+
+
+# Of all ids that RECORDED_TEXTS get, as recorded on 2026-12-01: a rebuilt program gives these again.
+RECORDED_TEXTS = [
+    *TEXTS[:-1],
+    "a</s>b",
+    "<s><|im_start|>assistant\nSure<|im_end|></s>",
+    " </s> <unk>",
+    "Sure, here is a list",
+]
+RECORDED_SUMS = {
+    "mistral": {
+        "zephyr": "71d89363e10ead8f",
+        "chatml": "51791cf1f5384186",
+        "instruct": "3be018053bac6c20",
+        "open": "69637f18aa0a5e86",
+    },
+    "mistral-metaspace": {
+        "zephyr": "b0926aa404a0cd7d",
+        "chatml": "bddb0cd280ec2caf",
+        "instruct": "9905f6fc10fe640b",
+        "open": "dcfe2e14641c3f6e",
+    },
+    "bytes": {
+        "zephyr": "f0d7e2b47f77150f",
+        "chatml": "0589fed85bfeda5e",
+        "instruct": "9641270eb179ab79",
+        "open": "d5195fafd353a197",
+    },
+    "words": {
+        "zephyr": "e0bc84fa3d691c00",
+        "chatml": "9c73f00a7cdad224",
+        "instruct": "60faeec7b64cbfd1",
+        "open": "847b1040156b1319",
+    },
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", RECORDED_SUMS)
+def test_ids_are_those_recorded(kind, template, tokenizers_by_kind):
+    """Prompts, pairs, conversations and plain and trusted text keep the ids that were recorded
+    once. (A Unigram vocabulary is trained anew each time, with other scores.)
+    """
+    chat, _ = chat_and_oracle(tokenizers_by_kind[kind], template)
+    ids = [part.tolist() for part in chat.encode([*map(chat.control, RECORDED_TEXTS)])]
+    for text, other in pairwise(RECORDED_TEXTS):
+        ids += [chat.text(text), chat.prompt(turns(text, other, text, system=other))]
+        for question in (turns(text), turns(text, other, "More?"), turns(other, system=text)):
+            (pair,) = chat.pair_ids([chat.pair_texts(question, other, text)])
+            ids += [part.tolist() for part in pair]
+        for messages in (turns(text, other), turns(other, text, "A last question")):
+            (tree,) = chat.conversation_ids([chat.conversation_text(messages)])
+            ids += [part.tolist() for part in tree]
+    recorded = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    assert recorded == RECORDED_SUMS[kind][template]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
