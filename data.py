@@ -262,7 +262,7 @@ def make_item(row: Row, schema: Schema, chat: Chat, options: Options) -> Item | 
 
 
 def tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:
-    """Each item with its ids, not truncated: [prompt, chosen, rejected], for SFT [BOS, the rest].
+    """Each item with its ids, not truncated: [prompt, chosen, rejected], for SFT [first token, the rest].
 
     A chunk is tokenised in a thread while this one prepares the next. The tokenizer, which uses
     every core, lets Python run beside it.
@@ -297,8 +297,8 @@ def row_type(stage: str) -> np.dtype[Any]:
 class Stream:
     """Token ids of a data set's training or held-out rows, in a memory-mapped array.
 
-    tree(i) is one item of Pack.build: [prompt, chosen, rejected], for SFT [BOS, the rest]. lengths
-    [n, 3] (SFT [n, 2]) in tokens; chosen_safe, rejected_safe bool [n]; questions: their hashes [n].
+    tree(i) is one item of Pack.build: [prompt, chosen, rejected], for SFT [first token, the rest].
+    lengths [n, 3] (SFT [n, 2]) in tokens; chosen_safe, rejected_safe bool [n]; questions: their hashes [n].
     report: what describe prints. fingerprint: of all that the arrays depend on.
     """
 
@@ -407,7 +407,7 @@ def read_trees(
     """
     items = read_items(source, chat, options, part, problems)
     for item, whole in tokenise(items, chat, options.stage):
-        tree = truncate(whole, options.max_length, options.max_prompt)
+        tree = truncate(whole, options.max_length, options.max_prompt, len(chat.front))
         if options.stage == "pairs" and np.array_equal(tree[1], tree[2]):
             part["identical"] += 1  # their margin is 0 whatever is learnt
             continue
@@ -460,7 +460,7 @@ def load_stream(
     the first ten with file:line, and their number.
     """
     options = Options(**settings)
-    if options.stage == "sft":  # the prompt is BOS
+    if options.stage == "sft":  # the prompt is the first token
         options = options._replace(prefer="safer", max_prompt=1)
     if not 1 <= options.max_prompt < options.max_length:
         raise ValueError(

@@ -81,7 +81,7 @@ def encode_requests(
 
     Both are encoded as one text, and what is beyond the context's own ids is the continuation;
     spaces at the context's end belong to the continuation; an empty context is BOS, whatever `bos`
-    says (deviation 9). Of more than `longest` + 1 ids (the last is predicted, not read) the first
+    says, or EOS where there is no BOS (deviation 9). Of more than `longest` + 1 ids (the last is predicted, not read) the first
     are dropped. ValueError: a continuation without a token, or with more than `longest`.
     """
     bare = [context.rstrip() for context, _ in requests]
@@ -91,7 +91,9 @@ def encode_requests(
     )
     pairs = []
     for context, head, whole in zip(bare, heads, wholes, strict=True):
-        front = [chat.bos_id] * (bos or not context) + head.tolist() * bool(context)
+        front = [chat.prefix_id]
+        if context:
+            front = [*(chat.front if bos else []), *head.tolist()]
         tail = whole.tolist()[len(head) if context else 0 :]
         if not 1 <= len(tail) <= longest:
             raise ValueError(
@@ -164,7 +166,7 @@ def whole_prompt(chat: Chat, request: Request, bos: bool) -> list[int]:
     if request.chat:
         return chat.prompt([{"role": "user", "content": request.prompt}])
     ids = chat.text(request.prompt)
-    return ids if bos else ids[1:]
+    return ids if bos else ids[len(chat.front) :]
 
 
 def prompt_ids(chat: Chat, request: Request, bos: bool, longest: int) -> list[int]:
@@ -178,7 +180,7 @@ def prompt_ids(chat: Chat, request: Request, bos: bool, longest: int) -> list[in
     if len(ids) <= longest:
         return ids
     if not request.chat:
-        front = ids[:1] if bos else []
+        front = chat.front if bos else []
         return front + ids[len(ids) - longest + len(front) :]
 
     def without(characters: int) -> list[int]:

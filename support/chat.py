@@ -17,13 +17,17 @@ import json
 import re
 import reprlib
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer
 
 from support.storage import read_object
 
@@ -32,12 +36,29 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 # Zephyr's chat format. The empty system turn is Zephyr's alone; the newline after the last </s> is
 # not kept.
+ZEPHYR = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\\n' + eos_token + '\\n' }}{% endif %}\n"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content']"
+    " + eos_token + '\\n' }}{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}\n"
+)
 NO_TEMPLATE = "zephyr, as the model has none"
-ZEPHYR = """\
-{% if messages[0]['role'] != 'system' %}{{ '<|system|>\\n' + eos_token + '\\n' }}{% endif %}
-{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}
-"""
+
+# Qwen3's template writes an empty thinking block before the last answer of a conversation, but
+# leaves it out of a generation prompt unless it is asked not to think. This line makes that the
+# default. The sign + keeps a newline after it.
+NO_THINKING = "{% set enable_thinking = enable_thinking | default(false) +%}"
+
+# Every template is tried on these.
+QUESTION = {"role": "user", "content": "THE-QUESTION"}
+ANSWER = {"role": "assistant", "content": "THE-ANSWER"}
+
+# An added token that looks like a control token, whatever its flag: <|user|> or [INST], not
+# "assistant" or a space.
+MARKER = re.compile(r"(?s)[^\w\s].+[^\w\s]")
+
+
+# --- text and ids ---------------------------------------------------------------------------------
 
 
 def _common(a: Ids, b: Ids) -> int:
@@ -46,106 +67,93 @@ def _common(a: Ids, b: Ids) -> int:
     return int(np.cumprod(a[:shorter] == b[:shorter]).sum())
 
 
-def _same_start(a: str, b: str) -> int:
-    """Characters of the longest common prefix."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
-
-
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the texts; nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def _respell(tokenizer: str, spelling: dict[str, str]) -> str:
-    """tokenizer.json with other spellings of its control tokens, which keep their ids and flags.
-    The old spellings are then in no vocabulary and no merge, so no text can give them.
+def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int, front: int = 1) -> list[Ids]:
+    """[prompt, *responses], cut. If prompt + longest response > max_length, the prompt keeps its
+    last max_prompt tokens, of which the first `front` are those in front of it: BOS, if there is
+    one (deviation 3). If still too long, each response keeps its first max_length - max_prompt
+    (§4.2).
     """
-    content = json.loads(tokenizer)
-    for token in content["added_tokens"]:
-        if token["content"] in spelling:
-            token.update(content=spelling[token["content"]], special=False)
-    model = content["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {
-            spelling.get(token, token): number for token, number in model["vocab"].items()
-        }
-    else:  # Unigram
-        model["vocab"] = [[spelling.get(token, token), score] for token, score in model["vocab"]]
-    if "merges" in model:
-        model["merges"] = [
-            [a, b] for a, b in model["merges"] if not {a, b, a + b} & spelling.keys()
-        ]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
-    return json.dumps(content | {"truncation": None, "padding": None, "post_processor": None})
+    prompt, *responses = tree
+    longest = max(map(len, responses))
+    if len(prompt) + longest > max_length and len(prompt) > max_prompt:
+        prompt = np.concatenate([prompt[:front], prompt[len(prompt) - max_prompt + front :]])
+    if len(prompt) + longest > max_length:
+        responses = [response[: max_length - max_prompt] for response in responses]
+    return [prompt, *responses]
 
 
-def _read_template(file: Path) -> str:
+# --- a model folder's files -----------------------------------------------------------------------
+
+
+def _open_tokenizer(folder: Path) -> Tokenizer:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} must be UTF-8 text: {error}") from error
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises no narrower type
+        raise ValueError(
+            f"a model folder must hold a readable tokenizer.json, got {folder} ({error});"
+            " transformers' tokenizer.save_pretrained writes one"
+        ) from error
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """{"bos_token": "<s>", ...}, as templates know them."""
+    named = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            named[name] = text
+    return named
 
 
 def _find_template(folder: Path, config: dict[str, Any], template: str | None) -> tuple[str, str]:
     """(the template, where it comes from)."""
     if template == "zephyr":
         return ZEPHYR, "zephyr"
+    file = Path(template or folder / "chat_template.jinja")
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8-sig"), template or "the model's"
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} must be UTF-8 text: {error}") from error
     if template:
-        if not Path(template).is_file():
-            raise ValueError(
-                f"template must be 'zephyr' or a file with a jinja template, got {template}"
-            )
-        return _read_template(Path(template)), template
-    if (file := folder / "chat_template.jinja").is_file():
-        return _read_template(file), "the model's"
+        raise ValueError(f"template must be 'zephyr' or a file that holds one, got {template}")
+
     own = config.get("chat_template")
     if not own:
         return ZEPHYR, NO_TEMPLATE
-    try:
-        named = (
-            {entry["name"]: entry["template"] for entry in own} if isinstance(own, list) else own
-        )
-        default = named if isinstance(named, str) else named["default"]
-    except (TypeError, LookupError):
-        default = None
-    if not isinstance(default, str):
+    if isinstance(own, list):
+        named = [entry for entry in own if isinstance(entry, dict)]
+        own = next((e.get("template") for e in named if e.get("name") == "default"), own)
+    if not isinstance(own, str):
         raise ValueError(
-            f"{folder} must have a chat template, or several by name with one named default, got {reprlib.repr(own)}; "
-            "pass one as --chat_template FILE"
+            f"{folder} must have a chat template, or several by name with one named default, got"
+            f" {reprlib.repr(own)}; pass one as --chat_template FILE"
         )
-    return default, "the model's"
+    return own, "the model's"
 
 
-def _configured_ends(folder: Path) -> set[int]:
+def _configured_ends(folder: Path) -> list[int]:
     """The end tokens that a model's own files name: eos_token_id, a number or a list of numbers."""
-    ends: set[int] = set()
+    ends = set()
     for file in ("config.json", "generation_config.json"):
         value = read_object(folder / file).get("eos_token_id")
         listed = value if isinstance(value, list) else [value]
-        if any(type(number) is not int and number is not None for number in listed):
-            raise ValueError(
-                f"{folder / file}: eos_token_id must be a token id or a list of them, got {reprlib.repr(value)}"
-            )
-        ends.update(number for number in listed if number is not None)
-    return ends
+        ends |= {number for number in listed if type(number) is int}
+    return sorted(ends)
 
 
-def _is_marker(text: str) -> bool:
-    """Whether an added token looks like a control token, whatever its flag: <|user|> or [INST], not
-    "assistant" or a space.
-    """
-    ends = text[:1] + text[-1:]
-    return len(text) > 2 and not any(letter.isalnum() or letter.isspace() for letter in ends)
+# --- templates and control tokens -----------------------------------------------------------------
 
 
-def _compile(template: str, strftime_now: Callable[[str], str]) -> Any:
+def _compile(template: str, strftime_now: Any) -> jinja2.Template:
     """The template in a sandbox, with the settings, filters and functions that transformers renders
     it with.
     """
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -155,27 +163,43 @@ def _compile(template: str, strftime_now: Callable[[str], str]) -> Any:
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    marks = r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})"  # they only say which part is scored
-    template = re.sub(
-        marks, lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], template
-    )
+    environment.globals |= {"tools": None, "documents": None}
+    # Marks of what is scored: a block of no effect stands in their place.
+    template = re.sub(r"({%[-+]?\s*(?:end)?)generation(\s*[-+]?%})", r"\1with\2", template)
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template must be valid jinja: {error}") from error
 
 
+def _respell(tokenizer: str, spelling: dict[str, str]) -> str:
+    """tokenizer.json with other spellings of its control tokens, which keep their ids and flags.
+    The old spellings are then in no vocabulary and no merge, so no text can give them.
+    """
+    content = json.loads(tokenizer) | {"truncation": None, "padding": None, "post_processor": None}
+    if "merges" in content["model"]:
+        content["model"]["merges"] = [
+            [a, b] for a, b in content["model"]["merges"] if not {a, b, a + b} & spelling.keys()
+        ]
+    quoted = {json.dumps(control): json.dumps(other) for control, other in spelling.items()}
+    return any_of(quoted).sub(lambda control: quoted[control[0]], json.dumps(content))
+
+
 class Chat:
     """template: None takes the model's own (chat_template.jinja or tokenizer_config.json), or
     Zephyr's if it has none; "zephyr" takes Zephyr's; anything else names a file that holds a jinja
-    template. The attribute `template` has BOS in front if this one writes none, because servers add
-    none; it is what training renders and what is exported. `template_source` says which one it is.
-    now: the time for templates that write today's date.
+    template. now: the time for templates that write today's date.
 
-    end_id: the control token with which the template ends an answer, EOS if it uses none. end_ids:
-    the tokens at which a generated answer is over; end_id comes first, then EOS and what
-    config.json and generation_config.json name. remarks: what a user should hear once before
-    training, in sentences.
+    The attribute `template` is what training renders and what is exported. `template_source` says
+    where it comes from. It has BOS in front if the file's writes none, because servers add none,
+    and NO_THINKING if it asks whether to think.
+
+    bos_id: None if the tokenizer has no BOS. front: the ids that every text begins with, [BOS] or
+    none. prefix_id: what an empty context is, BOS, or EOS without one, as in
+    lm-evaluation-harness. end_id: the control token with which the template ends an answer, EOS if
+    it uses none. end_ids: the tokens at which a generated answer is over; end_id comes first, then
+    EOS and what config.json and generation_config.json name. remarks: what a user should hear once
+    before training, in sentences.
 
     Ids come from a copy of the tokenizer in which every control token is spelled with 64 random
     bits, which no data can contain. Only the control tokens that the template itself wrote are
@@ -186,255 +210,209 @@ class Chat:
     def __init__(
         self, folder: str | Path, template: str | None = None, now: datetime | None = None
     ) -> None:
-        from tokenizers import AddedToken, Tokenizer
-
         folder = Path(folder)
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises no narrower type
-            raise ValueError(
-                f"a model folder must hold a readable tokenizer.json, got {folder} ({error}); transformers'"
-                " tokenizer.save_pretrained writes one"
-            ) from error
-        config = read_object(folder / "special_tokens_map.json") | read_object(
-            folder / "tokenizer_config.json"
-        )
-        spelled = {
-            name: value.get("content") if isinstance(value, dict) else value
-            for name, value in config.items()
-        }
-        self.named = {
-            name: text
-            for name, text in spelled.items()
-            if name.endswith("_token") and isinstance(text, str)
-        }
-        for name in ("bos_token", "eos_token"):
-            if self.tokenizer.token_to_id(self.named.get(name, "")) is None:
-                raise ValueError(
-                    f"{folder} must name a {name} of its vocabulary; set it in tokenizer_config.json"
-                )
-        bos, eos = self.named["bos_token"], self.named["eos_token"]
-        known = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
-        self.tokenizer.add_special_tokens(
-            [AddedToken(text, normalized=False) for text in (bos, eos) if text not in known]
-        )
+        self.tokenizer = _open_tokenizer(folder)
+        config = read_object(folder / "special_tokens_map.json")
+        config |= read_object(folder / "tokenizer_config.json")
+        self.named = _named_tokens(config)
         self.entries: dict[str, int] = self.tokenizer.get_vocab()
         self.vocabulary = 1 + max(self.entries.values())
 
-        self.now, self.dates = (
-            now or datetime.now(),
-            dict[str, str](),
-        )  # format -> the date as the template writes it
+        self.now = now or datetime.now()
         self.template, self.template_source = _find_template(folder, config, template)
-        self._jinja = _compile(self.template, self._date)
-        self._know_controls()
-        front, own_bos, _ = self.render([{"role": "user", "content": "?"}]).partition(
-            self._spelling[bos]
-        )
-        if own_bos and front and not front.strip():
-            raise ValueError(
-                f"the chat template must write nothing before its {bos}, got {front!r}; delete it there"
-            )
-        if front:
-            unindented = re.sub(
-                r"^[ \t]+(?=\{[%#])", "", self.template
-            )  # as lstrip_blocks would have it, at a line's start alone
-            self.template = "{{ bos_token }}" + unindented
-            self._jinja = _compile(self.template, self._date)
+        self._jinja = _compile(self.template, self.now.strftime)
+        self._know_controls(folder)
+        self._complete_template()
+
         self.remarks: list[str] = []
         if self.template_source == NO_TEMPLATE:
             self.remarks.append(
-                f"{folder} has no chat template; Zephyr's is used. Pass another as --chat_template FILE"
+                f"{folder} has no chat template; Zephyr's is used."
+                " Pass another as --chat_template FILE"
             )
         self._probe()
-        self.end_ids = tuple(
-            dict.fromkeys([self.end_id, self.eos_id, *sorted(_configured_ends(folder))])
-        )
+        self.end_ids = tuple(dict.fromkeys([self.end_id, self.eos_id, *_configured_ends(folder)]))
         depends_on = [self.tokenizer.to_str(), self.template, self.named]
-        if self.dates:
-            depends_on.append(self.dates)
+        if "strftime_now" in self.template:
+            depends_on.append(str(self.now.date()))
         self.fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
 
-    def _date(self, form: str) -> str:
-        """strftime_now of templates: `now`, and not the clock, so that a run has one date from its
-        start to its end.
-        """
-        self.dates[form] = self.now.strftime(form)
-        return self.dates[form]
-
-    def _know_controls(self) -> None:
+    def _know_controls(self, folder: Path) -> None:
         """Finds the control tokens and makes the encoder in which only templates can write them.
 
         Control tokens are BOS, EOS, what is flagged special, and added tokens of any flag that the
-        template writes.
+        template writes, itself or put together.
         """
-        from tokenizers import Tokenizer
-
+        self._eos = self.named.get("eos_token", "")
+        self._bos = self.named.get("bos_token", self._eos)
         added = self.tokenizer.get_added_tokens_decoder()
+        if missing := {self._eos, self._bos} - {token.content for token in added.values()}:
+            raise ValueError(
+                f"{folder} must name an eos_token, and may name a bos_token, among its added"
+                f" tokens, got {missing.pop()!r}; set it in tokenizer_config.json"
+            )
+        asked = self._write([QUESTION], header=True)
+        written = self.template + asked + self._write([QUESTION, ANSWER], header=False)
         self._spelling: dict[str, str] = {}
-        self._controls = any_of(
-            ()
-        )  # a first rendering shows which added tokens the template puts together
-        self._seal = f"\ufdd1{secrets.randbits(64)}\ufdd1"
-        bos, eos = self.named["bos_token"], self.named["eos_token"]
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
-        written = self.template + self.render(turns[:1], header=True) + self.render(turns)
-        self._ids: dict[str, int] = {}
+        self._ids: dict[str, int] = {}  # of spellings
+        cuts = []
         for number, token in added.items():
-            used = _is_marker(token.content) and token.content in written
-            if token.special or used or token.content in (bos, eos):
-                self._ids[token.content] = number
-        self.bos_id, self.eos_id = self._ids[bos], self._ids[eos]
-        self._spelling = {
-            text: f"\ufdd0{secrets.randbits(64)}.{number}\ufdd0"
-            for text, number in self._ids.items()
-        }
-        self._controls = any_of(self._ids)
-        self._cuts = any_of(
-            self._spelling[token.content]
-            for token in added.values()
-            if token.content in self._spelling
-            and not (token.normalized or token.single_word or token.content == bos)
-        )
+            text = token.content
+            used = MARKER.fullmatch(text) and text in written
+            if token.special or used or text in (self._bos, self._eos):
+                self._spelling[text] = f"\ufdd0{secrets.randbits(64)}.{number}\ufdd0"
+                self._ids[self._spelling[text]] = number
+                if not (token.normalized or token.single_word or text == self._bos):
+                    cuts.append(self._spelling[text])
+        self.eos_id = self._ids[self._spelling[self._eos]]
+        self.prefix_id = self._ids[self._spelling[self._bos]]
+        self.bos_id = self.prefix_id if "bos_token" in self.named else None
+        self.front = [] if self.bos_id is None else [self.bos_id]
+
+        self._controls = any_of(self._spelling)
+        self._cuts = any_of(cuts)
         self._encoder = Tokenizer.from_str(_respell(self.tokenizer.to_str(), self._spelling))
+        self._seal = f"\ufdd1{secrets.randbits(64)}\ufdd1"
+        self._encoder.add_tokens([AddedToken(self._seal, normalized=False)])
+        self._seal_id = self._encoder.token_to_id(self._seal)
+
+    def _complete_template(self) -> None:
+        """Puts in front of the template what servers would not add."""
+        front = ""
+        if "enable_thinking" in self.template and NO_THINKING not in self.template:
+            front = NO_THINKING
+        if self.front:
+            bos = self._spelling[self._bos]
+            before, own_bos, _ = self.render([QUESTION]).partition(bos)
+            if own_bos and before and not before.strip():
+                raise ValueError(
+                    f"the chat template writes {before!r} before its {self._bos}; delete that"
+                )
+            if before:
+                front = "{{ bos_token }}" + front
+        if front:
+            # Blanks before the first block, which lstrip_blocks drops only where a line starts.
+            self.template = front + re.sub(r"^[ \t]+(?=\{[%#])", "", self.template)
+            self._jinja = _compile(self.template, self.now.strftime)
 
     def _probe(self) -> None:
         """Renders a short conversation, to check the template and to see how it ends an answer."""
-        question, answer, reply = (str(secrets.randbits(64)) for _ in range(3))
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        header, whole = self.render(turns[:1], header=True), self.render(turns)
-        front, _, self._tail = whole.rpartition(answer)
-        if front.rstrip() != header.rstrip() or question not in header:
-            said = {spelling: text for text, spelling in self._spelling.items()} | {
-                question: "QUESTION",
-                answer: "ANSWER",
-            }
-            wanted, got = (
-                any_of(said).sub(lambda found: said[found[0]], text) for text in (header, front)
-            )
+        header = self.render([QUESTION], header=True)
+        whole = self.render([QUESTION, ANSWER])
+        front, _, self._tail = whole.rpartition(ANSWER["content"])
+        if front.rstrip() != header.rstrip():
             raise ValueError(
-                "the chat template must write before an answer what it writes as the generation prompt,"
-                f" {wanted!r}, got {got!r}; take another one, such as --chat_template zephyr"
+                "the chat template must write before an answer what it writes as the generation"
+                f" prompt, {self._readable(header)!r}, got {self._readable(front)!r};"
+                " take another one, such as --chat_template zephyr"
             )
         ids = self._encoder.encode(whole, add_special_tokens=False).ids
-        for text, spelling in self._spelling.items():
-            if spelling in whole and ids.count(self._ids[text]) != whole.count(spelling):
+        for spelling, number in self._ids.items():
+            if spelling in whole and ids.count(number) != whole.count(spelling):
                 raise ValueError(
-                    f"the tokenizer must read the template's {text!r} as one token, wherever it is; in"
-                    " tokenizer.json, make it an added token with normalized false"
+                    "the tokenizer must always read the template's"
+                    f" {self._readable(spelling)!r} as one token; in tokenizer.json, make it an"
+                    " added token with normalized false"
                 )
-        self._find_end(turns, answer, reply)
-        self._find_seam(turns[:1], header)
+        self._find_end()
+        self._find_seam(header)
 
-    def _find_end(self, turns: Sequence[Message], answer: str, reply: str) -> None:
+    def _find_end(self) -> None:
         """Sets end_id, and _end: what the template writes after an answer up to its end token.
 
         The end token is the first control token that follows an answer whether or not another turn
         comes: a template may write the next header after the last answer. EOS is taken for it where
         it ends the last answer alone, or none does.
         """
-        after = self._tail
-        try:
-            longer = self.render([*turns, {"role": "user", "content": reply}])
-        except ValueError:  # a template may refuse a second question
-            pass
-        else:
-            between = longer.rpartition(reply)[0].rpartition(answer)[2]
-            after = between[: _same_start(self._tail, between)]
-        eos = self.named["eos_token"]
-        first = any_of(self._spelling.values()).search(after) or re.search(
-            re.escape(self._spelling[eos]), self._tail
-        )
-        if first:
-            self._end = self._tail[: first.end()]
-            self._end_spelling = first[0]
-        else:
-            self._end = self._end_spelling = self._spelling[eos]
-            if marker := after.strip():
-                self.remarks.append(
-                    f"the chat template ends an answer with {marker!r}, which holds no control token of this tokenizer; "
-                    f"{eos} ends answers in its place. Add the token to tokenizer.json, or pass --chat_template zephyr"
-                )
-        self.end_id = next(
-            number
-            for text, number in self._ids.items()
-            if self._spelling[text] == self._end_spelling
-        )
+        longer = self.render([QUESTION, ANSWER, QUESTION])
+        between = longer.rpartition(QUESTION["content"])[0].rpartition(ANSWER["content"])[2]
+        eos = self._spelling[self._eos]
+        end = any_of(self._ids).search(between)
+        if not end or not self._tail.startswith(between[: end.end()]):
+            end = any_of([eos]).search(self._tail)
+        self._end_spelling = end[0] if end else eos
+        self._end = self._tail[: end.end()] if end else eos
+        self.end_id = self._ids[self._end_spelling]
+        if not end and self._tail.strip():
+            self.remarks.append(
+                f"the chat template ends an answer with {self._tail.strip()!r}, which holds no"
+                f" control token of this tokenizer; {self._eos} ends answers in its place."
+                " Add the token to tokenizer.json, or pass --chat_template zephyr"
+            )
 
-    def _find_seam(self, question: Sequence[Message], header: str) -> None:
+    def _find_seam(self, header: str) -> None:
         """Sets _seam, "" as a rule: a token of our own between prompt and answer, where the
         prompt's own ids do not begin those of the answered conversation. Text on either side of it
-        is tokenised apart; `encode` drops it.
+        is tokenised apart, and `encode` drops it.
         """
-        from tokenizers import AddedToken
-
-        self._seam, self._seam_id = "", -1
-        texts = [
-            self.render([*question, {"role": "assistant", "content": text}])
-            for text in ("Sure", "I", "7")
-        ]
-        served, *answered = self.encode([header, *texts])
+        self._seam = ""
+        served, *answered = self.encode(self.pair_texts([QUESTION], "Sure", "I", "7"))
         if all(np.array_equal(served, ids[: len(served)]) for ids in answered):
             return
-        self._seam = f"\ufdd2{secrets.randbits(64)}\ufdd2"
-        self._encoder.add_tokens([AddedToken(self._seam, normalized=False)])
-        self._seam_id = self._encoder.token_to_id(self._seam) or -1
+        self._seam = self._seal
         self.remarks.append(
-            f"the chat template's generation prompt ends in {header[-12:]!r}, and its token ids do not begin those of an "
-            "answered conversation; answers are tokenised apart, so that the model is trained on the prompt it is served"
+            f"the chat template's generation prompt ends in {self._readable(header)[-12:]!r}, and"
+            " its token ids do not begin those of an answered conversation; answers are tokenised"
+            " apart, so that the model is trained on the prompt it is served"
         )
+
+    def _readable(self, text: str) -> str:
+        """A rendered text with the control tokens' own spellings, for messages."""
+        for control, spelling in self._spelling.items():
+            text = text.replace(spelling, control)
+        return text
+
+    def _write(self, messages: Sequence[Message], header: bool) -> str:
+        """What the template makes of the messages as they are."""
+        try:
+            return self._jinja.render(messages=messages, add_generation_prompt=header, **self.named)
+        except Exception as error:  # whatever goes wrong in a template
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
     def render(self, messages: Sequence[Message], header: bool = False) -> str:
         """The conversation as text, control tokens respelled; header: with the header of the answer
         to come.
         """
-        import jinja2
+
+        def sealed(control: re.Match[str]) -> str:
+            return self._seal.join(("", *control[0], ""))
 
         # What only looks like a control token is broken up: those left in the text are the
         # template's.
         masked = [
-            message
-            | {
-                "content": self._controls.sub(
-                    lambda found: self._seal.join(("", *found[0], "")), message["content"]
-                )
-            }
+            message | {"content": self._controls.sub(sealed, message["content"])}
             for message in messages
         ]
-        try:
-            text = self._jinja.render(
-                messages=masked,
-                add_generation_prompt=header,
-                tools=None,
-                documents=None,
-                **self.named,
-            )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
-        return self.control(text).replace(self._seal, "")
+        return self.control(self._write(masked, header)).replace(self._seal, "")
 
     def control(self, text: str) -> str:
         """Text for `encode` that someone trusted wrote: what is spelled like a control token in it
         is one.
         """
-        return self._controls.sub(lambda found: self._spelling[found[0]], text)
+        return self._controls.sub(lambda control: self._spelling[control[0]], text)
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
+    def encode(self, texts: Iterable[str]) -> list[Ids]:
         """Ids of each text (render's, control's, or plain), without the BOS in front; those that
         open or close turns stay.
         """
         encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         every = [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
         if self._seam:
-            every = [ids[ids != self._seam_id] for ids in every]
+            every = [ids[ids != self._seal_id] for ids in every]
         return [ids[1:] if len(ids) and ids[0] == self.bos_id else ids for ids in every]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """[*front, ...]: the conversation and the header of the answer to come, as in training."""
+        return self.text(self.render(messages, header=True))
+
+    def text(self, text: str) -> list[int]:
+        """[*front, ...]: plain text outside any chat format; nothing in it is a control token."""
+        return [*self.front, *self.encode([text])[0].tolist()]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids; without control tokens, or with them."""
+        numbers = [int(number) for number in ids]
+        return str(self.tokenizer.decode(numbers, skip_special_tokens=skip_special_tokens))
 
     def _closed(self, text: str) -> str:
         """A rendered conversation up to the end token of its last answer: what the template writes
@@ -444,20 +422,6 @@ class Chat:
             return text.removesuffix(self._tail) + self._end
         front, end, _ = text.rpartition(self._end_spelling)  # it ends with a question
         return front + end if end else text + self._end_spelling
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """[BOS, ...]: the conversation and the header of the answer to come, as in training."""
-        return self.text(self.render(messages, header=True))
-
-    def text(self, text: str) -> list[int]:
-        """[BOS, ...]: plain text outside any chat format; nothing in it is a control token."""
-        return [self.bos_id, *self.encode([text])[0].tolist()]
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids; without control tokens, or with them."""
-        return str(
-            self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
-        )
 
     def conversation_text(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """What conversation_ids takes: the conversation, alone.
@@ -475,36 +439,20 @@ class Chat:
         it is answered, as some do with a system turn.
         """
         header = self.render(prompt, header=True)
-        answered = [
-            self.render([*prompt, {"role": "assistant", "content": answer}]) for answer in answers
-        ]
-        if not all(text.startswith(header.rstrip()) for text in answered):
-            raise ValueError(
-                "the chat template writes this prompt otherwise once an answer follows; take another one, such as zephyr"
-            )
-        closed = [self._closed(text) for text in answered]
-        if self._seam:
-            starts = [_same_start(header, text) for text in closed]
-            header += self._seam
-            closed = [header + text[start:] for start, text in zip(starts, closed, strict=True)]
-        return header, *closed
-
-    def pair_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        """[prompt, chosen, rejected] of each pair_texts, not truncated. The ids are those of whole
-        conversations, as an answer alone gives other ids; the prompt is the longest common prefix
-        of the three, so a token that spans the boundary belongs to the answer. The prompt starts
-        with BOS, an answer ends with the template's end token. Deviations 1 and 2 (README).
-        """
-        pieces = [piece for three in texts for piece in self._cut(three)]
-        ids, trees = iter(self.encode(pieces)), []
-        for front, *tails in zip(ids, ids, ids, ids, strict=True):
-            header, chosen, rejected = (
-                np.concatenate([front, tail[len(front) > 0 :]]) for tail in tails
-            )
-            shared = min(_common(header, chosen), _common(header, rejected))
-            prompt = np.concatenate([[self.bos_id], header[:shared]])
-            trees.append([prompt, chosen[shared:], rejected[shared:]])
-        return trees
+        texts = [header + self._seam]
+        for answer in answers:
+            text = self.render([*prompt, {"role": "assistant", "content": answer}])
+            if not text.startswith(header.rstrip()):
+                raise ValueError(
+                    "the chat template writes this prompt otherwise once an answer follows;"
+                    " take another one, such as zephyr"
+                )
+            text = self._closed(text)
+            if self._seam:
+                shared = header if text.startswith(header) else header.rstrip()
+                text = header + self._seam + text.removeprefix(shared)
+            texts.append(text)
+        return tuple(texts)
 
     def _cut(self, texts: Sequence[str]) -> tuple[str, ...]:
         """(front, *tails): what the texts share up to their last shared control token, and the rest
@@ -512,35 +460,40 @@ class Chat:
         control token apart, so that ids(text) = ids(front) + ids(tail)[1:], and the prompt is
         tokenised once and not three times.
         """
-        header, *whole = texts
-        cuts = (
-            list(self._cuts.finditer(header))
-            if all(text.startswith(header) for text in whole)
-            else []
-        )
-        start, end = cuts[-1].span() if cuts else (0, 0)
+        header, *answered = texts
+        cuts = list(self._cuts.finditer(header))
+        if not cuts or not all(text.startswith(header) for text in answered):
+            return "", *texts
+        start, end = cuts[-1].span()
         return header[:end], *(text[start:] for text in texts)
 
-    def conversation_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        """[[BOS], everything after it] of each conversation_text:
-
-        SFT scores every token, as the authors do.
+    def pair_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """[prompt, chosen, rejected] of each pair_texts, not truncated. The ids are those of whole
+        conversations, as an answer alone gives other ids; the prompt is the longest common prefix
+        of the three, so a token that spans the boundary belongs to the answer. The prompt starts
+        with BOS, if there is one, and holds the empty thinking block of a template that writes one.
+        An answer ends with the template's end token. Deviations 1 and 2 (README).
         """
-        return [[np.array([self.bos_id]), ids] for ids in self.encode([text for (text,) in texts])]
+        ids = iter(self.encode(chain.from_iterable(map(self._cut, texts))))
+        bos = np.array(self.front, dtype=np.int64)
+        trees = []
+        for front, *tails in zip(ids, ids, ids, ids, strict=True):
+            if len(front):  # its last token starts each tail again
+                tails = [np.concatenate([front, tail[1:]]) for tail in tails]
+            header, chosen, rejected = tails
+            shared = min(_common(header, chosen), _common(header, rejected))
+            prompt = np.concatenate([bos, header[:shared]])
+            trees.append([prompt, chosen[shared:], rejected[shared:]])
+        return trees
 
-
-def truncate(tree: Sequence[Ids], max_length: int, max_prompt: int) -> list[Ids]:
-    """[prompt, *responses], cut. If prompt + longest response > max_length, the prompt keeps BOS
-    (deviation 3) and its last max_prompt - 1 tokens; if still too long, each response keeps its
-    first max_length - max_prompt (§4.2).
-    """
-    prompt, *responses = tree
-    longest = max(map(len, responses))
-    if len(prompt) + longest > max_length and len(prompt) > max_prompt:
-        prompt = np.concatenate([prompt[:1], prompt[len(prompt) - max_prompt + 1 :]])
-    if len(prompt) + longest > max_length:
-        responses = [response[: max_length - max_prompt] for response in responses]
-    return [prompt, *responses]
+    def conversation_ids(self, texts: Sequence[Sequence[str]]) -> list[list[Ids]]:
+        """[[the first token], everything after it] of each conversation_text. SFT scores every
+        token that something stands before, headers and thinking blocks included, as the authors
+        do. The first is BOS, if there is one.
+        """
+        bos = np.array(self.front, dtype=np.int64)
+        every = [np.concatenate([bos, ids]) for ids in self.encode(chain.from_iterable(texts))]
+        return [[ids[:1], ids[1:]] for ids in every]
 
 
 def must_fit(chat: Chat, entries: int, model: str | Path) -> None:
@@ -549,5 +502,6 @@ def must_fit(chat: Chat, entries: int, model: str | Path) -> None:
     """
     if chat.vocabulary > entries:
         raise ValueError(
-            f"{model}: the tokenizer has {chat.vocabulary} entries, the model {entries}; they do not match"
+            f"{model}: the tokenizer has {chat.vocabulary} entries, the model {entries};"
+            " they do not match"
         )

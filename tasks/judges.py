@@ -294,7 +294,7 @@ class Examiner:
             self.folder, None if self.form.turn else "zephyr", now
         )  # no other format is needed where the prompt has its own
         must_fit(self.chat, self.config.vocab_size, name)
-        self.bos = [self.chat.bos_id] * self._starts_with_bos()
+        self.bos = self.chat.front if self._starts_with_bos() else []
         self.branches = self._branches()
         self.longest = self.config.max_position_embeddings - max(
             map(len, self.tails)
@@ -315,7 +315,9 @@ class Examiner:
 
         Chat formats always do here.
         """
-        said = self.form.turn or self.form.templates[0].startswith(self.chat.named["bos_token"])
+        said = self.form.turn or self.form.templates[0].startswith(
+            self.chat.named.get("bos_token", "")
+        )
         return said or self.chat.bos_id in self.chat.tokenizer.encode("").ids
 
     def _branches(self) -> dict[str, list[list[int]]]:
