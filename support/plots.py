@@ -2,10 +2,9 @@
 
     python -m support.plots runs/mine          # runs/mine/curves.png, again or for the first time
 
-One palette for all (Okabe and Ito's, made for colour-blind readers), blue for safe and warm for
-unsafe. Line style, marker or a label on the line repeats what the colour says, so a grey print
-loses nothing. Each function takes plain numbers, writes a PNG aside and renames it. matplotlib is
-imported only by a drawing.
+One palette for all (Okabe and Ito's, made for colour-blind readers): blue for safe, warm for
+unsafe. Line style, marker or a label repeats what the colour says, so a grey print loses nothing.
+Each function takes plain numbers and writes a PNG. matplotlib is imported only by a drawing.
 """
 
 from __future__ import annotations
@@ -30,16 +29,15 @@ Row = Mapping[str, Any]
 
 BLUE, SKY, VERMILION, ORANGE, GREEN = "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73"
 BLACK, GREY, PALE = "#1A1A1A", "#767676", "#E4E4E4"
-# Colour, marker and words of a safety quadrant: blue where the label asks for h > 0, warm where for
-# h < 0.
+# Colour, marker and words of a safety quadrant: blue where the label asks for h > 0, warm where it
+# asks for h < 0.
 QUADRANT_STYLE = {
     "both_safe": (BLUE, "o", "both safe"),
     "chosen_safe": (SKY, "s", "only chosen safe"),
     "rejected_safe": (ORANGE, "^", "only rejected safe"),
     "both_unsafe": (VERMILION, "D", "both unsafe"),
 }
-# Colour, marker and line of the first, second, ... group of points; with more groups they start
-# again.
+# Colour, marker and line of the first, second, ... group of points. A seventh starts again.
 LOOKS = [
     (BLUE, "o", "-"),
     (VERMILION, "s", "--"),
@@ -48,6 +46,7 @@ LOOKS = [
     (GREEN, "v", "-"),
     (GREY, "P", "--"),
 ]
+BELOW: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 10}
 
 
 def canvas(
@@ -74,51 +73,82 @@ def save(figure: Figure, path: Path) -> None:
     os.replace(aside, path)
 
 
-def spread(heights: Sequence[float], gap: float, floor: float = -math.inf) -> list[float]:
-    """Heights of labels: each at its line, or as little above as keeps all `gap` apart and over the
-    floor.
-    """
-    placed = list(heights)
-    for i in np.argsort(heights, kind="stable"):
-        placed[i] = max(placed[i], floor)
-        floor = placed[i] + gap
-    return placed
+# --- Figures 4 and 1, the margins over alpha ------------------------------------------------------
+
+OPTIMUM: dict[str, Any] = {"color": BLACK, "linestyle": ":", "linewidth": 1.3}
 
 
-# --- Figures 1 and 4, the margins over alpha ---------------------------------------------------
+def name_ends(axes: Axes, step: int, ends: Floats, names: Sequence[str], gap: float) -> None:
+    """Names lines at their right ends. Ends closer than `gap` share one text, highest line first."""
+    groups: list[list[int]] = []
+    for y in np.argsort(-ends, kind="stable"):
+        if groups and ends[groups[-1][-1]] - ends[y] < gap:
+            groups[-1].append(y)
+        else:
+            groups.append([y])
 
-
-def _draw_policy(
-    axes: Axes,
-    mean: Floats,
-    half_width: Floats,
-    words: Sequence[str],
-    styles: Sequence[tuple[str, Any, float]],
-) -> None:
-    steps = np.arange(len(mean))
-    for y, (color, line, width) in enumerate(styles):
-        axes.fill_between(
-            steps,
-            mean[:, y] - half_width[:, y],
-            mean[:, y] + half_width[:, y],
-            color=color,
-            alpha=0.3,
-            linewidth=0,
-        )
-        axes.plot(steps, mean[:, y], color=color, linestyle=line, linewidth=width)
-    for y, height in enumerate(spread(mean[-1].tolist(), gap=0.047, floor=0.023)):
+    for group in groups:
         axes.annotate(
-            words[y],
-            (steps[-1], height),
+            "\n".join(names[y] for y in group),
+            (step, ends[group].mean()),
             (5, 0),
             textcoords="offset points",
             va="center",
-            fontsize=10,
-            color=BLACK,
+            fontsize=9.5,
+            linespacing=1.0,
             annotation_clip=False,
         )
-    axes.set(xlabel="optimizer step", xlim=(0, steps[-1]), ylim=(0, 1))
+
+
+def policy_styles(safe: Sequence[bool]) -> list[dict[str, Any]]:
+    """The line of each action, the most helpful first.
+
+    Safe is blue and solid, unsafe warm and dashed. The more helpful of two is darker and thicker.
+    """
+    left = {
+        True: [(BLUE, "-", 2.4), (SKY, "-", 1.6)],
+        False: [(VERMILION, "--", 2.4), (ORANGE, "--", 1.6)],
+    }
+    styles = []
+    for is_safe in safe:
+        color, line, width = left[is_safe].pop(0)
+        styles.append({"color": color, "linestyle": line, "linewidth": width})
+    return styles
+
+
+def draw_policy(
+    axes: Axes,
+    mean: Floats,
+    half_width: Floats,
+    names: Sequence[str],
+    styles: Sequence[dict[str, Any]],
+) -> None:
+    """One panel of Figure 4: every action's mean and 95 % band, named where the line ends."""
+    steps = np.arange(len(mean))
+    for y, style in enumerate(styles):
+        low = mean[:, y] - half_width[:, y]
+        high = mean[:, y] + half_width[:, y]
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.3, linewidth=0)
+        axes.plot(steps, mean[:, y], **style)
+    name_ends(axes, steps[-1], mean[-1], names, gap=0.033)  # a text's height in probability
+    axes.set(xlabel="optimizer step", xlim=(0, steps[-1]), ylim=(-0.05, 1))
     axes.set_xticks(np.linspace(0, steps[-1], 5).round().astype(int))
+
+
+def order_words(actions: Sequence[int]) -> str:
+    """Actions, counted from 0, as y1 > y2 > ..."""
+    return " > ".join(f"y{y + 1}" for y in actions)
+
+
+def title_policy(axes: Axes, name: str, final: Floats, desired: Sequence[int]) -> None:
+    """The objective, the ranking that it ends with, and whether that is the desired one."""
+    ranking = np.argsort(-final, kind="stable").tolist()
+    axes.set_title(f"{name.upper()}:  {order_words(ranking)}", fontsize=13, loc="left", pad=22)
+    place = axes.transAxes
+    if ranking == list(desired):
+        axes.text(0, 1.025, "the desired ranking", transform=place, weight="bold")
+    else:
+        axes.text(0, 1.025, "not the desired ranking", transform=place, color=GREY)
 
 
 def figure4(
@@ -129,8 +159,7 @@ def figure4(
     desired: Sequence[int],
     optimum: Sequence[float],
 ) -> None:
-    """Figure 4: action probabilities over the steps, one panel per objective, mean line and 95 %
-    band.
+    """Figure 4: action probabilities over the steps, one panel for each objective.
 
     means, half_widths: objective -> [steps + 1, 4], step 0 first; actions are y1 (most helpful) to
     y4, two of them safe. desired: the ranking wanted, as indices. optimum: BFPO's exact one, dotted
@@ -139,113 +168,76 @@ def figure4(
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    # Safe: blue and solid. Unsafe: warm and dashed. The more helpful of the two: darker and
-    # thicker.
-    looks = {
-        True: [(BLUE, "-", 2.4), (SKY, "-", 1.6)],
-        False: [(VERMILION, "--", 2.4), (ORANGE, "--", 1.6)],
-    }
-    styles: list[tuple[str, Any, float]] = [
-        looks[s][list(safe[:y]).count(s)] for y, s in enumerate(safe)
-    ]
-    words = [f"y{y + 1} {'safe' if s else 'unsafe'}" for y, s in enumerate(safe)]
-    figure, panels = canvas(12.6, 4.9, 1, len(means), share_y=True)
-    for axes, (name, mean) in zip(panels, means.items(), strict=True):
-        _draw_policy(axes, mean, half_widths[name], words, styles)
-        ranking = np.argsort(-mean[-1], kind="stable").tolist()
-        reached = ranking == list(desired)
-        axes.set_title(
-            f"{name.upper()}:  " + " > ".join(f"y{y + 1}" for y in ranking),
-            fontsize=13,
-            loc="left",
-            pad=22,
-        )
-        axes.text(
-            0,
-            1.025,
-            "the desired ranking" if reached else "not the desired ranking",
-            fontsize=10.5,
-            weight="bold" if reached else "normal",
-            color=BLACK if reached else GREY,
-            transform=axes.transAxes,
-        )
-        if name == "bfpo":
+    styles = policy_styles(safe)
+    names = [f"y{y + 1} {'safe' if is_safe else 'unsafe'}" for y, is_safe in enumerate(safe)]
+    figure, panels = canvas(12.6, 5.6, 1, len(means), share_y=True)
+    for axes, (objective, mean) in zip(panels, means.items(), strict=True):
+        draw_policy(axes, mean, half_widths[objective], names, styles)
+        title_policy(axes, objective, mean[-1], desired)
+        if objective == "bfpo":
             for probability in optimum:
-                axes.axhline(probability, color=BLACK, linestyle=":", linewidth=1.3, zorder=3)
-            axes.annotate(
-                "dotted: the exact optimum",
-                (len(mean) * 0.97, max(optimum)),
-                (0, 6),
-                ha="right",
-                textcoords="offset points",
-                fontsize=9.5,
-                color=BLACK,
-            )
+                axes.axhline(probability, zorder=3, **OPTIMUM)
     panels[0].set_ylabel("action probability")
     figure.suptitle(
-        f"Desired ranking:  {' > '.join(f'y{y + 1}' for y in desired)}   (safe before unsafe; "
-        "the more helpful of two safe actions first, the less helpful of two unsafe)",
+        f"Desired ranking:  {order_words(desired)}   (safe before unsafe; the more helpful of two "
+        "safe actions first, the less helpful of two unsafe)",
         fontsize=12,
     )
-    keys = [
-        *(Line2D([], [], color=color, ls=line, linewidth=width) for color, line, width in styles),
-        Patch(color=GREY, alpha=0.4, linewidth=0),
-    ]
+
+    keys: list[Any] = []
     ranks = ("most helpful", "second", "third", "least helpful")
-    figure.legend(
-        keys,
-        [
-            *(f"{word}, {rank}" for word, rank in zip(words, ranks, strict=True)),
-            "95 % interval of the mean",
-        ],
-        loc="outside lower center",
-        ncols=len(keys),
-        frameon=False,
-        fontsize=10.5,
-        handlelength=3.2,
-    )
+    for name, rank, style in zip(names, ranks, styles, strict=True):
+        keys.append(Line2D([], [], label=f"{name}, {rank}", **style))
+    keys.append(Patch(color=GREY, alpha=0.4, linewidth=0, label="95 % interval of the mean"))
+    keys.append(Line2D([], [], label="BFPO's exact optimum", **OPTIMUM))
+    figure.legend(handles=keys, ncols=len(keys), columnspacing=1.2, **BELOW)
     save(figure, path)
 
 
-def figure1(path: Path, rows: Sequence[tuple[str, Row, Row]]) -> None:
-    """Figure 1: each model's answers to the same benign and the same forbidden request, with the
-    judge's verdict.
+def frame(good: bool) -> dict[str, Any]:
+    """The box around an answer of Figure 1."""
+    color, line = (BLUE, "-") if good else (VERMILION, "--")
+    return {"facecolor": "white", "edgecolor": color, "linestyle": line, "linewidth": 1.6}
 
-    rows: (title, benign, forbidden); the two are rows of eval.toy_scores' transcript. Solid blue
-    frames hold what is helpful (half of the steps or more) or harmless, dashed warm ones what is
-    not.
+
+def verdict(row: Row) -> tuple[bool, str]:
+    """Whether an answer to its request is good, and the judge's words for it."""
+    if not row["forbidden"]:
+        return row["helpful"] >= 0.5, f"helpful {row['helpful']:.0%}"
+    if row["harmless"]:
+        return True, "harmless"
+    return False, "HARMFUL"
+
+
+def figure1(path: Path, rows: Sequence[tuple[str, Row, Row]]) -> None:
+    """Figure 1: each model's answers to the same benign and the same forbidden request.
+
+    rows: (title, benign, forbidden); the two are rows of toy_scores' transcript. A solid blue box
+    holds what is harmless, or helpful in half of the steps or more; a dashed warm one what is not.
     """
-    figure, (axes,) = canvas(11.5, 0.7 + 0.85 * len(rows), 1, 1)
+    from matplotlib.patches import Patch
+
+    figure, (axes,) = canvas(11.5, 1.1 + 0.85 * len(rows), 1, 1)
     axes.set(xlim=(0, 1), ylim=(-len(rows), 0.45))
     axes.set_axis_off()
-    for x, request in zip((0.19, 0.6), rows[0][1:], strict=True):
+    columns = (0.19, 0.6)
+    for x, request in zip(columns, rows[0][1:], strict=True):
         kind = "forbidden" if request["forbidden"] else "benign"
-        axes.text(
-            x,
-            -0.02,
-            textwrap.fill(f"{kind}: {request['prompt']}", 48),
-            fontsize=11,
-            weight="bold",
-            va="bottom",
-        )
+        words = textwrap.fill(f"{kind}: {request['prompt']}", 48)
+        axes.text(x, -0.02, words, fontsize=11, weight="bold", va="bottom")
     for i, (title, *answers) in enumerate(rows):
-        axes.text(0, -i - 0.55, title, fontsize=11, va="center")
-        for x, row in zip((0.196, 0.606), answers, strict=True):
-            good = row["harmless"] if row["forbidden"] else row["helpful"] >= 0.5
-            verdict = (
-                ("harmless" if good else "HARMFUL")
-                if row["forbidden"]
-                else f"helpful {row['helpful']:.0%}"
-            )
-            words = textwrap.fill(row["answer"] or "(nothing)", 52) + f"\n[{verdict}]"
-            frame = {
-                "boxstyle": "round,pad=0.35",
-                "facecolor": "white",
-                "edgecolor": BLUE if good else VERMILION,
-                "linestyle": "-" if good else "--",
-                "linewidth": 1.6,
-            }
-            axes.text(x, -i - 0.55, words, fontsize=9.5, va="center", color=BLACK, bbox=frame)
+        middle = -i - 0.55
+        axes.text(0, middle, title, fontsize=11, va="center")
+        for x, row in zip(columns, answers, strict=True):
+            good, judged = verdict(row)
+            words = textwrap.fill(row["answer"] or "(nothing)", 52) + f"\n[{judged}]"
+            box = {"boxstyle": "round,pad=0.35", **frame(good)}
+            axes.text(x + 0.006, middle, words, fontsize=9.5, va="center", color=BLACK, bbox=box)
+    keys = [
+        Patch(label="at least half of the right steps, or harmless", **frame(True)),
+        Patch(label="fewer than half of the right steps, or harmful", **frame(False)),
+    ]
+    figure.legend(handles=keys, ncols=2, handlelength=3.2, handleheight=1.2, **BELOW)
     save(figure, path)
 
 
@@ -257,8 +249,7 @@ def alpha(
     pairs: Mapping[str, tuple[str, str]],
     edges: Mapping[str, float],
 ) -> None:
-    """The margin of the more helpful over the less helpful of two answers with one label, over
-    alpha.
+    """The margin of the more helpful over the less helpful of two answers with one label, by alpha.
 
     margins: quadrant -> {"target", "optimum": one value for each of alphas, "trained": one for each
     of trained_at}, all in nats x tau. pairs: quadrant -> the two answers' names. edges: words ->
@@ -268,55 +259,25 @@ def alpha(
     axes.axhline(0, color=GREY, linewidth=1)
     for words, place in edges.items():
         axes.axvline(place, color=GREY, linewidth=1, linestyle=":")
-        axes.annotate(
-            words,
-            (place, 0.02),
-            (3, 0),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            fontsize=9,
-        )
+        bottom = axes.get_xaxis_transform()
+        axes.annotate(words, (place, 0.02), (3, 0), bottom, "offset points", fontsize=9)
     for quadrant, lines in margins.items():
         color, marker, words = QUADRANT_STYLE[quadrant]
         name = f"{words}, {' over '.join(pairs[quadrant])}"
-        ends: dict[str, Any] = {
-            "color": color,
-            "marker": marker,
-            "markerfacecolor": "white",
-            "markersize": 4,
-            "markevery": [0, -1],
-        }
-        axes.plot(
-            alphas,
-            lines["target"],
-            linestyle="--",
-            linewidth=1.3,
-            label=f"{name}: the pair's target",
-            **ends,
-        )
-        axes.plot(
-            alphas, lines["optimum"], linewidth=1.8, label=f"{name}: population optimum", **ends
-        )
-        axes.plot(
-            trained_at,
-            lines["trained"],
-            color=color,
-            marker=marker,
-            linestyle="none",
-            markersize=7,
-            markeredgecolor=BLACK,
-            label=f"{name}: trained models",
-        )
+        style: dict[str, Any] = {"color": color, "marker": marker}
+        ends = style | {"markerfacecolor": "white", "markersize": 4, "markevery": [0, -1]}
+        dots = style | {"linestyle": "none", "markersize": 7, "markeredgecolor": BLACK}
+        target = f"{name}: the pair's target"
+        axes.plot(alphas, lines["target"], "--", linewidth=1.3, label=target, **ends)
+        optimum = f"{name}: population optimum"
+        axes.plot(alphas, lines["optimum"], linewidth=1.8, label=optimum, **ends)
+        axes.plot(trained_at, lines["trained"], label=f"{name}: trained models", **dots)
     axes.set(xlabel="alpha", ylabel="margin of the more helpful answer (nats x tau)")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(ncols=2, **BELOW | {"fontsize": 9})
     save(figure, path)
 
 
-# --- Figure 5: models by helpfulness and harmlessness ------------------------------------------
-
-# Where a point's name may stand: away from its mark, across and up; on the diagonals it is off the
-# error bars.
-SIDES = [(1, 1), (-1, 1), (1, -1), (-1, -1)]
+# --- Figure 5: models by helpfulness and harmlessness ---------------------------------------------
 
 
 class Point(NamedTuple):
@@ -327,51 +288,45 @@ class Point(NamedTuple):
     harmless: float
     helpful_bar: tuple[float, float] = (0.0, 0.0)  # of the error bar: how far below, and above
     harmless_bar: tuple[float, float] = (0.0, 0.0)
-    cost: float = (
-        0.0  # drawn as the mark's area, the dearest point's being the largest; 0: none is drawn
-    )
-    line: str = ""  # points of one line are joined in their order and share colour, marker and a legend entry
+    pairs: int = 0  # labelled pairs it learned from, drawn as the mark's area; 0: marks of one size
+    line: str = ""  # points of one line are joined in their order and share a legend entry
     look: int = -1  # of LOOKS; -1: the next one
 
 
-def _place_names(figure: Figure, axes: Axes, points: Sequence[Point], radius_pt: float) -> None:
-    """Each point's name beside its mark, on the first side where it is in the picture and covers no
-    mark, no upright error bar and no other name.
-    """
+def draw_models(axes: Axes, name: str, points: Sequence[Point], size: float, **style: Any) -> None:
+    """One mark, or the marks of one line, with error bars and an entry in the legend."""
+    axes.errorbar(
+        [point.helpful for point in points],
+        [point.harmless for point in points],
+        np.transpose([point.harmless_bar for point in points]),
+        np.transpose([point.helpful_bar for point in points]),
+        markersize=size,
+        markeredgecolor=BLACK,
+        markeredgewidth=0.8,
+        linewidth=1.4,
+        elinewidth=1.1,
+        capsize=3,
+        label=name,
+        **style,
+    )
+
+
+def name_on_line(axes: Axes, point: Point, number: int) -> None:
+    """A point's name beside its mark, on the side that the line of this number has to itself."""
     from matplotlib.patheffects import withStroke
-    from matplotlib.transforms import Bbox
 
-    figure.draw_without_rendering()  # lays the axes out, so that places are final
-    radius = radius_pt * figure.dpi / 72
-    taken = []
-    for point in points:
-        below, above = point.harmless_bar
-        corners = [(point.helpful, point.harmless - below), (point.helpful, point.harmless + above)]
-        taken.append(
-            Bbox(axes.transData.transform(corners)).padded(radius)
-        )  # the mark and its upright bar
-    halo = withStroke(linewidth=3, foreground="white")
-
-    for point in points:
-        words = axes.annotate(
-            point.name,
-            (point.helpful, point.harmless),
-            (0, 0),
-            textcoords="offset points",
-            fontsize=10,
-            color=BLACK,
-            zorder=5,
-            path_effects=[halo],
-        )
-        for across, up in SIDES:
-            words.set_position((radius_pt * across, radius_pt * up))
-            words.set_horizontalalignment("left" if across > 0 else "right")
-            words.set_verticalalignment("bottom" if up > 0 else "top")
-            box = words.get_window_extent()
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
-            if inside and not box.count_overlaps(taken):
-                break
-        taken.append(box)
+    across, up = [(1, 1), (1, -1), (-1, 1), (-1, -1)][number % 4]
+    axes.annotate(
+        point.name,
+        (point.helpful, point.harmless),
+        (5 * across, 5 * up),
+        textcoords="offset points",
+        ha="left" if across > 0 else "right",
+        va="bottom" if up > 0 else "top",
+        fontsize=10,
+        zorder=5,
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+    )
 
 
 def figure5(
@@ -383,107 +338,74 @@ def figure5(
     axis_words: tuple[str, str] = ("helpfulness", "harmlessness"),
     note: str = "",
 ) -> None:
-    """Figure 5: models by helpfulness (across) and harmlessness (up), each a named mark with its
-    error bars.
+    """Figure 5: models by helpfulness (across) and harmlessness (up), shares from 0 to 1.
 
-    start: the model that the others began from, drawn with an arrow to each point that is on no
-    line. note: one line under the axes, which should say what error bars and mark areas are.
+    Each is a mark with error bars, named in the legend, so that no name can lie on an arrow. Points
+    of a line also have a name beside them. start: the model that the others began from, with an
+    arrow to each point that is on no line. note: below the title, what bars and mark sizes mean.
     """
-    figure, (axes,) = canvas(7.2, 5.8, 1, 1)
+    figure, (axes,) = canvas(7.2, 6.4, 1, 1)
     axes.grid(axis="x", color=PALE, linewidth=0.7)
+    if start:
+        draw_models(axes, start.name, [start], 9, color=BLACK, marker="X", linestyle="none")
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(point.line or point.name, []).append(point)
-    dearest = max((point.cost for point in points), default=0.0)
-    for number, (group, members) in enumerate(groups.items()):
-        color, marker, line = LOOKS[
-            (number if members[0].look < 0 else members[0].look) % len(LOOKS)
-        ]
-        across, up = ([point[axis] for point in members] for axis in (1, 2))
-        bars_across, bars_up = (
-            list(zip(*(point[axis] for point in members), strict=True)) for axis in (3, 4)
-        )
-        axes.errorbar(
-            across,
-            up,
-            bars_up,
-            bars_across,
-            color=color,
-            linestyle=line if members[0].line else "none",
-            linewidth=1.4,
-            elinewidth=1.1,
-            capsize=3,
-        )
-        axes.scatter(
-            across,
-            up,
-            [220 * point.cost / dearest if point.cost else 70 for point in members],
-            color=color,
-            marker=marker,
-            edgecolors=BLACK,
-            linewidths=0.8,
-            zorder=4,
-        )
-        if members[0].line:
-            axes.plot(
-                [],
-                [],
-                color=color,
-                marker=marker,
-                linestyle=line,
-                markeredgecolor=BLACK,
-                label=group,
-            )
-    named = list(points)
-    if start:
-        named.append(start)
-        bar_across, bar_up = (
-            [[below], [above]] for below, above in (start.helpful_bar, start.harmless_bar)
-        )
-        axes.errorbar(
-            start.helpful,
-            start.harmless,
-            bar_up,
-            bar_across,
-            color=BLACK,
-            marker="X",
-            markersize=9,
-            capsize=3,
-            elinewidth=1.1,
-        )
-        for point in points:
-            if not point.line:
-                axes.annotate(
-                    "",
-                    (point.helpful, point.harmless),
-                    (start.helpful, start.harmless),
-                    zorder=1,
-                    arrowprops={
-                        "arrowstyle": "->",
-                        "color": GREY,
-                        "shrinkA": 8,
-                        "shrinkB": 10,
-                        "linewidth": 0.9,
-                    },
-                )
-    axes.margins(0.16)
-    left, bottom = (
-        max(limits[0], -0.08) for limits in (axes.get_xlim(), axes.get_ylim())
-    )  # an error bar may reach below 0, a share not
-    axes.set(xlabel=axis_words[0], ylabel=axis_words[1], xlim=(left, None), ylim=(bottom, None))
-    axes.set_title(title, fontsize=12, loc="left")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=10)
-    if note:
-        figure.supxlabel(note, fontsize=9, color=GREY)
-    _place_names(figure, axes, named, radius_pt=8 if dearest else 5)
+    most = max((point.pairs for point in points), default=0)
+    for number, (name, members) in enumerate(groups.items()):
+        first = members[0]
+        look = number if first.look < 0 else first.look
+        color, marker, line = LOOKS[look % len(LOOKS)]
+        size = 15 * (first.pairs / most) ** 0.5 if first.pairs else 8.4
+        style = line if first.line else "none"
+        draw_models(axes, name, members, size, color=color, marker=marker, linestyle=style)
+        for point in members:
+            place = (point.helpful, point.harmless)
+            if point.line:
+                name_on_line(axes, point, number)
+            elif start:
+                shape = {"arrowstyle": "->", "color": GREY, "shrinkA": 8, "shrinkB": 10}
+                axes.annotate("", place, (start.helpful, start.harmless), arrowprops=shape)
+
+    axes.margins(0.12)
+    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        # An error bar may reach below 0 or above 1; a share does not.
+        set_limits(max(limits[0], -0.08), min(limits[1], 1.08))
+    axes.set(xlabel=axis_words[0], ylabel=axis_words[1])
+    figure.suptitle(title, fontsize=12)
+    axes.set_title(note, fontsize=9, color=GREY)
+    figure.legend(ncols=3, labelspacing=0.8, **BELOW)
     save(figure, path)
 
 
-# --- the curves of a training run, from its log.jsonl ------------------------------------------
+# --- the curves of a training run, from its log.jsonl ---------------------------------------------
 
 
-def _series(rows: Sequence[Row], *keys: str) -> tuple[Floats, Floats]:
+CURVES: list[tuple[str, str, dict[str, tuple[str, str, str]]]] = [
+    # title, unit, and for each key of a row the colour, marker and words of its line
+    (
+        "loss",
+        "",
+        {
+            "loss": (BLACK, "", "total"),
+            "safety_loss": (BLUE, "o", "safety pairs"),
+            "helpfulness_loss": (ORANGE, "^", "helpfulness pairs"),
+            "held_out_loss": (GREEN, "v", "total, held-out rows"),
+        },
+    ),
+    (
+        "log-probability of the answers, change since step 0",
+        "nats per answer",
+        {
+            "chosen_logprob_change_nats": (BLUE, "o", "chosen (more helpful)"),
+            "rejected_logprob_change_nats": (VERMILION, "D", "rejected"),
+        },
+    ),
+    ("learning rate", "learning rate", {"lr": (BLACK, "", "learning rate")}),
+]
+
+
+def series(rows: Sequence[Row], *keys: str) -> tuple[Floats, Floats]:
     """Steps and values of the rows that have a step and, under the nested keys, a finite number."""
     found = []
     for row in rows:
@@ -496,110 +418,99 @@ def _series(rows: Sequence[Row], *keys: str) -> tuple[Floats, Floats]:
     return table[:, 0], table[:, 1]
 
 
-def _draw_line(
-    axes: Axes, steps: Floats, values: Floats, color: str, marker: str, words: str, windows: int
+def draw_line(
+    axes: Axes, steps: Floats, values: Floats, smooth: bool, color: str, marker: str, words: str
 ) -> None:
-    """The values, pale, under their centred running mean over 1/`windows` of the run."""
-    half = len(values) // (2 * windows)
+    """The values as a line; smooth: pale, under their running mean.
+
+    The pairs of one step are few, so its loss and margins jump. The mean is over the 25th of the
+    run around each step: in a run of 200 steps, a step, the four before it and the four after it.
+    """
+    half = len(values) // 50 if smooth else 0
     if half:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
         values = np.convolve(values, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
         steps = steps[half:-half]
-    axes.plot(
-        steps,
-        values,
-        color=color,
-        linewidth=1.8,
-        marker=marker,
-        markersize=5,
-        markevery=max(1, len(steps) // 8),
-        label=words,
-    )
+    style: dict[str, Any] = {"color": color, "marker": marker, "label": words}
+    every = max(1, len(steps) // 8)
+    axes.plot(steps, values, linewidth=1.8, markersize=5, markevery=every, **style)
 
 
-def _draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
-    """Each quadrant's margin and, dashed and named at the right edge, its last target."""
-    targets = {}
+def draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
+    """Each quadrant's margin and its last target.
+
+    The margins set the scale. A target within twice their reach is a dashed line. One further away
+    is an arrow at the edge, with its number.
+    """
+    reach = 0.0
     for quadrant, (color, marker, words) in QUADRANT_STYLE.items():
-        steps, margins = _series(rows, "quadrants", quadrant, "margin_nats")
+        steps, margins = series(rows, "quadrants", quadrant, "margin_nats")
         if len(steps):
-            _draw_line(axes, steps, margins, color, marker, words, windows=25)
-        target = _series(rows, "quadrants", quadrant, "target_nats")[1]
-        if len(target):
-            targets[quadrant] = float(target[-1])
-            axes.axhline(target[-1], color=color, linestyle="--", linewidth=1.3)
-    gap = 0.06 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    for quadrant, height in zip(targets, spread(list(targets.values()), gap), strict=True):
-        color, marker, words = QUADRANT_STYLE[quadrant]
-        axes.plot(
-            [1],
-            [targets[quadrant]],
-            color=color,
-            marker=marker,
-            clip_on=False,
-            transform=axes.get_yaxis_transform(),
-        )
+            draw_line(axes, steps, margins, True, color, marker, words)
+            reach = max(reach, np.abs(margins).max())
+
+    far = []
+    for quadrant, (color, marker, words) in QUADRANT_STYLE.items():
+        targets = series(rows, "quadrants", quadrant, "target_nats")[1]
+        if len(targets) and abs(targets[-1]) > 2 * reach:
+            far.append((color, words, targets[-1]))
+        elif len(targets):
+            axes.axhline(targets[-1], color=color, linestyle="--", linewidth=1.3)
+            style: dict[str, Any] = {"color": color, "marker": marker, "clip_on": False}
+            axes.plot([1], [targets[-1]], transform=axes.get_yaxis_transform(), **style)
+    if far:
+        axes.margins(y=0.3)  # room for the arrows above and below
+    for i, (color, words, target) in enumerate(far):
+        x = 0.38 + 0.185 * i
+        edge, tail, side = (1.0, 0.88, "top") if target > 0 else (0.0, 0.12, "bottom")
         axes.annotate(
-            words,
-            (1, height),
-            (7, 0),
-            xycoords=axes.get_yaxis_transform(),
-            va="center",
-            textcoords="offset points",
+            f"{words}\n{target:+.4g}",
+            (x, edge),
+            (x, tail),
+            xycoords="axes fraction",
+            ha="center",
+            va=side,
             fontsize=9,
-            color=BLACK,
-            annotation_clip=False,
+            arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2},
         )
-    axes.set(title="margin by safety quadrant (dashed: its target)", ylabel="margin h (nats)")
+    title = "margin by safety quadrant (dashed line or arrow: its target)"
+    axes.set(title=title, ylabel="margin h (nats)")
+
+
+def draw_panel(
+    axes: Axes, rows: Sequence[Row], title: str, unit: str, lines: Mapping[str, Any]
+) -> None:
+    """One panel of CURVES: a line for each key that the rows have."""
+    for key, style in lines.items():
+        steps, values = series(rows, key)
+        if len(steps):
+            draw_line(axes, steps, values, key not in ("lr", "held_out_loss"), *style)
+    axes.set(title=title, ylabel=unit)
 
 
 def draw_curves(log_rows: Sequence[Row], path: Path) -> None:
-    """The curves of a run from the rows of its log.jsonl: a panel for every group of keys that is
-    there.
+    """The curves of a run from the rows of its log.jsonl, in panels for the keys that are there.
 
     Preference runs: each quadrant's margin and target, loss, change of the log-probabilities,
-    learning rate. SFT: loss and learning rate. Thick lines are running means over 1/25 of the run.
-    No row: it says so.
+    learning rate. SFT: loss and learning rate. Without a row it says so.
     """
     preference = any("quadrants" in row for row in log_rows)
-    groups = [
-        (
-            "loss",
-            "loss per pair" if preference else "loss (nats per token)",
-            [
-                ("loss", "total", BLACK, ""),
-                ("safety_loss", "safety pairs", BLUE, "o"),
-                ("helpfulness_loss", "helpfulness pairs", ORANGE, "^"),
-            ],
-        ),
-        (
-            "log-probability of the answers, change since step 0",
-            "nats per answer",
-            [
-                ("chosen_logprob_change_nats", "chosen (more helpful)", BLUE, "o"),
-                ("rejected_logprob_change_nats", "rejected", VERMILION, "D"),
-            ],
-        ),
-        ("learning rate", "learning rate", [("lr", "learning rate", BLACK, "")]),
-    ]
-    groups = [
-        group for group in groups if any(len(_series(log_rows, key)[0]) for key, *_ in group[2])
-    ]
-    count = len(groups) + preference
-    figure, panels = canvas(12, 3.9 * max(1, math.ceil(count / 2)), max(1, math.ceil(count / 2)), 2)
+    loss_unit = "loss per pair" if preference else "loss (nats per token)"
+    drawn = []
+    for title, unit, lines in CURVES:
+        if any(len(series(log_rows, key)[0]) for key in lines):
+            drawn.append((title, unit or loss_unit, lines))
+    count = len(drawn) + preference
+    rows = max(1, math.ceil(count / 2))
+    figure, panels = canvas(12, 3.9 * rows, rows, 2)
     if preference:
-        _draw_margins(panels[0], log_rows)
-    for axes, (title, unit, lines) in zip(panels[int(preference) :], groups, strict=False):
-        for key, words, color, marker in lines:
-            steps, values = _series(log_rows, key)
-            if len(steps):
-                windows = len(values) if key == "lr" else 25
-                _draw_line(axes, steps, values, color, marker, words, windows)
-        axes.set(title=title, ylabel=unit)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=False, fontsize=9)
+        draw_margins(panels[0], log_rows)
+    for axes, curve in zip(panels[int(preference) :], drawn, strict=False):
+        draw_panel(axes, log_rows, *curve)
     for axes in panels[:count]:
         axes.set_xlabel("optimizer step")
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(fontsize=9, edgecolor="none")
     for axes in panels[count:]:
         axes.set_axis_off()
     if not count:

@@ -409,7 +409,7 @@ def compare(
             v.name,
             records,
             jobs[key],
-            cost=0 if v.line else model.pairs,
+            pairs=0 if v.line else model.pairs,
             line=v.line,
             look=model.look if v.line in ("", model.title) else -1,
         )
