@@ -22,28 +22,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 Result = TypeVar("Result")
-# Bad input; a full disk, which save_file says by an error of its own; a model or pack too large for
-# the GPU.
-USER_ERRORS = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
-CANNOT_WRITE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)  # not EACCES: reading gives it too
+# Bad input or a full disk; a model or pack too large for the GPU.
+USER_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 SPEAK_AFTER_S = 5.0  # how long another rank than 0 waits before it reports an error
 RANK_0_SPEAKS = "rank 0 reports this error"
-GROUP_TIMEOUT = timedelta(
-    hours=1
-)  # of a collective: ranks wait for one that reads or tokenises alone
+# Of a collective: ranks wait for one that reads or tokenises alone.
+GROUP_TIMEOUT = timedelta(hours=1)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # --- processes ------------------------------------------------------------------------------------
@@ -81,12 +71,8 @@ class World:
     def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum over ranks of each tensor, all of one dtype and on the CPU, by one all-reduce."""
         flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
-        return [
-            part.view(tensor.shape)
-            for part, tensor in zip(
-                torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True
-            )
-        ]
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def from_main(self, make: Callable[[], Result]) -> Result:
         """make() as rank 0 computes it, on every rank; an error of the user's making is raised on
@@ -97,7 +83,7 @@ class World:
             try:
                 box[0] = make()
             except USER_ERRORS as error:
-                box[1] = OSError(str(error)) if isinstance(error, SafetensorError) else error
+                box[1] = error
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if box[1] is not None:
@@ -158,26 +144,23 @@ def start(device: str = "auto", replicate: int = 1) -> World:
     across. ValueError when a GPU is asked for and there is none, or replicate does not divide the
     number of processes.
     """
-    rank, size = launched("RANK", 0), launched("WORLD_SIZE", 1)
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    rank = launched("RANK", 0)
+    size = launched("WORLD_SIZE", 1)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device cuda was asked for, but torch finds no GPU here; pass --device cpu"
-        )
+        raise ValueError("torch finds no GPU here; pass --device cpu")
     if replicate < 1 or size % replicate:
         raise ValueError(f"replicate must divide the number of processes, {size}, got {replicate}")
     where = torch.device("cpu")
     if device == "cuda":
         where = torch.device("cuda", launched("LOCAL_RANK", 0))
-        if (
-            processes := max(launched("LOCAL_WORLD_SIZE", 1), where.index + 1)
-        ) > torch.cuda.device_count():
+        processes = max(launched("LOCAL_WORLD_SIZE", 1), where.index + 1)
+        if processes > torch.cuda.device_count():
             raise ValueError(
-                f"each process needs a GPU of its own, got {torch.cuda.device_count()} for the {processes} of this node; pass "
-                "torchrun a smaller --nproc_per_node, or --device cpu"
+                f"each process needs a GPU of its own, got {torch.cuda.device_count()} for the "
+                f"{processes} of this node; pass torchrun a smaller --nproc_per_node, or "
+                "--device cpu"
             )
         torch.cuda.set_device(where)
     else:
@@ -188,19 +171,50 @@ def start(device: str = "auto", replicate: int = 1) -> World:
             dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
-    shape, names = (size,), ("shard",)
     if replicate > 1:
-        shape, names = (replicate, size // replicate), ("replicate", "shard")  # type: ignore[assignment]
-    return World(rank, size, where, init_device_mesh(device, shape, mesh_dim_names=names))
+        shape = (replicate, size // replicate)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    return World(rank, size, where, mesh)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What went wrong, and what helps against a lack of memory or disk."""
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         return f"{error}; free space, or write elsewhere (--out; --cache of train.py)"
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{error}; use more GPUs, or with train.py a smaller --pack_tokens or --checkpoint_blocks"
+        return (
+            f"{error}; use more GPUs, or in training smaller --pack_tokens or --checkpoint_blocks"
+        )
     return str(error)
+
+
+def say_why(error: BaseException) -> Any:
+    """Print what ended the program, if this rank is to say it; returns the exit code.
+
+    Rank 0 speaks at once. Another rank waits for SPEAK_AFTER_S and then gives its number: if rank 0
+    has failed too, torchrun ends this one before. So does a rank whose collective broke, as another
+    rank left it.
+    """
+    rank = launched("RANK", 0)
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
+        if rank == 0:
+            remedy = "the same command, without --fresh, goes on from what was saved"
+            print(f"\nstopped; {remedy}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    is_users = isinstance(error, USER_ERRORS)
+    if rank or not is_users:
+        time.sleep(SPEAK_AFTER_S)
+    if not is_users:
+        traceback.print_exception(error)
+    elif RANK_0_SPEAKS not in getattr(error, "__notes__", ()):
+        who = f"error on rank {rank}" if rank else "error"
+        print(f"{who}: {one_line(error)}", file=sys.stderr, flush=True)
+    return 1
 
 
 @contextlib.contextmanager
@@ -208,40 +222,17 @@ def errors_in_one_line() -> Iterator[None]:
     """What a program runs in: bad input becomes one line and exit code 1, and Ctrl-C one line and
     exit code 130.
 
-    Of several processes rank 0 speaks at once. Another rank waits for SPEAK_AFTER_S and then gives
-    its number: if rank 0 has failed too, torchrun ends this one before. A rank whose collective
-    broke, as another rank left it, waits likewise. Several processes leave by os._exit: in Python's
-    own shutdown gloo's threads may abort a run that is done.
+    Several processes leave by os._exit: in Python's own shutdown gloo's threads may abort a run
+    that is done.
     """
-    rank = launched("RANK", 0)
     several = launched("WORLD_SIZE", 1) > 1
-    code: Any = 0
+    code = 0
     try:
         yield
-    except SystemExit as leaving:
-        code = leaving.code
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
-        code = 128 + signal.SIGINT
-        if rank == 0:
-            print(
-                "\nstopped; the same command, without --fresh, goes on from what was saved",
-                file=sys.stderr,
-            )
-    except USER_ERRORS as error:
-        code = 1
-        if rank == 0:
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SPEAK_AFTER_S)
-        if rank and RANK_0_SPEAKS not in getattr(error, "__notes__", ()):
-            print(f"error on rank {rank}: {one_line(error)}", file=sys.stderr)
-    except Exception:
-        if not several:
+    except BaseException as error:
+        if not several and not isinstance(error, (SystemExit, KeyboardInterrupt, *USER_ERRORS)):
             raise
-        code = 1
-        time.sleep(SPEAK_AFTER_S)
-        traceback.print_exc()
+        code = say_why(error)
 
     if dist.is_initialized() and not code:
         dist.destroy_process_group()

@@ -251,7 +251,7 @@ MUTANTS = [
     ),
     ("kept", "support/storage.py", 'part["sha256"] == sum_of_rows(part["rows"])', "True"),
     ("kept", "support/storage.py", "if others is not None:", "if False:"),
-    ("kept", "support/storage.py", ".st_size == size", ".st_size > 0"),
+    ("kept", "support/storage.py", ".stat().st_size != size", ".stat().st_size == 0"),
     ("kept", "support/storage.py", "range(len(rows), min(", "range(0, min("),
     # several processes
     ("ranks", "train.py", "scale = world.size / ", "scale = 1 / "),
