@@ -648,7 +648,7 @@ class RunFolder:
         self.runs = [self.whole, *(self.whole / name for name in stages)]
         self.free: frozenset[str] = frozenset()
         self.started = datetime.now().astimezone()  # what templates write as today's date
-        self.log: IO[str] | None = None
+        self.log = self.whole / "log.jsonl"
         self.lock: IO[str] | None = None
 
     def _refuse(self, why: str, remedy: str = "pass another --out") -> NoReturn:
@@ -683,7 +683,7 @@ class RunFolder:
             if not self.record.exists():
                 self._refuse_foreign()
                 return None
-            self._refuse_other(settings, fresh)
+            self._refuse_other(settings, {}, fresh)
             done = self.whole / "done.json"
             if fresh or not done.exists():
                 return None
@@ -719,16 +719,12 @@ class RunFolder:
         if not self._nearest().is_dir() or not os.access(self._nearest(), os.W_OK):
             self._refuse("must be a folder that can be written")
 
-    def _refuse_other(self, settings: Json, fresh: bool) -> None:
-        """ValueError when another program's run is there, one with other settings, or, with
-        `fresh`, one that must not go.
+    def _refuse_other(self, settings: Json, inputs: Mapping[str, str], fresh: bool) -> None:
+        """ValueError when another program's run is there, one with other settings or inputs, or,
+        with `fresh`, one that must not go.
         """
-        try:
-            record = self._read(self.record, "settings", "inputs")
-        except ValueError:
-            if not fresh:
-                raise
-            record = {}
+        read = undamaged if fresh else self._read
+        record = read(self.record, "settings", "inputs")
         program = record.get("program", self.program)
         if program != self.program:
             self._refuse(f"holds a run of {program}, not of {self.program}")
@@ -739,6 +735,10 @@ class RunFolder:
             before = record["settings"].get(key)
             if key not in self.free and before != value:
                 differences.append(f"{key} was {before!r}, now {value!r}")
+        for name, fingerprint in inputs.items():
+            if record["inputs"].get(name) != fingerprint:
+                causes = "files, tokenizer, chat format or version of this program"
+                differences.append(f"{name} is of other {causes}")
         if differences:
             why = f"holds a run with other settings ({', '.join(differences)})"
             self._refuse(why, "pass another --out, or --fresh to start over")
@@ -793,8 +793,7 @@ class RunFolder:
             self.whole.mkdir(parents=True, exist_ok=True)
             token = self._lock()
             if self.record.exists():
-                self._refuse_other(settings, False)  # another may have begun since `check`
-                self._refuse_changed(inputs)
+                self._refuse_other(settings, inputs, False)
                 return token
             content = {"program": self.program, "settings": settings, "inputs": inputs}
             content |= {**(facts or {}), **surroundings()}
@@ -848,17 +847,6 @@ class RunFolder:
         self.lock.flush()
         return token
 
-    def _refuse_changed(self, inputs: Mapping[str, str]) -> None:
-        """ValueError when the run in the folder began with other inputs."""
-        began = self._read(self.record, "inputs")["inputs"]
-        changed = sorted(name for name in inputs if began.get(name) != inputs[name])
-        if changed:
-            self._refuse(
-                f"began with other {', '.join(changed)}: files, tokenizer, chat format or version "
-                "of this program",
-                "restore them, or pass --fresh to start over",
-            )
-
     def drop_earlier(self) -> None:
         """Delete the run that --fresh set aside: this one has a checkpoint, a report or a model of
         its own.
@@ -873,29 +861,22 @@ class RunFolder:
     # Its log and its end
 
     def start_log(self, step: int, steps: int, print_every: int) -> None:
-        """Open log.jsonl to append, dropping rows from `step` on: a resumed run of `steps` steps
-        writes them again.
-        """
+        """Drop log.jsonl's rows from `step` on: a resumed run of `steps` steps writes them again."""
         self.steps = steps
         self.print_every = print_every
         self.printed = (step, time.monotonic())  # the step last printed, and when
-
-        def rewrite() -> None:
-            path = self.whole / "log.jsonl"
-            write_lines(path, [row for row in self.rows() if row["step"] < step])
-            self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by `finish`
-
-        self.world.from_main(rewrite)
+        rows = [row for row in self.rows() if row["step"] < step]
+        self.world.from_main(lambda: write_lines(self.log, rows))
 
     def rows(self) -> list[Json]:
         """What log.jsonl holds, damaged lines left out."""
-        return log_rows(self.whole / "log.jsonl")
+        return log_rows(self.log)
 
     def write_row(self, row: Json) -> None:
         """A row to log.jsonl, on rank 0."""
-        if self.log is not None:
-            self.log.write(as_lines([row]))
-            self.log.flush()
+        if self.world.is_main:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(as_lines([row]))
 
     def log_step(self, row: Json) -> None:
         """Write the row of a step; print every few of them, and the last, with the time left."""
@@ -910,9 +891,6 @@ class RunFolder:
         self.world.say(f"step {done}/{self.steps}  {step_line(row)}  left in this stage {left}")
 
     def finish(self, result: Json) -> None:
-        """Close the log and mark the run as finished."""
-        if self.log is not None:
-            self.log.close()
-        self.log = None
+        """Mark the run as finished."""
         self.world.from_main(lambda: write_json(self.whole / "done.json", result))
         self.drop_earlier()

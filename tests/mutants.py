@@ -99,7 +99,7 @@ MUTANTS = [
         "enter_context(whole(folder))",
     ),
     ("resume", "support/storage.py", "    discard(aside)\n    path.rename(", "    path.rename("),
-    ("resume", "support/storage.py", "settings, False", "settings, True"),
+    ("resume", "support/storage.py", "settings, inputs, False", "settings, inputs, True"),
     ("resume", "support/storage.py", "self.whole = path.resolve()", "self.whole = path.absolute()"),
     # what stops a run, and what it keeps
     ("guards", "train.py", ' and math.isfinite(row["grad_norm"])', ""),
