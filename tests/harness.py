@@ -4,7 +4,7 @@ in place of the hub's.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,17 @@ TASK_FILES = {  # our name -> its file under lm_eval/tasks
         )
     },
 }
+
+
+def logprobs(model: Path, requests: Sequence[tuple[str, str]]) -> list[float]:
+    """Of each (context, continuation), as lm-evaluation-harness has it."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=8)
+    asked = [Instance("loglikelihood", {}, request, 0) for request in requests]
+    return [logprob for logprob, _ in lm.loglikelihood(asked, disable_tqdm=True)]
 
 
 def run(

@@ -39,7 +39,12 @@ TESTS = {  # subject -> the tests that must notice
     "kept": ["tests/test_support_storage.py", "tests/test_data.py", "-k", "kept or part or cache"],
     "ranks": ["-k", "processes", "tests/test_support_distributed.py"],
     "truncation": ["tests/test_support_chat.py", "tests/test_data.py", "-k", "truncat"],
-    "chat": ["tests/test_support_chat.py", "-k", "exported or transformers or answered"],
+    "chat": [
+        "tests/test_support_chat.py",
+        "-k",
+        "exported or transformers or answered or thinking or without_bos or served or spell"
+        " or recorded",
+    ],
     "tasks": ["tests/test_tasks_questions.py"],
     "report": ["tests/test_eval.py"],
 }
@@ -184,16 +189,18 @@ MUTANTS = [
     (
         "truncation",
         "support/chat.py",
-        "np.concatenate([prompt[:1], prompt[len(prompt) - max_prompt + 1 :]])",
+        "np.concatenate([prompt[:front], prompt[len(prompt) - max_prompt + front :]])",
         "prompt[len(prompt) - max_prompt :]",
     ),
-    ("truncation", "support/chat.py", "max_prompt + 1 :]", "max_prompt :]"),
+    ("truncation", "support/chat.py", "max_prompt + front :]", "max_prompt :]"),
+    ("truncation", "support/chat.py", "max_prompt + front :]", "max_prompt + 1 :]"),
     (
         "truncation",
         "support/chat.py",
-        "prompt[len(prompt) - max_prompt + 1 :]",
-        "prompt[1:max_prompt]",
+        "prompt[len(prompt) - max_prompt + front :]",
+        "prompt[front:max_prompt]",
     ),
+    ("truncation", "data.py", "len(chat.front)", "1"),
     (
         "truncation",
         "support/chat.py",
@@ -214,9 +221,24 @@ MUTANTS = [
     (
         "chat",
         "support/chat.py",
-        '"{{ bos_token }}" + unindented',
-        '"{{ bos_token }}" + self.template',
+        'front + re.sub(r"^[ \\t]+(?=\\{[%#])", "", self.template)',
+        "front + self.template",
     ),
+    ("chat", "support/chat.py", "front = NO_THINKING", 'front = ""'),
+    ("chat", "support/chat.py", "and NO_THINKING not in self.template", ""),
+    ("chat", "support/chat.py", "else [self.bos_id]", "else [self.eos_id]"),
+    (
+        "chat",
+        "support/chat.py",
+        "[] if self.bos_id is None",
+        "[self.eos_id] if self.bos_id is None",
+    ),
+    ("chat", "support/chat.py", "token.special or used or", "token.special or"),
+    ("chat", "support/chat.py", "return [[ids[:1], ids[1:]]", "return [[bos, ids]"),
+    ("chat", "support/chat.py", "if not {a, b, a + b} & spelling.keys()", ""),
+    ("chat", "support/chat.py", "self._seam = self._seal", "pass"),
+    ("chat", "support/chat.py", "header[:end], *(text[start:]", "header[:end], *(text[end:]"),
+    ("chat", "support/chat.py", "return front + end if end", "return text if end"),
     (
         "chat",
         "support/chat.py",
@@ -257,7 +279,8 @@ MUTANTS = [
     ("ranks", "train.py", "scale = world.size / ", "scale = 1 / "),
     # the benchmark: requests, metrics, rows kept, statistics
     ("tasks", "eval.py", "[context.rstrip() for", "[context for"),
-    ("tasks", "eval.py", "[chat.bos_id] * (bos or not context)", "[chat.bos_id] * bos"),
+    ("tasks", "eval.py", "front = [chat.prefix_id]", "front = chat.front if bos else []"),
+    ("tasks", "eval.py", "front = [chat.prefix_id]", "front = chat.front"),
     ("tasks", "eval.py", "[-longest - 1 :]", "[: longest + 1]"),
     ("tasks", "eval.py", "order = sorted(", "order = list("),
     (

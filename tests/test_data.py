@@ -510,6 +510,25 @@ def test_ids_batches_and_packs_are_those_recorded(mistral_tokenizer, tmp_path):
     assert sums == RECORDED
 
 
+def test_streams_without_bos_are_truncated_and_split(chat, tmp_path):
+    """Without BOS a prompt that is cut is its last max_prompt tokens, and a conversation is split
+    after its first token, which nothing predicts. Oracle: slices of pair_ids, by hand.
+    """
+    (tmp_path / "tokenizer.json").write_text(chat.tokenizer.to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    bare = Chat(tmp_path)
+    row = own(0, prompt="a " * 300)
+    source = [str(write(tmp_path / "a.jsonl", [row]))]
+    texts = bare.pair_texts(user(row["prompt"]), row["chosen"], row["rejected"])
+    ((prompt, chosen, rejected),) = bare.pair_ids([texts])
+    pairs, _ = load_stream(source, bare, held_out=0, max_length=100, max_prompt=40)
+    cut = [part.tolist() for part in pairs.tree(0)]
+    assert cut == [prompt[-40:].tolist(), chosen.tolist(), rejected.tolist()]
+    conversations, _ = load_stream(source, bare, stage="sft", held_out=0, max_length=9999)
+    whole = [*prompt, *chosen]
+    assert [part.tolist() for part in conversations.tree(0)] == [whole[:1], whole[1:]]
+
+
 # ------------------------------------------------------------------------------------------------ sources and files
 
 

@@ -319,9 +319,10 @@ def wrong_entry(rng: random.Random, place: Place) -> Case:
         "rope_scaling": ({"type": "yarn"}, 5, "x"),
         "sliding_window": ("x", 0, -5, 2.5, []),
     }
-    named = dict.fromkeys(
-        ("bos_token", "eos_token"), ({"a": 1}, {"content": 5}, 5, None, "", "nowhere", [], [["x"]])
-    )
+    named = {
+        "bos_token": ("", "nowhere"),  # a tokenizer may have none
+        "eos_token": ({"a": 1}, {"content": 5}, 5, None, "", "nowhere", [], [["x"]]),
+    }
     templates = (
         5,
         ["x"],

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,29 @@ def test_requests_are_split_as_the_harness_splits_them(model_folder: Path) -> No
     assert head + tail == whole[-5:] and tail == ids("one two three four five")[-2:]
     with pytest.raises(ValueError, match="1 to 1 tokens, got 2"):
         split("one two three", " four five", longest=1)
+
+
+def test_without_bos_an_empty_context_is_eos(model_folder: Path, tmp_path: Path) -> None:
+    """Claim: of a tokenizer without BOS, nothing stands in front of a context, and an empty one is
+    EOS. Oracle: lm-eval's log-likelihoods of the same requests, within 1e-4 nats as above.
+    """
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    changed = config | {"bos_token": None, "add_bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(changed))
+    model, chat = Mistral.from_pretrained(folder), Chat(folder)
+    asked = [
+        Question((context,), ("paper boat", "grey cat"), (0,), delimiter)
+        for context, delimiter in (("", ""), ("Is it so? Answer:", " "))
+    ]
+    theirs = harness.logprobs(folder, [pair for each in asked for pair in each.requests])
+    for bos in (True, False):
+        logprobs = evaluation.choice_logprobs(model, chat, asked, distributed.start("cpu"), bos)
+        np.testing.assert_allclose(np.concatenate(logprobs), theirs, rtol=0, atol=1e-4)
+    plain = Request("Is it so?", chat=False)
+    assert evaluation.prompt_ids(chat, plain, True, 3) == chat.text(plain.prompt)[-3:]
 
 
 def test_choices_of_one_context_share_it_and_ties_are_exact(model_folder: Path) -> None:
