@@ -243,7 +243,7 @@ def test_bos_is_the_tokenizers_own_rule(
     folder: Path, examiners: dict[str, Examiner], world: World, tmp_path: Path
 ) -> None:
     """Claim: HarmBench's prompt has BOS when the tokenizer puts one before plain text; WildGuard's
-    and chat prompts always. Oracle: transformers' tokenizer with that rule.
+    and chat prompts always, if there is one. Oracle: transformers' tokenizer with that rule.
     """
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
@@ -255,6 +255,8 @@ def test_bos_is_the_tokenizers_own_rule(
     assert [
         Examiner(kind, str(tmp_path / "model"), world).bos for kind in ("harmbench", "wildguard")
     ] == [[], [1]]
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert Examiner("harmbench", str(tmp_path / "model"), world).bos == []  # it has none
 
 
 def test_spellings_that_would_change_the_prompt_are_left_out(world: World, tmp_path: Path) -> None:
