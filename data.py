@@ -720,6 +720,11 @@ def generate(
     whatever the batch.
     """
     numbers = range(world.rank, len(prompts), world.size)
+
+    def ended(ids: list[int]) -> bool:
+        text = chat.decode(ids)
+        return any(string in text for string in stop)
+
     new = model.generate(
         [prompts[i] for i in numbers],
         max_new_tokens,
@@ -727,8 +732,7 @@ def generate(
         top_p,
         seeds=[seed + i for i in numbers],
         stop_ids=chat.end_ids,
-        stop_strings=stop,
-        decode=chat.decode,
+        ended=ended if stop else None,
         batch=GENERATION_BATCH,
     )
     answers: dict[int, Answer] = {}

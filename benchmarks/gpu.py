@@ -59,9 +59,9 @@ from torch import Tensor
 import train
 from data import Rows
 from eval import score
-from model import FLEX_BLOCK, Config, Mistral, Pack, flex_on, pack_attend
+from model import FLEX_BLOCK, Config, Mistral, Pack, pack_attend, rotary
 from support import distributed, memory_plan
-from support.kernels import rotary, rotated
+from support.kernels import flex_on, rotated
 from support.storage import RunFolder
 
 # Largest relative error of a tensor. fp32: sums of thousands of terms round to 1e-6 to 1e-5, a
@@ -657,7 +657,7 @@ def attention(scale: Scale, device: str, say: Say) -> None:
     lengths = lengths[: max(1, len(lengths) // scale.at_once) * scale.at_once]
     pack = Pack.build([[[0] * n for n in sizes] for sizes in lengths]).to(where)
     pack = pack.padded(FLEX_BLOCK) if flex else pack
-    attend = pack_attend(pack, config, False, flex)
+    attend = pack_attend(pack, config, False)
 
     def qkv(*shape: int) -> list[Tensor]:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
@@ -684,12 +684,10 @@ def attention(scale: Scale, device: str, say: Say) -> None:
         ),
     }
     turns_of = {
-        q.shape[1]: rotary(
-            torch.arange(q.shape[1], device=where), config.rope_theta, config.head_dim
-        )
+        q.shape[1]: rotary(torch.arange(q.shape[1], device=where), config)
         for q, *_ in sides["padded"][1]
     }
-    figures = {"mask": seconds_of(lambda: pack_attend(pack, config, False, flex), where, 3) * 1e3}
+    figures = {"mask": seconds_of(lambda: pack_attend(pack, config, False), where, 3) * 1e3}
     for name, (function, inputs) in sides.items():
         outs = [function(*each) for each in inputs]
         slopes = [torch.randn_like(out) for out in outs]

@@ -1,7 +1,8 @@
-"""The computations that decide a training step's time and memory, as autograd functions: the
-attention of a pack on a CPU, the feed-forward, the norm, and log-probabilities without logits. Each
-equals a formula of one line, its test's oracle. What a GPU compiles instead goes through
-`compiled_on`. Imports torch alone.
+"""The fast forms of model.py's formulas: the attention of a pack on a CPU and on a GPU, the
+feed-forward, the norm, and log-probabilities without logits.
+
+Each names the formula that it equals. A test compares the two, and benchmarks/README.md says what
+each saves of a step's time and memory. Imports torch alone.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
@@ -13,29 +14,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 ATTENTION_BLOCK = 64  # query rows whose scores a CPU computes at once
-KEPT_KEYS = 768  # keys that a block may see for its probabilities to be kept for the backward: each is 4 bytes a head and row
 MLP_ROWS = 512  # rows of the feed-forward's pointwise part that a CPU holds at once
-HEAD_CHUNK = {
-    "cpu": 2**20,
-    "cuda": 2**25,
-}  # logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU
+# Logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU.
+HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}
 
-
-def rotary(positions: Tensor, theta: float, K: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T]. fp32,
-    and made here: to_empty would lose a buffer, and FSDP2 cast an argument of a block. 1 / theta^x
-    and not theta^-x: the rounding that checkpoints were trained with.
-    """
-    frequency = 1 / theta ** (torch.arange(0, K, 2, device=positions.device).float() / K)
-    angle = (positions.float().unsqueeze(-1) * frequency).unsqueeze(-2)
-    return angle.cos(), angle.sin()
+# q [..., T, H, K], k and v [..., T, G, K] -> [..., T, H, K]; it rotates q and k
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# batch, head, query token, key token -> whether the one sees the other: FlexAttention's mask_mod
+Sees = Callable[[Any, Any, Any, Any], Tensor]
+Turns = tuple[Tensor, Tensor]  # cos and sin, as model.rotary gives them
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,195 +38,245 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     b sin, b cos + a sin), in fp32.
     """
     a, b = x.float().chunk(2, -1)
-    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
+    turned_a = torch.addcmul(a * cos, b, sin, value=-1)
+    turned_b = torch.addcmul(b * cos, a, sin)
+    return torch.cat((turned_a, turned_b), -1)
+
+
+@functools.cache
+def compiled_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function compiled on a GPU, in a few graphs for shapes of every length; elsewhere None."""
+    if kind != "cuda":
+        return None
+    # Each model of a process has graphs of its own. Past the limit fullgraph raises an error.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+# --- attention of a pack on a GPU -----------------------------------------------------------------
+
+
+def flex_on(kind: str) -> Callable[..., Any] | None:
+    """FlexAttention where it has a backward, on a GPU; elsewhere None."""
+    return compiled_on(kind, flex_attention)
+
+
+def flex_attend(
+    flex: Callable[..., Any], sees: Sees, rows: Tensor, turns: Turns, key_turns: Turns
+) -> Attend:
+    """model.plain_attend by FlexAttention, which skips blocks of keys that no row sees."""
+
+    def rows_see(batch: Any, head: Any, s: Any, j: Any) -> Tensor:
+        return sees(batch, head, rows[s], j)
+
+    keys = len(key_turns[0])
+    mask = create_block_mask(rows_see, None, None, len(rows), keys, device=rows.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turned = rotated(q, *turns), rotated(k, *key_turns), v
+        heads_first = (x.to(v.dtype).transpose(0, 1).unsqueeze(0) for x in turned)
+        out = flex(*heads_first, block_mask=mask, enable_gqa=True)
+        return out.squeeze(0).transpose(0, 1)
+
+    return attend
+
+
+# --- attention of a pack on a CPU -----------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Query rows, the keys of their span that they see, and what is added to the scores of the last
+    c of these: 0, or -inf where a row does not see one, [rows, 1, c].
+    """
+
+    rows: slice
+    seen: slice
+    bias: Tensor | None
+
+
+class Span(NamedTuple):
+    """The tokens that are the keys of some blocks: small trees, or a prompt and one response."""
+
+    keys: Tensor
+    blocks: list[Block]
+
+
+def by_key_head(x: Tensor, G: int) -> Tensor:
+    """[T, H, K] -> [G, T, P, K]: the query heads of a key head become rows beside each other."""
+    return x.unflatten(1, (G, -1)).transpose(0, 1)
+
+
+def by_token(x: Tensor, T: int) -> Tensor:
+    """[G, T P, K] -> [T, H, K], the way back."""
+    return x.unflatten(1, (T, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def probabilities(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q @ keys.T / sqrt(K) + bias) of a block, [G, rows P, keys]."""
+    scores = torch.baddbmm(q.new_empty(()), q, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    if bias is not None:
+        scores.unflatten(1, (len(bias), -1))[..., -bias.shape[-1] :].add_(bias)
+    return scores.softmax(-1)
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Attention of a pack on a CPU, rotation included: a block of rows at a time against the keys
-    it may see. Probabilities are kept for the backward, or computed again of blocks that see over
-    KEPT_KEYS. A plan lists (spans, blocks): the tokens of the spans are the keys of the blocks,
-    each (rows, the keys they see, bias); bias [rows, 1, c], 0 or -inf, masks the last c of these.
-    Faster than two SDPA calls a pair: the query heads of a key head are rows of one product, and
-    nothing masked is computed but at the diagonal. Inside, key heads come first: q [G, T P, K], k
-    and v [G, T, K].
+    """model.plain_attend on a CPU, a block of rows at a time against the keys that it may see.
+
+    Nothing masked is computed but at the diagonal, and the query heads of a key head are rows of
+    one product. The backward computes the probabilities again. Inside, key heads come first: q [G,
+    T P, K], k and v [G, T, K].
     """
 
     @staticmethod
-    def _group_first(x: Tensor, G: int, tables: tuple[Tensor, ...] = ()) -> Tensor:
-        x = x.unflatten(1, (G, -1)).transpose(0, 1)  # [T, H, K] -> [G, T, P, K]
-        return (rotated(x, *tables).to(x.dtype) if tables else x).flatten(1, 2)
-
-    @staticmethod
-    def _token_first(x: Tensor, T: int) -> Tensor:
-        return x.unflatten(1, (T, -1)).transpose(0, 1).flatten(1, 2)  # and back
-
-    @staticmethod
-    def _keys(x: Tensor, spans: Any) -> Tensor:
-        """What x [G, T, K] holds of these tokens, in fp32: itself where it can be."""
-        return (
-            x[:, spans[0]] if len(spans) == 1 else torch.cat([x[:, span] for span in spans], 1)
-        ).float()
-
-    @staticmethod
-    def _probabilities(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-        scores = torch.baddbmm(q.new_empty(()), q, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-        if bias is not None:
-            scores.unflatten(1, (len(bias), -1))[..., -bias.shape[-1] :].add_(bias)
-        return scores.softmax(-1)
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Any, plan: Any) -> Tensor:
-        this, (T, H, _), G = BlockedAttention, q.shape, k.shape[1]
-        q, k, v = (
-            this._group_first(q, G, tables[:2]),
-            this._group_first(k, G, tables[2:]),
-            this._group_first(v, G),
-        )
-        ctx.tables, ctx.plan, ctx.T, P, out = (
-            tables,
-            plan,
-            T,
-            H // G,
-            torch.empty_like(q, dtype=torch.float32),
-        )
-        limit, kept = KEPT_KEYS * any(ctx.needs_input_grad), list[Tensor | None]()
-        for spans, blocks in plan:
-            keys, values = this._keys(k, spans), this._keys(v, spans)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, ...], plan: list[Span]
+    ) -> Tensor:
+        T, H, _ = q.shape
+        G, dtype = k.shape[1], q.dtype
+        P = H // G
+        q = rotated(by_key_head(q, G), *tables[:2]).to(dtype).flatten(1, 2)
+        k = rotated(by_key_head(k, G), *tables[2:]).to(dtype).flatten(1, 2)
+        v = by_key_head(v, G).flatten(1, 2)
+        out = torch.empty_like(q, dtype=torch.float32)
+        for tokens, blocks in plan:
+            keys, values = (x[:, tokens].float() for x in (k, v))
             for rows, seen, bias in blocks:
                 block = slice(rows.start * P, rows.stop * P)
-                p = this._probabilities(q[:, block].float(), keys[:, seen], bias)
+                p = probabilities(q[:, block].float(), keys[:, seen], bias)
                 torch.bmm(p, values[:, seen], out=out[:, block])
-                kept.append(p if p.shape[-1] <= limit else None)
-        ctx.save_for_backward(q, k, v, *kept)
-        return this._token_first(out, T).to(q.dtype)
+        ctx.save_for_backward(q, k, v)
+        ctx.T, ctx.tables, ctx.plan = T, tables, plan
+        return by_token(out, T).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        this, (q, k, v, *kept), (cos, sin, cos_keys, sin_keys) = (
-            BlockedAttention,
-            ctx.saved_tensors,
-            ctx.tables,
-        )
-        scale, P, dout = (
-            q.shape[-1] ** -0.5,
-            q.shape[1] // ctx.T,
-            this._group_first(grads[0], len(q)),
-        )
+        q, k, v = ctx.saved_tensors
+        cos, sin, cos_keys, sin_keys = ctx.tables
+        scale = q.shape[-1] ** -0.5
+        P = q.shape[1] // ctx.T
+        dout = by_key_head(grads[0], len(q)).flatten(1, 2)
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
-        next_kept = iter(kept)
-        for spans, blocks in ctx.plan:
-            keys, values, dkeys, dvalues = (this._keys(x, spans) for x in (k, v, dk, dv))
+        for tokens, blocks in ctx.plan:
+            keys, values, dkeys, dvalues = (x[:, tokens].float() for x in (k, v, dk, dv))
             for rows, seen, bias in blocks:
                 block = slice(rows.start * P, rows.stop * P)
-                q_block, dout_block = q[:, block].float(), dout[:, block].float()
-                p = next(next_kept)
-                p = this._probabilities(q_block, keys[:, seen], bias) if p is None else p
+                q_block, dout_block = (x[:, block].float() for x in (q, dout))
+                p = probabilities(q_block, keys[:, seen], bias)
                 dvalues[:, seen].baddbmm_(p.mT, dout_block)
-                dscores = torch.ops.aten._softmax_backward_data(
-                    torch.bmm(dout_block, values[:, seen].mT), p, -1, p.dtype
-                )
+                dp = torch.bmm(dout_block, values[:, seen].mT)
+                dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
                 dkeys[:, seen].baddbmm_(dscores.mT, q_block, alpha=scale)
                 dq[:, block].baddbmm_(dscores, keys[:, seen], alpha=scale)
-            if len(spans) > 1:
-                for x, dx in ((dk, dkeys), (dv, dvalues)):
-                    for span, part in zip(
-                        spans, dx.split([span.stop - span.start for span in spans], 1), strict=True
-                    ):
-                        x[:, span] = part
-        dq, dk, dv = (
-            this._token_first(x, T) for x, T in ((dq, ctx.T), (dk, k.shape[1]), (dv, k.shape[1]))
-        )
-        dq, dk = rotated(dq, cos, -sin), rotated(dk, cos_keys, -sin_keys)
+            dk[:, tokens] = dkeys  # earlier spans' included
+            dv[:, tokens] = dvalues
+        dq = rotated(by_token(dq, ctx.T), cos, -sin)
+        dk = rotated(by_token(dk, k.shape[1]), cos_keys, -sin_keys)
+        dv = by_token(dv, v.shape[1])
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def blocked_plan(
-    lengths: Sequence[tuple[int, ...]],
-    sees: Callable[..., Tensor],
-    rows: Tensor,
-    scored: bool,
-    window: int | None,
-) -> list[Any]:
-    """BlockedAttention's plan for a pack of trees with these lengths (prompt, response, ...), whose
-    queries are the tokens `rows`: all of them, or the `scored` ones. `sees` (mask_mod form) says
-    who sees whom. Small neighbouring trees share a block and its mask.
+def bias_of(sees: Sees, queries: Tensor, keys: Tensor) -> Tensor | None:
+    """[queries, 1, keys] of tokens of a pack: 0 where the query sees the key, -inf elsewhere; None
+    of no keys.
     """
-    bunches: list[list[tuple[int, ...]]] = [[]]  # of trees
+    if not len(keys):
+        return None
+    hidden = ~sees(0, 0, queries.unsqueeze(-1), keys)
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf).unsqueeze(1)
+
+
+def bunches(lengths: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Neighbouring trees of at most ATTENTION_BLOCK tokens together; a larger tree comes alone."""
+    bunch: list[tuple[int, ...]] = []
     for sizes in lengths:
-        if sum(map(sum, bunches[-1])) + sum(sizes) > ATTENTION_BLOCK:
-            bunches.append([])
-        bunches[-1].append(sizes)
-    plan, token, row = list[Any](), 0, 0  # of a bunch: its first key and query
-    biases: dict[
-        tuple[int, int], Tensor
-    ] = {}  # blocks of a response that have the same size mask alike
+        if bunch and sum(map(sum, bunch)) + sum(sizes) > ATTENTION_BLOCK:
+            yield bunch
+            bunch = []
+        bunch.append(sizes)
+    if bunch:
+        yield bunch
 
-    def block(
-        row: int, end: int, keys: Tensor, first: int, masked: int, alike: bool = False
-    ) -> tuple[slice, slice, Tensor | None]:
-        size = end - row, len(keys) - masked
-        bias = biases.get(size) if alike else None
-        if bias is None and size[1]:
-            bias = (
-                torch.zeros(size)
-                .masked_fill_(~sees(0, 0, rows[row:end, None], keys[masked:]), -math.inf)
-                .unsqueeze(1)
-            )
-            if alike:
-                biases[size] = bias
-        return slice(row, end), slice(first, len(keys)), bias
 
-    for bunch in filter(None, bunches):
+def response_blocks(
+    sees: Sees, queries: Tensor, keys: Tensor, row: int, own: int, window: int | None
+) -> list[Block]:
+    """Blocks of a response's query tokens, the first of which is query number `row` of the pack and
+    stands at keys[own].
+    """
+    blocks = []
+    for i in range(0, len(queries), ATTENTION_BLOCK):
+        block = queries[i : i + ATTENTION_BLOCK]
+        end = i + len(block)
+        first = max(0, own + i + 1 - window) if window else 0
+        # All rows see the keys from `first` to row i's own token, and the mask is on those after
+        # it. It is on all of them where a later row's window begins after `first`.
+        masked = own + i + 1
+        if window is not None and own + end - window > first:
+            masked = first
+        bias = bias_of(sees, block, keys[masked : own + end])
+        blocks.append(Block(slice(row + i, row + end), slice(first, own + end), bias))
+    return blocks
+
+
+def blocked_plan(
+    lengths: Sequence[tuple[int, ...]], sees: Sees, rows: Tensor, scored: bool, window: int | None
+) -> list[Span]:
+    """BlockedAttention's plan for a pack of trees with these lengths (prompt, response, ...), whose
+    queries are the tokens `rows`: all of them, or the `scored` ones.
+
+    Small neighbouring trees share a block and its mask. Of a larger tree each response has blocks
+    of its own, over the prompt and itself.
+    """
+    plan: list[Span] = []
+    token = row = 0  # of a bunch: its first key, and the next query
+    for bunch in bunches(lengths):
         tokens = sum(map(sum, bunch))
         if tokens <= ATTENTION_BLOCK:
-            end = row + (sum(sum(sizes[1:]) for sizes in bunch) if scored else tokens)
-            plan.append(
-                (
-                    (slice(token, token + tokens),),
-                    [block(row, end, torch.arange(token, token + tokens), 0, 0)],
-                )
-            )
-            token, row = token + tokens, end
+            keys = torch.arange(token, token + tokens)
+            count = tokens - sum(sizes[0] for sizes in bunch) if scored else tokens
+            bias = bias_of(sees, rows[row : row + count], keys)
+            plan.append(Span(keys, [Block(slice(row, row + count), slice(0, tokens), bias)]))
+            token += tokens
+            row += count
             continue
+
         prompt, *responses = bunch[0]
         start = token + prompt
         for b, length in enumerate(responses):
-            keys = torch.cat(
-                (torch.arange(token, token + prompt), torch.arange(start, start + length))
-            )
-            extra = (
-                prompt if not scored and b == 0 else 0
-            )  # the prompt's rows go with the first response's
-            stop, ahead = (
-                row + extra + length,
-                prompt - scored - extra - row,
-            )  # keys before row i's own: i + ahead
-            blocks = []
-            for i in range(row, stop, ATTENTION_BLOCK):
-                end = min(i + ATTENTION_BLOCK, stop)
-                first = max(0, i + ahead + 1 - window) if window else 0
-                cut = (
-                    window is not None and end + ahead - window > first
-                )  # some rows do not see the first keys
-                blocks.append(
-                    block(
-                        i,
-                        end,
-                        keys[: end + ahead],
-                        first,
-                        first if cut else i + ahead + 1,
-                        alike=True,
-                    )
-                )
-            apart = (slice(token, token + prompt), slice(start, start + length))
-            plan.append((apart if b else (slice(token, start + length),), blocks))
-            start, row = start + length, stop
+            response = torch.arange(start, start + length)
+            keys = torch.cat((torch.arange(token, token + prompt), response))
+            # The first query's own key. Scored rows begin with the prompt's last token. Of all
+            # rows, the prompt's go with the first response's.
+            if scored:
+                own = prompt - 1
+            elif b:
+                own = prompt
+            else:
+                own = 0
+            count = length if scored or b else prompt + length
+            blocks = response_blocks(sees, rows[row : row + count], keys, row, own, window)
+            plan.append(Span(keys, blocks))
+            start += length
+            row += count
         token = start
     return plan
 
 
+def blocked_attend(plan: list[Span], turns: Turns, key_turns: Turns) -> Attend:
+    """model.plain_attend by BlockedAttention, with queries and keys turned by these angles."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return BlockedAttention.apply(q, k, v, turns + key_turns, plan)
+
+    return attend
+
+
+# --- feed-forward ---------------------------------------------------------------------------------
+
+
 class SwiGLU(torch.autograd.Function):
     """(silu(x @ gate.T) * (x @ up.T)) @ down.T of [..., D], weights [F, D], [F, D] and [D, F].
+
     Keeps the two inner products, and x where gate or up trains. The rest is computed again in the
     backward, on a CPU a few rows at a time, so that it stays in the cache.
     """
@@ -239,45 +284,45 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         x_TD = x.flatten(0, -2)
-        gate_TF, up_TF, out_TD = F.linear(x_TD, gate), F.linear(x_TD, up), torch.empty_like(x_TD)
-        ctx.save_for_backward(
-            x_TD if any(ctx.needs_input_grad[1:3]) else None, gate_TF, up_TF, gate, up, down
-        )
-        rows = (
-            MLP_ROWS if x.device.type == "cpu" and x.dtype == torch.float32 else max(1, len(x_TD))
-        )
+        gate_TF = F.linear(x_TD, gate)
+        up_TF = F.linear(x_TD, up)
+        out_TD = torch.empty_like(x_TD)
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+        rows = MLP_ROWS if on_cpu else max(1, len(x_TD))
         ctx.parts = [slice(i, i + rows) for i in range(0, len(x_TD), rows)]
         for part in ctx.parts:
             out_TD[part] = F.linear(F.silu(gate_TF[part]).mul_(up_TF[part]), down)
+        kept_TD = x_TD if any(ctx.needs_input_grad[1:3]) else None
+        ctx.save_for_backward(kept_TD, gate_TF, up_TF, gate, up, down)
         return out_TD.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_TD, gate_TF, up_TF, *weights), (wanted, *trained) = (
-            ctx.saved_tensors,
-            ctx.needs_input_grad,
-        )
-        dout_TD, (gate, up, down) = grads[0].flatten(0, -2), weights
-        dx_TD = torch.empty_like(dout_TD) if wanted else None
-        dgate, dup, ddown = (
-            torch.zeros_like(w) if needed else None
-            for w, needed in zip(weights, trained, strict=True)
-        )
+        x_TD, gate_TF, up_TF, gate, up, down = ctx.saved_tensors
+        wants_x, wants_gate, wants_up, wants_down = ctx.needs_input_grad
+        dout_TD = grads[0].flatten(0, -2)
+        dx_TD = torch.empty_like(dout_TD) if wants_x else None
+        dgate = torch.zeros_like(gate) if wants_gate else None
+        dup = torch.zeros_like(up) if wants_up else None
+        ddown = torch.zeros_like(down) if wants_down else None
         for part in ctx.parts:
-            silu, up_part, dout = F.silu(gate_TF[part]), up_TF[part], dout_TD[part]
+            up_part, dout = up_TF[part], dout_TD[part]
+            silu = F.silu(gate_TF[part])
             if ddown is not None:
                 ddown.addmm_(dout.mT, silu * up_part)
-            if not any((wanted, *trained[:2])):
+            if not (wants_x or wants_gate or wants_up):
                 continue
             dhidden = dout @ down
             dup_part = silu.mul_(dhidden)
             dgate_part = torch.ops.aten.silu_backward(dhidden.mul_(up_part), gate_TF[part])
             if dx_TD is not None:
                 dx_TD[part] = (dgate_part @ gate).addmm_(dup_part, up)
-            for dweight, slope in ((dgate, dgate_part), (dup, dup_part)):
-                if dweight is not None:
-                    dweight.addmm_(slope.mT, x_TD[part])
-        return dx_TD if dx_TD is None else dx_TD.view_as(grads[0]), dgate, dup, ddown
+            if dgate is not None:
+                dgate.addmm_(dgate_part.mT, x_TD[part])
+            if dup is not None:
+                dup.addmm_(dup_part.mT, x_TD[part])
+        dx = None if dx_TD is None else dx_TD.view_as(grads[0])
+        return dx, dgate, dup, ddown
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -289,10 +334,15 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return SwiGLU.apply(x, gate, up, down)
 
 
+# --- norm -----------------------------------------------------------------------------------------
+
+
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32, by a third of the passes
-    that autograd makes of it. No output is a tensor changed in place, or cast to the dtype it has:
-    torch 2.11 compiles a gradient of zeros for that.
+    that autograd makes of it.
+
+    No output is a tensor changed in place, or cast to the dtype it has: torch 2.11 compiles a
+    gradient of zeros for that.
     """
 
     @staticmethod
@@ -304,48 +354,53 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, scale), (wanted, trained, _) = ctx.saved_tensors, ctx.needs_input_grad
-        (dout,), exact, dx, dweight = grads, x.float(), None, None
-        if wanted:
+        x, weight, scale = ctx.saved_tensors
+        (dout,) = grads
+        exact = x.float()
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
             slope = dout * weight
-            along = (
-                torch.linalg.vecdot(slope, exact).unsqueeze(-1).mul_(scale**3).div_(-x.shape[-1])
-            )
+            along = torch.linalg.vecdot(slope, exact).unsqueeze(-1)
+            along = along.mul_(scale**3).div_(-x.shape[-1])
             dx = torch.addcmul(slope.mul_(scale), exact, along).to(x.dtype)
-        if trained:
+        if ctx.needs_input_grad[1]:
             dweight = (dout * exact).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dweight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm, by torch's own kernel on a GPU."""
-    return (
-        F.rms_norm(x, weight.shape, weight, eps)
-        if x.is_cuda
-        else RMSNorm.apply(x, weight, eps).to(x.dtype)
-    )
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return RMSNorm.apply(x, weight, eps).to(x.dtype)
+
+
+# --- log-probabilities ----------------------------------------------------------------------------
 
 
 class RowLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target] of each row, in fp32 (on a CPU a bf16 product is
-    rounded to bf16 first), by chunks of rows. By the logits its gradient is onehot(target) - p.
-    With a frozen weight the gradient by the hidden state is formed in the forward, and no logits
-    are wanted again; with a trained one they are computed again in the backward. Either way nothing
-    of size S x V outlives a chunk.
+    """log softmax(hidden @ weight.T)[target] of each row, in fp32, by chunks of rows. On a CPU a
+    bf16 product is rounded to bf16 first.
+
+    By the logits its gradient is onehot(target) - p. With a frozen weight the gradient by the
+    hidden state is formed in the forward, and no logits are wanted again. With a trained one they
+    are computed again in the backward. Nothing of size S x V outlives a chunk.
     """
 
     @staticmethod
     def _chunks(
         hidden_SD: Tensor, weight: Tensor, targets_S: Tensor, rows: int, slopes: bool
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        for part in (slice(i, i + rows) for i in range(0, len(targets_S), rows)):
+        """(rows, log-probabilities, slopes or scratch) of each chunk."""
+        for start in range(0, len(targets_S), rows):
+            part = slice(start, start + rows)
             if hidden_SD.is_cuda and hidden_SD.dtype != torch.float32:
-                logits = torch.mm(
-                    hidden_SD[part], weight.mT, out_dtype=torch.float32
-                )  # products of bf16 numbers, never rounded to bf16
+                # Products of bf16 numbers, never rounded to bf16.
+                logits = torch.mm(hidden_SD[part], weight.mT, out_dtype=torch.float32)
             else:
                 logits = F.linear(hidden_SD[part], weight).float()
-            target, table = targets_S[part, None], logits.sub_(logits.logsumexp(-1, keepdim=True))
+            table = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            target = targets_S[part, None]
             logp = table.gather(-1, target)
             if slopes:
                 table.exp_().neg_().scatter_add_(-1, target, torch.ones_like(logp))
@@ -355,32 +410,32 @@ class RowLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_SD: Tensor, weight: Tensor, targets_S: Tensor, rows: int
     ) -> Tensor:
-        (wanted, trained, *_), ctx.rows = ctx.needs_input_grad, rows
-        logp_S, slope_SD = (
-            hidden_SD.new_empty(len(targets_S), dtype=torch.float32),
-            torch.empty_like(hidden_SD),
-        )
-        for part, logp, slope in RowLogProbs._chunks(
-            hidden_SD, weight, targets_S, rows, wanted and not trained
-        ):
+        wanted, trained, *_ = ctx.needs_input_grad
+        slopes = wanted and not trained
+        ctx.rows = rows
+        logp_S = hidden_SD.new_empty(len(targets_S), dtype=torch.float32)
+        slope_SD = torch.empty_like(hidden_SD)
+        for part, logp, slope in RowLogProbs._chunks(hidden_SD, weight, targets_S, rows, slopes):
             logp_S[part] = logp
-            if wanted and not trained:
+            if slopes:
                 slope_SD[part] = slope.to(weight.dtype) @ weight
-        ctx.save_for_backward(*((hidden_SD, weight, targets_S) if trained else (slope_SD,)))
+        if trained:
+            ctx.save_for_backward(hidden_SD, weight, targets_S)
+        else:
+            ctx.save_for_backward(slope_SD)
         return logp_S
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dlogp_S,) = grads
         if not ctx.needs_input_grad[1]:
             (slope_SD,) = ctx.saved_tensors
-            return (slope_SD * grads[0].unsqueeze(-1)).to(slope_SD.dtype), None, None, None
+            return (slope_SD * dlogp_S.unsqueeze(-1)).to(slope_SD.dtype), None, None, None
         hidden_SD, weight, targets_S = ctx.saved_tensors
-        dhidden_SD, dweight = (
-            torch.empty_like(hidden_SD),
-            torch.zeros_like(weight, dtype=torch.float32),
-        )
+        dhidden_SD = torch.empty_like(hidden_SD)
+        dweight = torch.zeros_like(weight, dtype=torch.float32)
         for part, _, slope in RowLogProbs._chunks(hidden_SD, weight, targets_S, ctx.rows, True):
-            slope = slope.mul_(grads[0][part, None]).to(weight.dtype)
+            slope = slope.mul_(dlogp_S[part, None]).to(weight.dtype)
             dhidden_SD[part] = slope @ weight
             if weight.dtype == torch.float32:
                 dweight.addmm_(slope.mT, hidden_SD[part])
@@ -391,20 +446,7 @@ class RowLogProbs(torch.autograd.Function):
 
 def row_logprobs(hidden_SD: Tensor, weight: Tensor, targets_S: Tensor) -> Tensor:
     """log softmax(hidden @ weight.T)[target] of each row, fp32 [S]."""
-    device = (
-        "cuda" if weight.requires_grad else hidden_SD.device.type
-    )  # every chunk adds a weight gradient: few of them
-    return RowLogProbs.apply(
-        hidden_SD, weight, targets_S, max(1, HEAD_CHUNK[device] // len(weight))
-    )
-
-
-@functools.cache
-def compiled_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The function compiled on a GPU, in a few graphs for shapes of every length."""
-    if kind != "cuda":
-        return None
-    torch._dynamo.config.recompile_limit = (
-        64  # each model of a process has its own; past the limit fullgraph raises an error
-    )
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # Every chunk of a trained weight adds a gradient of its size, so there are few of them.
+    device = "cuda" if weight.requires_grad else hidden_SD.device.type
+    rows = max(1, HEAD_CHUNK[device] // len(weight))
+    return RowLogProbs.apply(hidden_SD, weight, targets_S, rows)

@@ -30,8 +30,8 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.select_algorithm import TritonTemplate
 from triton.backends.compiler import GPUTarget
 
-import model as model_file
 from model import Config, Mistral, Pack
+from support import kernels
 
 H100 = DeviceProperties(
     "cuda",
@@ -140,9 +140,9 @@ def run(
             ]
         )
         expected = values_and_gradients(model, pack)
-        model_file.flex_on = lambda kind: on_gpu("cuda")
+        kernels.flex_on = lambda kind: on_gpu("cuda")
         found = values_and_gradients(model, pack)
-        model_file.flex_on = on_gpu
+        kernels.flex_on = on_gpu
         errors += [
             (((found[name] - x).norm() / x.norm()).item(), name) for name, x in expected.items()
         ]
@@ -151,7 +151,7 @@ def run(
 
 def main() -> dict[str, Any]:
     take_the_gpu_path()
-    on_gpu = model_file.flex_on
+    on_gpu = kernels.flex_on
     if os.environ.get("TRITON_INTERPRET") == "1":
         small = {
             "vocab_size": 61,
@@ -172,11 +172,11 @@ def main() -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     compile_only(found)
     model = Mistral(Config(61, 32, 48, 2, 32, 8, 128)).bfloat16()
-    model_file.flex_on = lambda kind: on_gpu("cuda")
+    kernels.flex_on = lambda kind: on_gpu("cuda")
     for sizes in ((300, 100, 90), (900, 500, 500)):
         values_and_gradients(model, Pack.build([[[1] * n for n in sizes]]))
-    of_packs, compiled_on = len(found), model_file.compiled_on
-    model_file.compiled_on = lambda kind, function: compiled_on("cuda", function)
+    of_packs, compiled_on = len(found), kernels.compiled_on
+    kernels.compiled_on = lambda kind, function: compiled_on("cuda", function)
     model.generate([[1, 2], [3], [4, 5, 6]], 3)
     return {"kernels": found[:of_packs], "generation": found[of_packs:]}
 

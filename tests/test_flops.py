@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_module
 import train
 from data import Rows
 from model import Config, Mistral, Pack
@@ -162,7 +161,7 @@ def minimum(lengths: Sequence[Sequence[int]], backward: bool, pairs: tuple[float
             2 * T * (L - 2) * block + 2 * T * k_v + 2 * S * (block - k_v)
         )  # below the first down_proj nothing trains
         flops += 2 * T * (L - 1) * down + 2 * S * down  # its own gradient
-        flops += 2 * S * V * D + 8 * query * ((L - 2) * every + scored)  # probabilities are kept
+        flops += 2 * S * V * D + 10 * query * ((L - 2) * every + scored)  # scores again
     return round(flops)
 
 
@@ -253,7 +252,7 @@ def gpu_like(monkeypatch: pytest.MonkeyPatch) -> World:
         assert enable_gqa and block_mask.kv_indices.device.type == "meta"
         return q + k.sum() + v.sum()
 
-    monkeypatch.setattr(model_module, "flex_on", lambda kind: flex)
+    monkeypatch.setattr("support.kernels.flex_on", lambda kind: flex)
     monkeypatch.setitem(kernels.HEAD_CHUNK, "meta", kernels.HEAD_CHUNK["cuda"])
     return World(0, 1, torch.device("meta"), cast(Any, None))
 

@@ -3,12 +3,16 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from data import generate
 from model import Block, Config, Mistral, choose
+from support.distributed import World
 
 CONFIG = Config(
     vocab_size=61,
@@ -109,7 +113,7 @@ def test_a_gpu_s_compiled_step_gives_the_same_answers(monkeypatch: pytest.Monkey
     ]
     assert len({len(answer) for answer in expected[0]}) > 2
     compiled = torch.compile(Block.forward, dynamic=True, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr("model.compiled_on", lambda kind, function: compiled)
+    monkeypatch.setattr("support.kernels.compiled_on", lambda kind, function: compiled)
     assert expected == [
         m.generate(prompts, 20, temperature=0.8, stop_ids=(7, 30), batch=n)
         for m in models
@@ -119,7 +123,7 @@ def test_a_gpu_s_compiled_step_gives_the_same_answers(monkeypatch: pytest.Monkey
 
 
 def test_generate_stops_where_asked_and_frees_the_row() -> None:
-    """Claim: a stop id is left out, a stop string is kept whole, the others go on.
+    """Claim: a stop id is left out, what `ended` answers to is kept, the others go on.
 
     Oracle: the unstopped answers, cut by hand.
     """
@@ -139,27 +143,33 @@ def test_generate_stops_where_asked_and_frees_the_row() -> None:
         model.generate(PROMPTS, 20, temperature=1.0, stop_ids=(stop,)) == expected
         and sorted(map(len, expected))[-1] == 20
     )
-    marker = f"<{full[1][4]}><{full[1][5]}>"  # a string that two tokens make together
-    got = model.generate(
-        PROMPTS, 20, stop_strings=(marker,), decode=lambda ids: "".join(f"<{i}>" for i in ids)
-    )
-    text = "".join(f"<{i}>" for i in full[1])
-    assert "".join(f"<{i}>" for i in got[1]) == text[: text.index(marker) + len(marker)]
+    pair = full[1][4:6]
+    got = model.generate(PROMPTS, 20, ended=lambda ids: ids[-2:] == pair)
+    assert got[1] == full[1][: next(n for n in range(2, 21) if full[1][n - 2 : n] == pair)]
     assert all(a == b[: len(a)] for a, b in zip(got, full, strict=True))
-    shown = {
-        full[1][2],
-        full[1][14],
-    }  # tokens between that decode to nothing, as special ones do, do not hide a stop string
+
+
+def test_stop_strings_end_an_answer_where_they_are_spelled() -> None:
+    """Claim: data.generate ends an answer at a string that two tokens make together, also across
+    tokens that decode to nothing, as special ones do. Oracle: the unstopped answers, cut by hand.
+    """
+    model = model_with()
+    full = model.generate(PROMPTS, 20)
+    start = next(n for n in range(18) if len(set(full[1][n : n + 3])) == 3)
+    first, silent, last = full[1][start : start + 3]
 
     def decode(ids: list[int]) -> str:
-        return "".join(f"<{i}>" for i in ids if i in shown)
+        return "".join(f"<{i}>" for i in ids if i != silent)
 
-    marker = f"<{full[1][2]}><{full[1][14]}>"
-    ends = [next((n for n in range(1, 21) if marker in decode(ids[:n])), 20) for ids in full]
-    assert model.generate(PROMPTS, 20, stop_strings=(marker,), decode=decode) == [
-        ids[:n] for ids, n in zip(full, ends, strict=True)
-    ]
-    assert ends[1] < 20
+    chat: Any = SimpleNamespace(decode=decode, end_ids=())
+    world = World(0, 1, torch.device("cpu"), cast(Any, None))
+    stop = f"{first}><{last}"
+    how: Any = {"max_new_tokens": 20, "temperature": 0.0, "seed": 0, "stop": [stop]}
+    for answer, ids in zip(generate(model, chat, PROMPTS, world, **how), full, strict=True):
+        ends = [n for n in range(1, 21) if stop in decode(ids[:n])]
+        assert answer.tokens == min([*ends, 20]) and answer.at_limit == (not ends)
+        assert answer.text == decode(ids).partition(stop)[0]
+    assert any(stop in decode(ids) for ids in full)
 
 
 def test_choose_samples_the_distribution() -> None:
@@ -201,7 +211,6 @@ def test_generate_refuses_bad_requests() -> None:
         ({"temperature": 1e-320}, "temperature must be 0 or from 1e-06 up"),
         ({"top_p": 0.0}, "top_p"),
         ({"seeds": [1]}, "seeds"),
-        ({"stop_strings": ["x"]}, "decode"),
     ):
         with pytest.raises(ValueError, match=word):
             model.generate(**{"prompts": PROMPTS, "max_new_tokens": 3} | arguments)

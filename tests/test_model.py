@@ -2,12 +2,12 @@
 unchecked self.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,19 +18,21 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch._dynamo.utils import counters
 from transformers import (
-    AutoTokenizer,
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import model as model_file
-from model import Config, Mistral, Pack, load_weights, visible
+from model import FAMILIES, Config, Mistral, Pack, load_weights, plain_attend, rotary, visible
 from support import kernels
 from support.chat import Chat
-from support.kernels import BlockedAttention, SwiGLU, blocked_plan, rms_norm, rotary, row_logprobs
+from support.kernels import SwiGLU, blocked_attend, blocked_plan, rms_norm, row_logprobs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -50,8 +52,11 @@ TREES = [([5, 6, 7], [8, 9], [10]), (list(range(80)), [3] * 70, [4, 5, 6]), ([11
 def tiny(config: Config = TINY, seed: int = 0) -> Mistral:
     model = Mistral(config)
     model.init_weights(seed)
-    for p in model.parameters():  # 0.02 leaves attention almost flat: sharpen it
-        p.data.mul_(8 if p.dim() == 2 else 1)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            p.data.mul_(8)  # 0.02 leaves attention almost flat: sharpen it
+        elif name.endswith("bias"):
+            p.data.copy_(torch.linspace(-1, 1, len(p)))
     return model
 
 
@@ -65,20 +70,20 @@ def save_reference(
 ) -> Any:
     """A random checkpoint saved by transformers, and transformers' model of it in fp32."""
     torch.manual_seed(1)
-    kinds = {
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }
     sizes = SIZES | ({"sliding_window": None} if kind == "mistral" else {}) | changes
-    reference = kinds[kind][1](kinds[kind][0](**sizes)).to(dtype)
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).to(dtype)
+    with torch.no_grad():
+        for p in reference.parameters():  # biases 0 and norms 1 would show nothing
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
     reference.save_pretrained(folder, max_shard_size=shard)
     if old_rope:
         entries = json.loads((folder / "config.json").read_text())
-        entries["rope_theta"] = entries.pop("rope_parameters")["rope_theta"]
+        rope = entries.pop("rope_parameters")
+        entries |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
         (folder / "config.json").write_text(json.dumps(entries))
-    return (
-        kinds[kind][1].from_pretrained(folder, dtype=torch.float32).eval()
-    )  # .float() would leave rounded rotary tables
+    # .float() would leave rounded rotary tables.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -103,10 +108,27 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(entries))
 
 
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SHORT_LLAMA3 = LLAMA3 | {"original_max_position_embeddings": 64}  # for the lengths of these tests
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+LLAMA3_ROPE = {"rope_parameters": {**SHORT_LLAMA3, "rope_theta": 500.0}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped heads": {},
     "llama": {"kind": "llama"},
+    "llama 3.1": {"kind": "llama", **LLAMA3_ROPE},
+    "llama 3.2": {"kind": "llama", "old_rope": True, "tie_word_embeddings": True, **LLAMA3_ROPE},
+    "nemo": {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen2": {"kind": "qwen2"},
+    "qwen2.5, tied": {"kind": "qwen2", "tie_word_embeddings": True, "old_rope": True, **ROPE},
+    "qwen3": {"kind": "qwen3", "head_dim": 20},
+    "qwen3, tied": {"kind": "qwen3", "tie_word_embeddings": True, **ROPE},
+    "qwen3 in bf16": {"kind": "qwen3", "dtype": torch.bfloat16, "shard": "20KB"},
     "full heads": {"num_key_value_heads": 4},
     "one group": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 32},
@@ -139,7 +161,7 @@ def test_logits_ids_and_text_equal_transformers(name: str, tmp_path: Path) -> No
     model, chat, tokenizer = (
         Mistral.from_pretrained(tmp_path),
         Chat(tmp_path),
-        AutoTokenizer.from_pretrained(tmp_path),
+        PreTrainedTokenizerFast.from_pretrained(tmp_path),
     )
     prompts = [
         "the greedy text that it spells over a folder and a model, and the scale",
@@ -163,60 +185,235 @@ def test_logits_ids_and_text_equal_transformers(name: str, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("scaling", [None, LLAMA3, LLAMA3 | {"factor": 32.0}])
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
-def test_angles_are_transformers_to_the_bit(theta: float) -> None:
-    """Claim: so that parity does not wear off with the position: theta^-x for 1 / theta^x would
-    change a third of the frequencies, and a position multiplies that. Oracle: transformers' own
-    tables.
+def test_angles_are_transformers_to_the_bit(theta: float, scaling: dict[str, Any] | None) -> None:
+    """Claim: parity does not wear off with the position, since no frequency differs by a bit.
+
+    Oracle: transformers' own tables. theta^-x for 1 / theta^x would change a third of the
+    frequencies, and a position multiplies that.
     """
     theirs = LlamaRotaryEmbedding(
         LlamaConfig(
-            hidden_size=256, num_attention_heads=2, rope_theta=theta, max_position_embeddings=8192
+            hidden_size=256,
+            num_attention_heads=2,
+            max_position_embeddings=131072,
+            rope_parameters={"rope_theta": theta, **(scaling or {"rope_type": "default"})},
         )
     )
-    positions = torch.arange(8192)
-    cos, sin = rotary(positions, theta, 128)
-    for ours, table in zip((cos, sin), theirs(torch.zeros(1), positions[None]), strict=True):
+    config = dataclasses.replace(TINY, head_dim=128, rope_theta=theta, rope_scaling=scaling)
+    positions = torch.cat((torch.arange(8192), torch.arange(130000, 131072)))
+    tables = theirs(torch.zeros(1), positions[None])
+    for ours, table in zip(rotary(positions, config), tables, strict=True):
         assert torch.equal(ours.squeeze(1), table[0, :, :64])
 
 
-def test_config_takes_harmless_entries(tmp_path: Path) -> None:
-    """Claim: entries of public checkpoints that change nothing are taken.
-
-    Oracle: the Config without them.
-    """
-    save_reference(tmp_path, kind="llama")
-    path, plain = tmp_path / "config.json", Config.read(tmp_path)
-    entries = {
+# config.json as published, sizes cut: what each model's page on the hub has.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Mistral-7B-v0.1": {
+        "architectures": ["MistralForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.0.dev0",
+        "use_cache": True,
+    },
+    "Mistral-7B-Instruct-v0.3": {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    },
+    "Mistral-Nemo-Instruct-2407": {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "head_dim": 20,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "model_type": "mistral",
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+    "Llama-2-7b-chat-hf": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    },
+    "Meta-Llama-3-8B-Instruct": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128009,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "Llama-3.2-1B-Instruct": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "eos_token_id": [128001, 128008, 128009],
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": LLAMA3 | {"factor": 32.0},
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "SmolLM2-360M-Instruct": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
         "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "pad_token_id": 2,
+        "rms_norm_eps": 1e-05,
         "rope_interleaved": False,
-        "transformers.js_config": {"dtype": "q4"},
-        "hidden_act": "swish",
-        "partial_rotary_factor": 1.0,
-        "rope_scaling": {"rope_type": "default"},
-        "id2label": {"0": "A"},
-    }
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-    assert Config.read(tmp_path) == plain
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+    },
+    "TinyLlama-1.1B-Chat-v1.0": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "model_type": "llama",
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    "Qwen2.5-0.5B-Instruct": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "max_window_layers": 21,
+        "model_type": "qwen2",
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+    "Qwen3-0.6B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 20,
+        "hidden_act": "silu",
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+}
+CUT = {name: SIZES[name] for name in list(SIZES)[:6]}
+HARMLESS = {
+    "chunk_size_feed_forward": 0,
+    "do_sample": True,
+    "num_beams": 4,
+    "id2label": {"0": "A"},
+    "attention_sinks": 4,
+    "head_size_of_nobody": 7,
+    "layer_types": ["full_attention"] * 3,
+    "use_cache": False,
+    "quantization_config": None,
+}
 
 
-def test_rope_theta_spellings_agree(tmp_path: Path) -> None:
-    """Claim: `rope_theta` and `rope_parameters` mean the same, and a contradiction is refused.
-
-    Oracle: the Config read from either.
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name: str, tmp_path: Path) -> None:
+    """Claim: the config.json of every family is read, with whatever harmless entries beside, and
+    describes the tensors and angles that transformers makes of it. Oracle: transformers.
     """
-    save_reference(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
+    entries = PUBLISHED[name] | CUT
     path = tmp_path / "config.json"
-    entries = json.loads(path.read_text())
-    assert "rope_theta" not in entries and Config.read(tmp_path).rope_theta == 777.0
-    del entries["rope_parameters"]
-    path.write_text(json.dumps(entries | {"rope_theta": 777.0}))
-    assert Config.read(tmp_path).rope_theta == 777.0
-    path.write_text(
-        json.dumps(entries | {"rope_theta": 777.0, "rope_parameters": {"rope_theta": 10.0}})
-    )
-    with pytest.raises(ValueError, match=r"rope_parameters\.rope_theta = 10\.0"):
-        Config.read(tmp_path)
+    path.write_text(json.dumps(entries))
+    config = Config.read(tmp_path)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(theirs)
+    assert config.shapes() == {name: tuple(p.shape) for name, p in reference.named_parameters()}
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (config.rope_scaling or {}).get("factor") == theirs.rope_parameters.get("factor")
+    assert config.sliding_window == getattr(theirs, "sliding_window", None)
+    path.write_text(json.dumps(entries | HARMLESS))
+    assert Config.read(tmp_path) == config
+    # transformers 5 writes rope_parameters, and some write both.
+    rope = {"rope_theta": entries.pop("rope_theta", 10000.0), "rope_type": "default"}
+    rope |= entries.pop("rope_scaling", None) or {}
+    path.write_text(json.dumps(entries | {"rope_parameters": rope}))
+    assert Config.read(tmp_path) == config
+    path.write_text(json.dumps(PUBLISHED[name] | CUT | {"rope_parameters": rope}))
+    assert Config.read(tmp_path) == config
+
+
+def test_rope_spellings_may_not_contradict(tmp_path: Path) -> None:
+    """Claim: of two spellings that differ neither is chosen. Oracle: the entry's name."""
+    entries = PUBLISHED["Llama-3.2-1B-Instruct"] | CUT
+    for other in ({"rope_theta": 10.0}, {"rope_type": "default"}, {"factor": 8.0}):
+        (tmp_path / "config.json").write_text(json.dumps(entries | {"rope_parameters": other}))
+        with pytest.raises(ValueError, match=rf"rope_parameters\.{next(iter(other))} = .* contrad"):
+            Config.read(tmp_path)
+
+
+def test_an_adapter_is_recognised(tmp_path: Path) -> None:
+    """Claim: the folder of a PEFT adapter is refused with what to do. Oracle: the words."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"adapter .*merge it into its base model first"):
+        Mistral.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -224,54 +421,70 @@ def test_rope_theta_spellings_agree(tmp_path: Path) -> None:
     [
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "dynamic", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}),
+        ("rope_parameters", {**LLAMA3, "low_freq_factor": 4.0}),
+        ("rope_parameters", {"partial_rotary_factor": 0.5}),
+        ("partial_rotary_factor", 0.5),
         ("attention_bias", True),
         ("mlp_bias", True),
         ("hidden_act", "gelu"),
         ("quantization_config", {"quant_method": "gptq"}),
-        ("model_type", "qwen2"),
+        ("model_type", "gemma2"),
+        ("model_type", "qwen3_moe"),
         ("attention_dropout", 0.1),
-        ("attention_sinks", 4),
         ("num_local_experts", 8),
+        ("final_logit_softcapping", 30.0),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
         ("rope_parameters", [1]),
         ("rms_norm_eps", None),
         ("rms_norm_eps", "1e-5"),
     ],
 )
 def test_config_refuses_other_computations_by_name(entry: str, value: Any, tmp_path: Path) -> None:
-    """Claim: what is not implemented is refused by name, known or unknown to us.
-
-    Oracle: the entry's name in the error.
+    """Claim: what is known to change the computation is refused by name, in a sentence that says
+    what is read. Oracle: the name of what is asked for.
     """
     save_reference(tmp_path)
-    entries = json.loads((tmp_path / "config.json").read_text()) | {entry: value}
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match=entry):
+    entries = json.loads((tmp_path / "config.json").read_text())
+    entries.pop("rope_parameters")
+    (tmp_path / "config.json").write_text(json.dumps(entries | {entry: value}))
+    names = {"rope_scaling": "rope_type", "rope_parameters": "rope|freq_factor|partial_rotary"}
+    with pytest.raises(ValueError, match=names.get(entry, entry)) as error:
         Config.read(tmp_path)
+    assert "must be" in str(error.value) or "this program reads Mistral" in str(error.value)
 
 
 def test_config_takes_absent_entries_as_transformers_does(tmp_path: Path) -> None:
     """Claim: defaults, and what null means, are transformers', per model type.
 
-    Oracle: MistralConfig and LlamaConfig themselves.
+    Oracle: the families' own classes.
     """
-    for kind, reference in (("mistral", MistralConfig), ("llama", LlamaConfig)):
+    kinds = (MistralConfig, LlamaConfig, Qwen2Config, Qwen3Config)
+    for reference in kinds:
+        kind = reference.model_type
         entries = {
             name: SIZES[name]
             for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         }
-        entries["num_attention_heads"] = 8
+        entries["num_attention_heads"] = 32
+        entries["hidden_size"] = 128
         for nulls in (
             {},
-            {"head_dim": None},
-            {"num_key_value_heads": None} if kind == "llama" else {},
+            {"head_dim": None} if kind in ("llama", "mistral") else {},
+            {"num_key_value_heads": None} if kind != "mistral" else {},
         ):
             (tmp_path / "config.json").write_text(
                 json.dumps(entries | nulls | {"model_type": kind})
             )
             ours, theirs = Config.read(tmp_path), reference(**entries, **nulls)
+            width = getattr(theirs, "head_dim", None) or 4
+            assert ours.head_dim == width
             for name in (
                 "num_key_value_heads",
-                "head_dim",
+                "bos_token_id",
+                "eos_token_id",
                 "rms_norm_eps",
                 "max_position_embeddings",
                 "tie_word_embeddings",
@@ -296,14 +509,6 @@ def test_config_refuses_impossible_sizes() -> None:
     ):
         with pytest.raises(ValueError, match=f"{word} must be"):
             Config(**TINY.__dict__ | change)
-
-
-def test_parameters_carry_the_checkpoint_table() -> None:
-    """Claim: the literal table is the module's names and shapes. Oracle: named_parameters."""
-    for config in (TINY, Config(**{**TINY.__dict__, "tie_word_embeddings": True})):
-        assert config.shapes() == {
-            name: tuple(p.shape) for name, p in Mistral(config).named_parameters()
-        }
 
 
 def test_init_weights_depends_on_the_seed_alone() -> None:
@@ -576,12 +781,9 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
         torch.randn(n, heads, K).requires_grad_() for n, heads in ((len(rows), 4), (T, 2), (T, 2))
     ]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    turns, key_turns = (
-        rotary(at, TINY.rope_theta, TINY.head_dim) for at in (pack.positions[rows], pack.positions)
-    )
-    got = BlockedAttention.apply(
-        *ours, turns + key_turns, blocked_plan(pack.lengths, sees, rows, scored, window)
-    )
+    turns, key_turns = (rotary(at, TINY) for at in (pack.positions[rows], pack.positions))
+    plan = blocked_plan(pack.lengths, sees, rows, scored, window)
+    got = blocked_attend(plan, turns, key_turns)(*ours)
     turned = [
         torch.view_as_real(
             torch.view_as_complex(torch.stack(x.chunk(2, -1), -1))
@@ -598,38 +800,33 @@ def test_blocked_attention_equals_a_dense_mask(window: int | None, scored: bool)
     agree(ours, exact, got, expected, rtol=1e-5, atol=3e-5)  # sums over hundreds of rows
 
 
-def test_kept_and_recomputed_probabilities_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim: probabilities are kept of blocks that see up to KEPT_KEYS keys, of none where no
-    gradient is wanted; neither changes a bit of the gradients. Oracle: the tensors that autograd
-    keeps; each way against the other.
+@pytest.mark.parametrize("scored", [False, True])
+def test_fast_attention_equals_the_plain_form(scored: bool) -> None:
+    """Claim: the formula that kernels.py names is the one it computes, with its gradients. Oracle:
+    plain_attend, which is that formula; 1e-5 is fp32 rounding.
     """
     torch.manual_seed(0)
-    pack = Pack.build([[[0] * n for n in sizes] for sizes in [(100, 70, 90), (3, 4, 5)]])
-    sees, rows = visible(pack, None), torch.arange(len(pack.tokens))
-    ours = [torch.randn(len(rows), heads, 16).requires_grad_() for heads in (4, 2, 2)]
-    plan = blocked_plan(pack.lengths, sees, rows, False, None)
-    blocks = [
-        (own.stop - own.start, seen.stop - seen.start)
-        for _, blocks in plan
-        for own, seen, _ in blocks
-    ]
-    found = {}
-    for limit in (0, 128, 1000):
-        monkeypatch.setattr("support.kernels.KEPT_KEYS", limit)
-        out = BlockedAttention.apply(*ours, rotary(pack.positions, 1e4, 16) * 2, plan)
-        found[limit] = torch.autograd.grad(out.square().sum(), ours, retain_graph=True)
-        kept = [x.numel() for x in out.grad_fn.saved_tensors[3:] if x is not None]
-        assert kept == [4 * own * seen for own, seen in blocks if seen <= limit]
-        assert all(map(torch.equal, found[limit], found[0]))
-    assert any(seen == 128 for _, seen in blocks)
-    with torch.no_grad():
-        context = SimpleNamespace(
-            needs_input_grad=(False,) * 5, save_for_backward=lambda *kept: found.update(kept=kept)
-        )
-        BlockedAttention.forward(context, *ours, rotary(pack.positions, 1e4, 16) * 2, plan)
-    assert len(found["kept"]) == 3 + len(blocks) and not any(
-        x is not None for x in found["kept"][3:]
+    pack = Pack.build([[[0] * n for n in sizes] for sizes in [(100, 70, 90), (3, 4, 5), (9, 80)]])
+    config = dataclasses.replace(TINY, sliding_window=50, rope_scaling=SHORT_LLAMA3)
+    rows = pack.rows if scored else torch.arange(len(pack.tokens))
+    sees = visible(pack, 50)
+    turns, key_turns = (rotary(at, config) for at in (pack.positions[rows], pack.positions))
+    plan = blocked_plan(pack.lengths, sees, rows, scored, 50)
+    q, k, v = (
+        torch.randn(n, heads, 12, requires_grad=True)
+        for n, heads in ((len(rows), 4), (len(pack.tokens), 2), (len(pack.tokens), 2))
     )
+    mask = sees(0, 0, rows[:, None], torch.arange(len(pack.tokens)))
+    slope = torch.randn(len(rows), 4, 12)
+    found = []
+    for attend in (
+        blocked_attend(plan, turns, key_turns),
+        plain_attend(mask, turns, key_turns),
+    ):
+        out = attend(q, k, v)
+        found.append([out, *torch.autograd.grad(out, (q, k, v), slope)])
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not CXX, reason="torch.compile needs a C++ compiler")
@@ -663,49 +860,74 @@ import torch.distributed.checkpoint  # noqa
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.device_mesh import init_device_mesh
 import model as model_file
-from model import Config, Mistral, Pack, load_weights
+from model import FAMILIES, Config, Mistral, Pack, load_weights
 from safetensors.torch import save_file
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh("cpu", (world,))
-folder, out, mode = sys.argv[1:]
+mode, *folders = sys.argv[1:]
 torch.set_num_threads(1)
-with torch.device("meta"):
-    model = Mistral(Config.read(__import__("pathlib").Path(folder)))
-mixed = mode == "mixed"
-for name, p in model.named_parameters():
-    p.requires_grad_(mode == "all" or "down_proj" in name)
-    if mixed and not p.requires_grad:
-        p.data = p.data.to(torch.bfloat16)
-policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
-for block in model.model.layers:
-    fully_shard(block, mesh=mesh, mp_policy=policy)
-fully_shard(model, mesh=mesh, mp_policy=policy)
-register_fsdp_forward_method(model, "logprobs")
-model.to_empty(device="cpu")
-load_weights(model, folder)
-model_file.SHARD_BYTES = 20_000  # several files: every rank must gather in their order
-model.checkpoint_blocks = mode == "checkpointed"
-trees = [([5, 6, 7], [8, 9], [10]), (list(range(80)), [3] * 70, [4, 5, 6]), ([11], [12], [13, 14])]
-with torch.no_grad():
-    reference = model.logprobs(Pack.build(trees if rank == 0 else []))  # rank 1 holds an empty pack throughout
-values = model.logprobs(Pack.build(trees if rank == 0 else []))
-assert values.requires_grad and len(values) == (6 if rank == 0 else 0), values
-assert torch.equal(values, reference)
-(values * torch.linspace(-1, 2, len(values))).sum().mul(world).backward()
-grads = {{name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}}
-model.save_pretrained(out + "/saved", dtype=torch.float32)
-fresh = Mistral(model.config)
-if rank == 0:
-    save_file({{"values": values.detach()}} | grads, out + "/result.safetensors")
-model.init_weights(7)
-fresh.init_weights(7)
-for (name, p), q in zip(model.named_parameters(), fresh.parameters()):
-    assert torch.equal(p.full_tensor(), q.to(p.dtype)), name
+def run(folder):
+    with torch.device("meta"):
+        model = Mistral(Config.read(__import__("pathlib").Path(folder + "/model")))
+    mixed = mode == "mixed"
+    for name, p in model.named_parameters():
+        p.requires_grad_(mode == "all" or "down_proj" in name)
+        if mixed and not p.requires_grad:
+            p.data = p.data.to(torch.bfloat16)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "logprobs")
+    model.to_empty(device="cpu")
+    load_weights(model, folder + "/model")
+    model_file.SHARD_BYTES = 20_000  # several files: every rank must gather in their order
+    model.checkpoint_blocks = mode == "checkpointed"
+    trees = [([5, 6, 7], [8, 9], [10]), (list(range(80)), [3] * 70, [4, 5, 6]), ([11], [12], [13, 14])]
+    with torch.no_grad():
+        reference = model.logprobs(Pack.build(trees if rank == 0 else []))  # rank 1 holds an empty pack throughout
+    values = model.logprobs(Pack.build(trees if rank == 0 else []))
+    assert values.requires_grad and len(values) == (6 if rank == 0 else 0), values
+    assert torch.equal(values, reference)
+    (values * torch.linspace(-1, 2, len(values))).sum().mul(world).backward()
+    grads = {{name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}}
+    model.save_pretrained(folder + "/saved", dtype=torch.float32)
+    fresh = Mistral(model.config)
+    if rank == 0:
+        save_file({{"values": values.detach()}} | grads, folder + "/result.safetensors")
+    model.init_weights(7)
+    fresh.init_weights(7)
+    for (name, p), q in zip(model.named_parameters(), fresh.parameters()):
+        assert torch.equal(p.full_tensor(), q.to(p.dtype)), name
+
+for folder in folders:
+    run(folder)
 dist.barrier()
 dist.destroy_process_group()
 os._exit(0)  # past Python's own shutdown, where gloo's threads may abort a process that is done
 """
+
+
+def sharded_equals_whole(folder: Path, model: Mistral, mode: str) -> None:
+    grads = load_file(folder / "result.safetensors")
+    values = grads.pop("values")
+    for name, p in model.named_parameters():
+        p.requires_grad_(mode == "all" or "down_proj" in name)
+    pack = Pack.build(TREES)
+    expected = gradients(model, pack)
+    tolerance = 5e-2 if mode == "mixed" else 1e-5
+    assert (values - model.logprobs(pack)).norm() < tolerance * values.norm()
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - expected[name]).norm() < tolerance * expected[name].norm(), name
+    saved = Mistral.from_pretrained(folder / "saved")
+    assert len(list((folder / "saved").glob("model-*.safetensors"))) > 2
+    assert all(
+        torch.equal(p, q) for p, q in zip(saved.parameters(), model.parameters(), strict=True)
+    )
+    load_weights(saved, folder / "model")
 
 
 @pytest.mark.parametrize(
@@ -713,15 +935,17 @@ os._exit(0)  # past Python's own shutdown, where gloo's threads may abort a proc
 )
 def test_sharded_gradients_equal_the_whole_model(processes: int, mode: str, tmp_path: Path) -> None:
     """Claim: FSDP2 over 1 and 2 processes (the second with an empty pack) gives the unsharded
-    log-probabilities and gradients, saves the same weights, and initialises the same. Oracle: the
-    unsharded model; mixed precision against fp32 within bf16's noise of 5 %.
+    log-probabilities and gradients of every family, saves the same weights, and initialises the
+    same. Oracle: the unsharded model; mixed precision against fp32 within bf16's noise of 5 %.
     """
-    model = tiny()
-    for p in model.parameters():
-        p.data = (
-            p.data.bfloat16().float()
-        )  # frozen weights are stored in bf16 in the mixed case: nothing may be lost there
-    model.save_pretrained(tmp_path / "model")
+    families = ["mistral"] if mode == "checkpointed" else list(FAMILIES)
+    models = {}
+    for family in families:
+        models[family] = model = tiny(dataclasses.replace(TINY, model_type=family))
+        for p in model.parameters():
+            # Frozen weights are stored in bf16 in the mixed case: nothing may be lost there.
+            p.data = p.data.bfloat16().float()
+        model.save_pretrained(tmp_path / family / "model")
     script = tmp_path / "sharded.py"
     script.write_text(
         SHARDED.format(root=str(Path(model_file.__file__).parent), tests=str(Path(__file__).parent))
@@ -735,28 +959,12 @@ def test_sharded_gradients_equal_the_whole_model(processes: int, mode: str, tmp_
         str(script),
     ]
     done = subprocess.run(
-        [*command, str(tmp_path / "model"), str(tmp_path), mode],
+        [*command, mode, *(str(tmp_path / family) for family in families)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    grads = load_file(tmp_path / "result.safetensors")
-    values = grads.pop("values")
-    for name, p in model.named_parameters():
-        p.requires_grad_(mode == "all" or "down_proj" in name)
-    pack = Pack.build(TREES)
-    expected = gradients(model, pack)
-    tolerance = 5e-2 if mode == "mixed" else 1e-5
-    assert (values - model.logprobs(pack)).norm() < tolerance * values.norm()
-    assert grads.keys() == expected.keys()
-    for name, grad in grads.items():
-        assert grad.dtype == torch.float32
-        assert (grad - expected[name]).norm() < tolerance * expected[name].norm(), name
-    saved = Mistral.from_pretrained(tmp_path / "saved")
-    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 2
-    assert all(
-        torch.equal(p, q) for p, q in zip(saved.parameters(), model.parameters(), strict=True)
-    )
-    load_weights(saved, tmp_path / "model")
+    for family, model in models.items():
+        sharded_equals_whole(tmp_path / family, model, mode)

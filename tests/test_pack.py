@@ -22,7 +22,6 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
-import model as model_file
 from model import Config, Mistral, Pack, visible
 
 TESTS = Path(__file__).parent
@@ -196,6 +195,41 @@ def test_logprobs_equal_the_padded_computation(
         assert (a - b).norm() < 1e-5 * max(b.norm(), 1e-2 * whole)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"model_type": "llama"}, {"model_type": "qwen2"}, {"model_type": "qwen3", "head_dim": 14}],
+    ids=lambda change: change["model_type"],
+)
+def test_every_family_packs_as_it_pads(change: dict[str, Any]) -> None:
+    """Claim: biases, head norms and stretched angles are in packs what they are in sequences, in
+    values and gradients. Oracle: padded_logprobs; 1e-5 relative in fp32.
+    """
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 32
+    model = Mistral(dataclasses.replace(CONFIG, rope_scaling=scaling, **change))
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * (0.2 if p.dim() == 2 else 0.5))
+    trees = [
+        [torch.randint(0, 61, (n,), generator=generator).tolist() for n in sizes]
+        for sizes in [(70, 20, 30), (3, 2, 4), (1, 66, 5)]
+    ]
+    found = []
+    for compute in (
+        lambda: model.logprobs(Pack.build(trees)),
+        lambda: padded_logprobs(model, trees),
+    ):
+        model.zero_grad()
+        values = compute()
+        (values * torch.linspace(-1, 2, 6)).sum().backward()
+        found.append([values.detach(), *(p.grad for p in model.parameters())])
+    whole = sum(grad.norm() ** 2 for grad in found[1][1:]) ** 0.5
+    for name, got, expected in zip(
+        ["values", *dict(model.named_parameters())], *found, strict=True
+    ):
+        assert (got - expected).norm() < 1e-5 * max(expected.norm(), 1e-2 * whole), name
+
+
 def test_logprobs_of_trees_with_one_two_and_three_responses() -> None:
     """Claim: branch-first order holds for mixed trees. Oracle: padded_logprobs."""
     trees = [[[1, 2], [3, 4]], [[5], [6], [7, 8]], [[9, 10, 11], [12], [13], [14, 15]]]
@@ -246,7 +280,7 @@ def test_flex_attention_equals_the_cpu_form(how: str, monkeypatch: pytest.Monkey
             for trees in packs[:1] if how == "compiled" else packs:
                 expected = model.logprobs(Pack.build(trees))
                 with monkeypatch.context() as patch:
-                    patch.setattr(model_file, "flex_on", lambda kind: flex)
+                    patch.setattr("support.kernels.flex_on", lambda kind: flex)
                     got = model.logprobs(Pack.build(trees))
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
                 torch.testing.assert_close(got, padded_logprobs(model, trees), rtol=1e-5, atol=1e-4)
