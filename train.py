@@ -53,7 +53,6 @@ from data import (
     Rows,
     Stream,
     batch_indices,
-    deal,
     describe,
     in_words,
     keep_questions,
@@ -63,8 +62,8 @@ from data import (
     safety_labels,
     score,
 )
-from model import CHECKPOINT_NAMES, Mistral, Pack, find_model, load_weights, stored_weights
 from model import Config as ModelConfig
+from model import Mistral, Pack, find_model, load_weights, stored_weights
 from support import distributed, memory_plan, plots, storage
 from support.chat import Chat, must_fit
 from support.distributed import StopRequest, World
@@ -73,7 +72,22 @@ from support.storage import RunFolder, part_like
 
 # --- configuration --------------------------------------------------------------------------------
 
-MODULES = sorted({name.split(".")[-2] for name in CHECKPOINT_NAMES})
+MODULES = (  # of a checkpoint's tensors
+    "down_proj",
+    "embed_tokens",
+    "gate_proj",
+    "input_layernorm",
+    "k_norm",
+    "k_proj",
+    "lm_head",
+    "norm",
+    "o_proj",
+    "post_attention_layernorm",
+    "q_norm",
+    "q_proj",
+    "up_proj",
+    "v_proj",
+)
 
 
 def setting(
@@ -931,20 +945,14 @@ def count_changed(
     return changed
 
 
-def step_of(
-    config: Config, streams: dict[str, Stream], steps: int, ranks: int, window: int | None = None
-) -> memory_plan.Step:
+def step_of(config: Config, streams: dict[str, Stream], steps: int, ranks: int) -> memory_plan.Step:
     """What the data makes of a step on each rank, from the rows that the first steps draw."""
     rows = Rows(streams, {})
     drawn = []
-    packs = []
     for step in range(min(steps, memory_plan.STEPS_LOOKED_AT)):
-        items = rows.draw(config.batch, config.seed, step)
-        drawn.append(items.numpy())
-        for dealt in deal(rows.tokens[items].tolist(), ranks, config.pack_tokens):
-            packs += [items[pack].numpy() for pack in dealt]
+        drawn.append(rows.draw(config.batch, config.seed, step).numpy())
     lengths = np.concatenate([stream.lengths for stream in streams.values()])
-    return memory_plan.step_of(lengths, drawn, packs, ranks, config.pack_tokens, window)
+    return memory_plan.step_of(lengths, drawn, ranks)
 
 
 def load_of(
@@ -979,7 +987,7 @@ def announce(
     world: World,
 ) -> None:
     """Print the plan of a run. What does not fit is a warning, in a dry run a ValueError."""
-    step = step_of(config, streams, steps, world.size, model.sliding_window)
+    step = step_of(config, streams, steps, world.size)
     load = load_of(config, model, trained, step, world)
     has_reference = config.objective != "sft"
     tokens = sum(int(stream.lengths.sum()) for stream in streams.values())
@@ -1070,8 +1078,8 @@ def prepare(config: Config, folder: RunFolder) -> Prepared:
     names = frozenset(name for name in architecture.shapes() if trains(config, name))
     if not names:
         raise ValueError(
-            f"selective {config.selective} names no tensor of {source}, whose head is tied to its "
-            "embedding; pass another"
+            f"selective {config.selective} names no tensor of {source}; pass another (a tied head "
+            "is embed_tokens)"
         )
     streams, held = open_streams(config, chat, world)
     # What fills no batch is left out.

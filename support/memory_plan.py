@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from support.distributed import duration, launched
-from support.kernels import ATTENTION_BLOCK, HEAD_CHUNK, KEPT_KEYS, MLP_ROWS
+from support.kernels import HEAD_CHUNK, MLP_ROWS
 from support.storage import CHECKPOINT_FILE_BYTES
 
 GIB = 2**30
@@ -86,10 +86,6 @@ class Load:
     packs: int  # of a rank in a step: with two or more, gradients are there while activations are
     checkpoint_blocks: bool
     processes: int = 1  # of the run: FSDP2 gathers copies of a model too
-    seen: tuple[float, float] = (
-        0.0,
-        0.0,
-    )  # on a CPU: keys a row whose probabilities are kept, of all rows and of the scored ones
 
     def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
         """(name, block or -1, shape, rows, reached) of each weight in the order of the forward.
@@ -115,24 +111,6 @@ class Load:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def kept_keys(lengths: np.ndarray, window: int | None, scored: bool) -> np.ndarray:
-    """How many probabilities a head keeps of each tree on a CPU, [n], of these lengths [n, prompt
-    and responses]: BlockedAttention's blocks one by one, of all rows or of the scored ones. Of
-    trees that share a block it is the most that this can be.
-    """
-    lengths = lengths.astype(np.int64)
-    prompt, kept = lengths[:, 0], np.zeros(len(lengths), np.int64)
-    for i in range(1, lengths.shape[1]):
-        extra = prompt * (i == 1 and not scored)  # the prompt's rows go with the first response's
-        rows, ahead = lengths[:, i] + extra, prompt - extra - scored
-        for start in range(0, int(rows.max(initial=0)), ATTENTION_BLOCK):
-            block = (rows - start).clip(0, ATTENTION_BLOCK)
-            keys = np.minimum(ahead + start + block, block - 1 + (window or 2**40))
-            kept += block * keys * (keys <= KEPT_KEYS)
-    own = lengths[:, 1:].sum(1) if scored else lengths.sum(1)
-    return np.where(lengths.sum(1) <= ATTENTION_BLOCK, own * ATTENTION_BLOCK, kept)
-
-
 def saved_bytes(load: Load) -> list[float]:
     """What autograd keeps of each block between forward and backward, in bytes, and last of what
     comes after the blocks.
@@ -141,13 +119,7 @@ def saved_bytes(load: Load) -> list[float]:
     weights and of the functions of kernels.py. A frozen weight needs no input.
     """
     c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
-    T, S, D, F, last = (
-        load.tokens,
-        load.scored,
-        c.hidden_size,
-        c.intermediate_size,
-        c.num_hidden_layers - 1,
-    )
+    T, S, D, F = load.tokens, load.scored, c.hidden_size, c.intermediate_size
     H, HK, GK = (
         c.num_attention_heads,
         c.num_attention_heads * c.head_dim,
@@ -171,10 +143,9 @@ def saved_bytes(load: Load) -> list[float]:
                 rows * HK + 2 * T * GK + (rows * HK if cuda else 0)
             )  # q, k, v; FlexAttention its output and a sum a row too
             flows = reached  # nothing below it needs its gradient otherwise
-            beside = 1 if cuda else load.seen[block == last]
+            sums = 4 * H * rows if cuda else 0
             kept[block] += (
-                flows * (attention * e + 4 * H * rows * beside)
-                + (trains and not (cuda and flows)) * rows * HK * e
+                flows * (attention * e + sums) + (trains and not (cuda and flows)) * rows * HK * e
             )
         elif module == "down_proj":
             kept[block] += flows * 2 * rows * F * e  # gate and up
@@ -385,7 +356,6 @@ class Step:
     longest: int  # tokens of the longest row
     share: int  # tokens of a rank in the largest step
     scored: float  # share of the tokens that are scored
-    seen: tuple[float, float] = (0.0, 0.0)  # as Load's
 
     def with_budget(self, load: Load, pack_tokens: int) -> Load:
         """The load of packs of at most `pack_tokens` tokens; a longer row is a pack alone, and no
@@ -397,7 +367,6 @@ class Step:
             tokens=tokens,
             scored=math.ceil(tokens * self.scored),
             packs=math.ceil(self.share / tokens),
-            seen=self.seen,
         )
 
     def largest_budget(self, load: Load, room: float) -> int:
@@ -417,28 +386,16 @@ class Step:
         return low
 
 
-def step_of(
-    lengths: np.ndarray,
-    drawn: Sequence[np.ndarray],
-    packs: Sequence[np.ndarray],
-    ranks: int,
-    pack_tokens: int,
-    window: int | None = None,
-) -> Step:
-    """From the rows' lengths [n, prompt and responses] and the first steps: the rows that each one
-    draws, and the rows of each of their packs.
+def step_of(lengths: np.ndarray, drawn: Sequence[np.ndarray], ranks: int) -> Step:
+    """From the rows' lengths [n, prompt and responses], and the rows that each of the first steps
+    draws.
     """
     trees = lengths.sum(1)
     longest = int(trees.max())
     largest_step = max(int(trees[rows].sum()) for rows in drawn)
     share = max(longest, math.ceil(largest_step / ranks))
     scored = int(lengths[:, 1:].sum()) / int(lengths.sum())
-    largest_pack = min(max(pack_tokens, longest), share)
-    seen = []
-    for tokens, only_scored in ((largest_pack, False), (largest_pack * scored, True)):
-        kept = kept_keys(lengths, window, only_scored)
-        seen.append(max(int(kept[rows].sum()) for rows in packs) / tokens)
-    return Step(longest, share, scored, (seen[0], seen[1]))
+    return Step(longest, share, scored)
 
 
 def memory_lines(load: Load, step: Step, pack_tokens: int, room: float) -> tuple[list[str], str]:
