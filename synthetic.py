@@ -294,7 +294,7 @@ def form_error(actions: ActionSet, reward: Callable[..., Tensor]) -> float:
 
 
 def rlhf_gradient(actions: ActionSet) -> float:
-    """Largest entry of the gradient of E_pi[joint reward] - tau KL(pi || pi_ref), at the minimiser."""
+    """Largest gradient entry of E_pi[joint reward] - tau KL(pi || pi_ref), at the minimiser."""
     preference, safe, reference, tau, alpha, b1 = actions
     theta = (reference.log() + minimise(actions) / tau).requires_grad_()
     policy = torch.log_softmax(theta, dim=0)

@@ -72,41 +72,14 @@ from support.storage import RunFolder, part_like
 
 # --- configuration --------------------------------------------------------------------------------
 
-MODULES = (  # of a checkpoint's tensors
-    "down_proj",
-    "embed_tokens",
-    "gate_proj",
-    "input_layernorm",
-    "k_norm",
-    "k_proj",
-    "lm_head",
-    "norm",
-    "o_proj",
-    "post_attention_layernorm",
-    "q_norm",
-    "q_proj",
-    "up_proj",
-    "v_proj",
-)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def setting(
-    default: Any,
-    text: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Sequence[str] = (),
-    free: bool = False,
-) -> Any:
-    """A field with its help, and what it must keep to: least <= value, above < value < below, one
-    of `choices`. free: it changes where and how fast a run happens, not what comes out. It may then
-    differ when the run resumes.
+def setting(default: Any, text: str, **bounds: Any) -> Any:
+    """A field with its help, and what it must keep to: least <= value, above < value < below, or
+    one of `choices`.
     """
-    bounds = {">=": least, ">": above, "<": below}
-    metadata = {"help": text, "bounds": bounds, "choices": tuple(choices), "free": free}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": text, **bounds})
 
 
 @dataclass(frozen=True)
@@ -115,105 +88,53 @@ class Config:
 
     recipe: str = "toy"
     # input and output
-    out: str = setting("", "run folder; runs/<recipe> when empty", free=True)
+    out: str = setting("", "run folder; runs/<recipe> when empty")
     model: str = setting("", "starting model and reference: a folder or a hub name")
-    fresh: bool = setting(
-        False, "start over; an earlier run is set aside until this one has a checkpoint", free=True
-    )
-    dry_run: bool = setting(
-        False,
-        "check settings, data, model, memory and disk, and leave; train nothing, write nothing",
-        free=True,
-    )
-    save_every: int = setting(100, "steps between checkpoints", least=1, free=True)
-    keep: int = setting(2, "checkpoints kept", least=1, free=True)
-    eval_every: int = setting(
-        0, "steps between held-out evaluations; 0 = only at the end", least=0, free=True
-    )
-    log_every: int = setting(
-        10, "steps between printed lines; log.jsonl has every step", least=1, free=True
-    )
+    fresh: bool = setting(False, "start over; an earlier run is kept until the first checkpoint")
+    dry_run: bool = setting(False, "check all that can be checked; train and write nothing")
+    save_every: int = setting(100, "steps between checkpoints", least=1)
+    keep: int = setting(2, "checkpoints kept", least=1)
+    eval_every: int = setting(0, "steps between held-out checks; 0 = at the end alone", least=0)
+    log_every: int = setting(10, "steps between printed lines; log.jsonl has all", least=1)
     # data
-    safety: tuple[str, ...] = setting(
-        (), "sources of pairs with safety labels; they count the steps"
-    )
-    helpfulness: tuple[str, ...] = setting(
-        (), "sources of pairs that are all safe (the paper's buffer)"
-    )
+    safety: tuple[str, ...] = setting((), "sources of pairs with safety labels; count the steps")
+    helpfulness: tuple[str, ...] = setting((), "sources of pairs that are all safe")
     sft: tuple[str, ...] = setting((), "sources of conversations, for the objective sft")
-    held_out: float = setting(
-        0.02, "share of the prompts held out, where a source has no test split", least=0, below=1
-    )
-    prefer: str = setting(
-        "helpful",
-        "which answer is chosen: the more helpful (the paper), or the safe one",
-        choices=("helpful", "safe"),
-    )
-    chat_template: str = setting(
-        "",
-        "zephyr, or a file with a jinja chat template; the model's own, else Zephyr's, when empty",
-    )
+    held_out: float = setting(0.02, "share held out without a test split", least=0, below=1)
+    prefer: str = setting("helpful", "which answer is chosen", choices=("helpful", "safe"))
+    chat_template: str = setting("", "zephyr or a jinja file; the model's own, else Zephyr's")
     max_length: int = setting(1024, "tokens of prompt and longer response", least=2)
-    max_prompt: int = setting(
-        512, "tokens a prompt keeps, from its end, when the pair is too long", least=1
-    )
-    cache: str = setting(
-        "",
-        "folder for token ids and reference scores; $BFPO_CACHE or ~/.cache/bfpo when empty",
-        free=True,
-    )
+    max_prompt: int = setting(512, "tokens that the prompt of a pair too long keeps", least=1)
+    cache: str = setting("", "folder for kept work; $BFPO_CACHE or ~/.cache/bfpo when empty")
     # objective
-    objective: str = setting("bfpo", "bfpo, dpo, ipo or sft", choices=("bfpo", "dpo", "ipo", "sft"))
+    objective: str = setting("bfpo", "what is minimised", choices=("bfpo", "dpo", "ipo", "sft"))
     tau: float = setting(0.01, "strength of the KL term; the target margin is g / tau", above=0)
     alpha: float = setting(0.5, "shift of the label")
     b1: float = setting(3.0, "B_1 of the label", above=1)
-    selective: str = setting(
-        "down_proj", "name of the modules that train, or all", choices=("all", *MODULES)
-    )
+    selective: str = setting("down_proj", "name of the modules that train, or all")
     # optimizer: AdamW, betas 0.9 and 0.999, eps 1e-8, no weight decay; linear warm-up from 0, then
     # cosine to 0
     batch: int = setting(
-        32, "pairs of each stream, or conversations, in a step", least=1, below=2**16
+        32, "a step's pairs of each stream, or conversations", least=1, below=2**16
     )
     epochs: int = setting(1, "passes over the stream that counts the steps", least=1)
-    steps: int = setting(
-        0,
-        "steps of a shorter or longer run, of the toy recipe's both stages; 0 = by epochs",
-        least=0,
-    )
+    steps: int = setting(0, "steps, of the toy recipe's both stages; 0 = by epochs", least=0)
     lr: float = setting(5e-7, "peak learning rate", above=0, below=1)
-    warmup: float = setting(
-        0.1, "share of the steps that warm up; the first has learning rate 0", least=0, below=1
-    )
-    clip_norm: float = setting(
-        0.0, "gradient norm to clip at; 0 = off, as in the authors' launch", least=0
-    )
-    seed: int = setting(42, "order of the data, and everything random in the toy language", least=0)
+    warmup: float = setting(0.1, "share of the steps that warm up from 0", least=0, below=1)
+    clip_norm: float = setting(0.0, "gradient norm to clip at; 0 = off, as the authors", least=0)
+    seed: int = setting(42, "order of the data, and everything random in the toy", least=0)
     # system
-    device: str = setting("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True)
-    dtype: str = setting(
-        "auto",
-        "compute and frozen weights; auto = bfloat16 on a GPU",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    pack_tokens: int = setting(
-        0,
-        "tokens of a pack; a longer pair is a pack alone; 0 = 8192 on a GPU, 1536 on a CPU",
-        least=0,
-        free=True,
-    )
-    checkpoint_blocks: bool = setting(
-        False, "recompute activations in the backward pass", free=True
-    )
-    replicate: int = setting(
-        1,
-        "copies of the sharded model (nodes, usually); processes are shared out evenly",
-        least=1,
-        free=True,
-    )
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "of compute and frozen weights", choices=("auto", *DTYPES))
+    pack_tokens: int = setting(0, "tokens of a pack; 0 = 8192 on a GPU, 1536 on a CPU", least=0)
+    checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass")
+    replicate: int = setting(1, "copies of the sharded model, usually the nodes", least=1)
 
 
-FREE = frozenset(field.name for field in dataclasses.fields(Config) if field.metadata.get("free"))
+# They change where and how fast a run happens, not what comes out: they may differ on resuming.
+FREE: frozenset[str] = frozenset()
+FREE |= {"out", "fresh", "dry_run", "save_every", "keep", "eval_every", "log_every", "cache"}
+FREE |= {"device", "pack_tokens", "checkpoint_blocks", "replicate"}
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 PKU = "PKU-Alignment/PKU-SafeRLHF@ff7ba91063016c78a225b0f74e1c0860bb18230f"
@@ -250,7 +171,6 @@ EQUAL_PACKS_NATS = {"cpu": 1e-3, "cuda": 0.03}
 # Between the policy and the kept reference, which saw other packs, as a root mean square over the
 # batch: twice the dtype's error against fp64 on a random 16-layer model (0.03 in bfloat16).
 OTHER_PACKS_NATS = {"float32": 1e-3, "bfloat16": 0.06}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REFERENCE_VERSION = 1  # of kept log-probabilities: count up when the same rows would give others
 REFERENCE_ROWS = 4096  # kept at a time: a minute or two of a 7B model on a GPU
 # What fills a GPU; a larger pack makes a CPU hardly faster, and holds more.
@@ -275,23 +195,23 @@ ELSEWHERE = {
 }
 
 
+SIGNS = {"least": ">=", "above": ">", "below": "<"}
+HOLDS = {"least": operator.ge, "above": operator.gt, "below": operator.lt}
+
+
 def check_bounds(config: Config) -> None:
-    """ValueError that names the first setting outside its bounds or choices."""
-    holds = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
+    """ValueError that names the first number outside its bounds."""
     for field in dataclasses.fields(config)[1:]:
         value = getattr(config, field.name)
-        choices = field.metadata["choices"]
-        if choices and value not in choices:
-            raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        bounds = {sign: n for sign, n in field.metadata["bounds"].items() if n is not None}
+        bounds = {name: n for name, n in field.metadata.items() if name in SIGNS}
         if isinstance(value, int):
-            bounds.setdefault("<", 2**31)
-        within = all(holds[sign](value, bound) for sign, bound in bounds.items())
+            bounds.setdefault("below", 2**31)
+        within = all(HOLDS[name](value, bound) for name, bound in bounds.items())
         if not (within and math.isfinite(value)):
-            words = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items()) or "finite"
-            raise ValueError(f"{field.name} must be {words}, got {value}")
+            words = " and ".join(f"{SIGNS[name]} {bound}" for name, bound in bounds.items())
+            raise ValueError(f"{field.name} must be {words or 'finite'}, got {value}")
 
 
 def listed(settings: Mapping[str, Any]) -> str:
@@ -305,36 +225,27 @@ def listed(settings: Mapping[str, Any]) -> str:
 
 def check(config: Config) -> Config:
     """The configuration with its folder named. ValueError when settings make no sense together."""
-    if config.objective != "sft" and config.max_prompt >= config.max_length:
-        raise ValueError(
-            f"max_prompt must be below max_length, got {config.max_prompt} and {config.max_length}"
-        )
-    if config.chat_template not in ("", "zephyr") and not Path(config.chat_template).is_file():
-        raise ValueError(
-            "chat_template must be zephyr or a file with a jinja template, got "
-            f"{config.chat_template!r}"
-        )
-    if config.objective != "sft":
-        check_targets(config.objective, config.alpha, config.b1, config.tau, 2 * config.batch)
-    pairs = config.safety or config.helpfulness
     is_sft = config.objective == "sft"
+    pairs = config.safety or config.helpfulness
+    if not is_sft:
+        if config.max_prompt >= config.max_length:
+            lengths = f"{config.max_prompt} and {config.max_length}"
+            raise ValueError(f"max_prompt must be below max_length, got {lengths}")
+        check_targets(config.objective, config.alpha, config.b1, config.tau, 2 * config.batch)
+    template = config.chat_template
+    if template not in ("", "zephyr") and not Path(template).is_file():
+        raise ValueError(f"chat_template must be zephyr or a jinja file, got {template!r}")
     if config.recipe == "toy":
         if config.model or pairs or config.sft or is_sft:
-            raise ValueError(
-                "the recipe toy makes its own model and data; name another recipe: sft, bfpo or "
-                "redteam"
-            )
+            raise ValueError("the toy makes its own model and data; take sft, bfpo or redteam")
     elif not config.model:
         raise ValueError("no starting model; pass --model FOLDER")
     elif is_sft and (pairs or not config.sft):
-        raise ValueError(
-            "the objective sft reads conversations, and pairs only as such; take the recipe sft, "
-            "and pass --sft FILE alone"
-        )
+        raise ValueError("the objective sft reads --sft FILE alone, pairs too, as conversations")
     elif not is_sft and config.sft:
         raise ValueError(
-            f"the objective {config.objective} reads no conversations; take the recipe bfpo or "
-            "redteam, without --sft"
+            f"the objective {config.objective} reads no conversations; leave out --sft, and take "
+            "the recipe bfpo or redteam"
         )
     elif not is_sft and not pairs:
         raise ValueError("no preference pairs; pass --safety FILE, --helpfulness FILE or both")
@@ -358,6 +269,8 @@ def flag_options(field: dataclasses.Field[Any]) -> dict[str, Any]:
         return {"help": text, "action": argparse.BooleanOptionalAction}
     if isinstance(field.default, tuple):
         return {"help": text, "nargs": "+", "metavar": "SOURCE"}
+    if "choices" in field.metadata:
+        return {"help": text, "choices": field.metadata["choices"]}
     kind = type(field.default)
     return {"help": text, "type": kind, "metavar": kind.__name__.upper()}
 
@@ -1078,8 +991,8 @@ def prepare(config: Config, folder: RunFolder) -> Prepared:
     names = frozenset(name for name in architecture.shapes() if trains(config, name))
     if not names:
         raise ValueError(
-            f"selective {config.selective} names no tensor of {source}; pass another (a tied head "
-            "is embed_tokens)"
+            f"selective {config.selective} names no tensor of {source}; pass another, or all (a "
+            "tied head is embed_tokens)"
         )
     streams, held = open_streams(config, chat, world)
     # What fills no batch is left out.
