@@ -838,6 +838,8 @@ class RunFolder:
 
         ValueError when one is in it.
         """
+        if self.lock:  # of the run that --fresh set aside
+            self.lock.close()
         try:
             self.lock = lock(self.whole / ".lock", wait=False)
         except BlockingIOError:
