@@ -877,16 +877,14 @@ def load_of(
 ) -> memory_plan.Load:
     """All that the memory of a rank depends on."""
     load = memory_plan.Load(
-        model,
+        model.shapes(),
+        model.num_attention_heads,
         trained,
         DTYPES[config.dtype],
         world.device.type,
         shards=world.size // config.replicate,
-        tokens=1,
-        scored=1,
-        packs=1,
-        checkpoint_blocks=config.checkpoint_blocks,
         processes=world.size,
+        checkpoint_blocks=config.checkpoint_blocks,
     )
     return step.with_budget(load, config.pack_tokens)
 

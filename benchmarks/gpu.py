@@ -300,7 +300,13 @@ def useful(config: Config, lengths: np.ndarray) -> float:
     prompts, answers = lengths[:, :1], lengths[:, 1:]
     trained = frozenset(name for name in config.shapes() if "down_proj" in name)
     load = memory_plan.Load(
-        config, trained, torch.bfloat16, "cuda", 1, int(lengths.sum()), int(answers.sum()), 1, False
+        config.shapes(),
+        config.num_attention_heads,
+        trained,
+        torch.bfloat16,
+        "cuda",
+        tokens=int(lengths.sum()),
+        scored=int(answers.sum()),
     )
     scored = float(
         (answers * prompts + answers * (answers - 1) // 2).sum()
@@ -409,15 +415,12 @@ class Run:
 
     def planned_bytes(self, config: train.Config) -> float:
         load = memory_plan.Load(
-            self.scale.config,
+            self.scale.config.shapes(),
+            self.scale.config.num_attention_heads,
             frozenset(self.trained),
             torch.bfloat16,
             self.world.device.type,
-            1,
-            1,
-            1,
-            1,
-            config.checkpoint_blocks,
+            checkpoint_blocks=config.checkpoint_blocks,
         )
         return memory_plan.needed(
             train.step_of(config, self.streams, self.steps, 1).with_budget(load, config.pack_tokens)

@@ -4,10 +4,12 @@ anything is allocated.
     python train.py bfpo --dry_run ...              prints the plan, and trains nothing
     python benchmarks/memory.py                     the plan beside what was measured
 
-A step is walked through moment by moment, and the plan is its fullest one. The head, each block's
-backward, the embedding's gradient and the optimizer each hold something that the others do not:
-which is fullest depends on the model, on what trains and on the pack. Counted is what tensors hold;
-the process itself, a GPU's context and the allocators' gaps come on top (USABLE).
+A step is fullest at one of five moments: at the head, at the start or the end of the backward pass,
+in the optimizer, or while a checkpoint is written. Between its start and its end the backward pass
+gives up activations and gains gradients block by block, evenly, so no moment between them is fuller
+than both. On a CPU the memory of freed activations and gradients stays with the process, and a
+checkpoint comes on top. Counted is what tensors hold. What a process holds before the plan is
+printed, a GPU's context and the allocators' gaps are not (USABLE).
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
 # F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: S scored
@@ -18,97 +20,128 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from support.distributed import duration, launched
+from support.distributed import LARGEST_KEPT, duration, launched
 from support.kernels import HEAD_CHUNK, MLP_ROWS
 from support.storage import CHECKPOINT_FILE_BYTES
 
 GIB = 2**30
 USABLE = 0.95  # of the free memory; the rest is for what no tensor holds
-RATE_SHARE = (
-    0.5  # of the rate of a large matrix product, reached by a whole step: assumed, not measured
-)
+RATE_SHARE = 0.5  # of a large matrix product's rate, reached by a whole step: assumed, not measured
 STEPS_LOOKED_AT = 100  # for the largest step
 
 Moment = dict[str, float]  # what is held -> bytes
+KINDS = (
+    "frozen weights",
+    "trained weights, fp32",
+    "Adam moments, fp32",
+    "gradients, fp32",
+    "gathered layers",
+    "saved activations",
+    "workspace",
+)
+
+INPUTS = {  # projections that keep one input between them, where they train
+    "q_proj": "input of attention",
+    "k_proj": "input of attention",
+    "v_proj": "input of attention",
+    "gate_proj": "input of the feed-forward",
+    "up_proj": "input of the feed-forward",
+}
 
 
-def _place(name: str) -> tuple[int, int]:
-    """Where the forward comes to a weight: the embedding, the blocks, the last norm, the head."""
-    if ".layers." in name:
-        return 1, int(name.split(".")[2])
-    return {"embed_tokens": 0, "norm": 2, "lm_head": 3}[name.split(".")[-2]], 0
+class Weight(NamedTuple):
+    """A weight as the forward pass comes to it."""
 
-
-class Architecture(Protocol):
-    """What the plan asks of a model: the sizes in config.json, and its tensors' shapes by name."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def tie_word_embeddings(self) -> bool: ...
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    name: str
+    module: str
+    block: int  # -1 before the blocks, their number after them
+    shape: tuple[int, ...]
+    rows: int  # T or S: what it is applied to
+    trains: bool
+    reached: bool  # a weight before it trains, so a gradient flows to its input
 
 
 @dataclass(frozen=True)
 class Load:
     """All that a rank's memory depends on."""
 
-    model: Architecture
+    shapes: Mapping[str, tuple[int, ...]]  # of the model's tensors, by checkpoint name
+    heads: int  # H
     trained: frozenset[str]
-    dtype: (
-        torch.dtype
-    )  # of the computation and of frozen weights; trained ones and their moments are fp32
+    dtype: torch.dtype  # of the computation and frozen weights; trained ones are fp32
     device: str  # cpu or cuda
-    shards: int  # ranks that every parameter is shared out over
-    tokens: int  # T, of the largest pack
-    scored: int  # S, of that pack
-    packs: int  # of a rank in a step: with two or more, gradients are there while activations are
-    checkpoint_blocks: bool
+    shards: int = 1  # ranks that every parameter is shared out over
     processes: int = 1  # of the run: FSDP2 gathers copies of a model too
+    checkpoint_blocks: bool = False
+    tokens: int = 1  # T, of the largest pack
+    scored: int = 1  # S, of that pack
+    packs: int = 1  # of a rank in a step: with two or more, gradients stay beside activations
 
-    def walk(self) -> Iterator[tuple[str, int, tuple[int, ...], int, bool]]:
-        """(name, block or -1, shape, rows, reached) of each weight in the order of the forward.
-        reached: the gradient goes on below it.
-        """
-        reached, last = False, self.model.num_hidden_layers - 1
-        for name, shape in sorted(self.model.shapes().items(), key=lambda entry: _place(entry[0])):
-            block = int(name.split(".")[2]) if ".layers." in name else -1
-            everywhere = name.split(".")[-2] in (
-                "embed_tokens",
-                "input_layernorm",
-                "k_proj",
-                "v_proj",
-            )
-            rows = self.tokens if everywhere or 0 <= block < last else self.scored
-            yield name, block, shape, rows, reached
-            reached = reached or name in self.trained
+    @property
+    def blocks(self) -> int:
+        return sum(name.endswith(".input_layernorm.weight") for name in self.shapes)
 
+    @property
     def head(self) -> str:
-        return "model.embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight"
+        """The name of the head's weight: the embedding's when the two are tied."""
+        own = "lm_head.weight"
+        return own if own in self.shapes else "model.embed_tokens.weight"
+
+    def walk(self) -> list[Weight]:
+        """The weights in the order of the forward pass."""
+        places = {}
+        for name in self.shapes:
+            outside = -1 if "embed_tokens" in name else self.blocks
+            places[name] = int(name.split(".")[2]) if ".layers." in name else outside
+        weights = []
+        reached = False
+        for name in sorted(places, key=places.__getitem__):
+            module = name.split(".")[-2]
+            trains = name in self.trained
+            # In the last block only what becomes a key or a value is computed of every row.
+            is_last = places[name] >= self.blocks - 1
+            of_keys = module in ("input_layernorm", "k_proj", "k_norm", "v_proj")
+            rows = self.scored if is_last and not of_keys else self.tokens
+            weights.append(
+                Weight(name, module, places[name], self.shapes[name], rows, trains, reached)
+            )
+            reached = reached or trains
+        return weights
+
+    def values(self, names: Iterable[str], shards: int = 1) -> int:
+        """How many values these tensors have on one of `shards` ranks."""
+        total = 0
+        for name in names:
+            rows, *others = self.shapes[name]
+            total += math.ceil(rows / shards) * math.prod(others)
+        return total
 
 
 # --- memory ---------------------------------------------------------------------------------------
+
+
+def attention_values(load: Load, projection: Weight) -> float:
+    """What autograd keeps of attention up to its output projection, in values of the dtype."""
+    rows = projection.rows
+    width = projection.shape[1]
+    on_gpu = load.device == "cuda"
+    values = 0.0
+    if projection.reached:
+        key_width = load.shapes[projection.name.replace("o_proj", "k_proj")][0]
+        values += rows * width + 2 * load.tokens * key_width
+        if on_gpu:  # FlexAttention's sum of each row, in fp32
+            values += load.heads * rows * 4 / load.dtype.itemsize
+    if projection.trains or (projection.reached and on_gpu):  # the output, which both keep
+        values += rows * width
+    return values
 
 
 def saved_bytes(load: Load) -> list[float]:
@@ -118,161 +151,105 @@ def saved_bytes(load: Load) -> list[float]:
     Every tensor that an operation needs again is counted once: the inputs of norms, of trained
     weights and of the functions of kernels.py. A frozen weight needs no input.
     """
-    c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
-    T, S, D, F = load.tokens, load.scored, c.hidden_size, c.intermediate_size
-    H, HK, GK = (
-        c.num_attention_heads,
-        c.num_attention_heads * c.head_dim,
-        c.num_key_value_heads * c.head_dim,
-    )
-    kept = [0.0] * (c.num_hidden_layers + 1)
-    inputs: set[tuple[int, int]] = (
-        set()
-    )  # of the q, k, v and of the gate, up projections: one tensor, kept once
-    for name, block, _, rows, reached in load.walk():
-        module, trains = name.split(".")[-2], name in load.trained
-        flows = reached or trains
-        if module.endswith("norm"):
-            kept[block] += flows * rows * D * e
-        elif module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and trains:
-            part = (block, rows if module[0] in "qkv" else -1)
-            kept[block] += 0 if part in inputs else rows * D * e
-            inputs.add(part)
-        elif module == "o_proj":
-            attention = (
-                rows * HK + 2 * T * GK + (rows * HK if cuda else 0)
-            )  # q, k, v; FlexAttention its output and a sum a row too
-            flows = reached  # nothing below it needs its gradient otherwise
-            sums = 4 * H * rows if cuda else 0
-            kept[block] += (
-                flows * (attention * e + sums) + (trains and not (cuda and flows)) * rows * HK * e
-            )
-        elif module == "down_proj":
-            kept[block] += flows * 2 * rows * F * e  # gate and up
-    kept[-1] += S * D * e  # the head: its input, or the gradient by it
-    return kept
+    saved: dict[tuple[int, str, int], float] = {}  # (block, tensor, rows) -> values
+    for weight in load.walk():
+        width = weight.shape[-1]
+        place = (weight.block, INPUTS.get(weight.module, weight.module), weight.rows)
+        flows = weight.trains or weight.reached
+        if weight.module == "o_proj":
+            saved[place] = attention_values(load, weight)
+        elif weight.module == "down_proj" and flows:
+            saved[place] = 2 * weight.rows * width  # gate and up
+        elif weight.module.endswith("norm") and flows:  # of a stream, or of what a projection gives
+            saved[place] = weight.rows * load.shapes[weight.name.replace("_norm", "_proj")][0]
+        elif weight.module in INPUTS and weight.trains:
+            saved[place] = weight.rows * width
+    hidden = load.values(["model.norm.weight"]) * load.scored
+    saved[load.blocks, "head", load.scored] = hidden  # its input, or the gradient by it
+    by_block = [0.0] * (load.blocks + 1)
+    for (block, _, _), values in saved.items():
+        by_block[block] += values * load.dtype.itemsize
+    return by_block
+
+
+def head_work(load: Load) -> float:
+    """Bytes that the head works in beside what it keeps: a chunk of logits twice, the hidden state
+    and its gradient, and its weight's gradient where that trains.
+    """
+    V, D = load.shapes[load.head]
+    e = load.dtype.itemsize
+    trains = load.head in load.trained
+    chunk = HEAD_CHUNK["cuda" if trains else load.device]
+    work = 8 * min(load.scored * V, max(V, chunk)) + 2 * load.scored * D * e
+    if trains:  # summed in fp32
+        work += V * D * (4 if e == 4 else 4 + e)
+    return work
+
+
+def block_work(load: Load, rows: int) -> float:
+    """Bytes that the backward pass of a block of so many rows works in: three tensors of SwiGLU's,
+    the gradient of the hidden state, and the one of down_proj.
+    """
+    down = "model.layers.0.mlp.down_proj.weight"
+    D, F = load.shapes[down]
+    at_once = rows
+    if load.device == "cpu" and load.dtype == torch.float32:
+        at_once = min(rows, MLP_ROWS)
+    values = 3 * F * at_once + D * rows
+    if down in load.trained:
+        values += D * F
+    return float(values * load.dtype.itemsize)
+
+
+def gathered_bytes(load: Load) -> tuple[int, int, int]:
+    """Bytes that FSDP2 makes: of the weights outside the blocks, of a block's, and of the larger
+    unit's gradients, as they came and in fp32.
+    """
+    e = load.dtype.itemsize
+    names = frozenset(load.shapes)
+    if max(load.shards, load.processes) == 1:  # it has only the weights whose dtype it casts
+        names = load.trained if e < 4 else frozenset()
+    root = {name for name in names if ".layers." not in name}
+    block = {name for name in names if ".layers.0." in name}
+    unit = max(load.values(root & load.trained), load.values(block & load.trained))
+    return e * load.values(root), e * load.values(block), (4 + e) * unit
 
 
 def moments(load: Load) -> dict[str, Moment]:
     """Moment of a step -> what a rank holds then, in bytes by kind, as train.py, FSDP2 and AdamW go
     through it.
     """
-    c, e, cuda = load.model, load.dtype.itemsize, load.device == "cuda"
-    T, S, D, F, V, L = (
-        load.tokens,
-        load.scored,
-        c.hidden_size,
-        c.intermediate_size,
-        c.vocab_size,
-        c.num_hidden_layers,
-    )
-    whole, whole_trained = [0] * (L + 1), [0] * (L + 1)  # elements by block, and last of the root
-    shard, shard_trained = (
-        [0] * (L + 1),
-        [0] * (L + 1),
-    )  # of them on one rank; the largest trained tensor
-    largest = 0
-    for name, block, shape, *_ in load.walk():
-        part = math.ceil(shape[0] / load.shards) * math.prod(shape[1:])
-        whole[block] += math.prod(shape)
-        shard[block] += part
-        if name in load.trained:
-            whole_trained[block] += math.prod(shape)
-            shard_trained[block] += part
-            largest = max(largest, part)
-    trained = sum(shard_trained)
-    fixed: Moment = {
-        "frozen weights": e * (sum(shard) - trained),
-        "trained weights, fp32": 4 * trained,
-        "Adam moments, fp32": 8 * trained,
-    }
-    alone = max(load.shards, load.processes) == 1
-    sharded = (
-        not alone or e < 4
-    )  # what FSDP2 has of the trained weights; runtime.shard keeps a single process's frozen ones from it
-    root, here = (sharded * e * (whole_trained if alone else whole)[i] for i in (-1, 0))  # gathered
-    ahead = here * (load.shards > 1)  # the next block, on its way
+    e = load.dtype.itemsize
+    root, block, reduction = gathered_bytes(load)
+    ahead = block if load.shards > 1 else 0  # the next block, on its way
     saved = saved_bytes(load)
-    kept = [e * T * D] * L if load.checkpoint_blocks else saved[:L]
-    earlier = 4 * trained if load.packs > 1 else 0  # gradients of the packs before
+    kept = sum(saved[:-1])
+    if load.checkpoint_blocks:  # the blocks' inputs, and one block computed again
+        inputs = load.tokens * load.values(["model.norm.weight"]) * load.blocks
+        kept = e * inputs + max(saved[:-1])
+    trained = load.values(load.trained, load.shards)
+    gradients = 4 * trained
+    earlier = gradients if load.packs > 1 else 0  # of the packs before
+    # The last block works on the scored rows; the head's gradient waits for the embedding's.
+    at_start = block_work(load, load.scored) + e * load.values({load.head} & load.trained)
+    at_end = max(block_work(load, load.tokens), reduction)
 
-    found: dict[str, Moment] = {}
-
-    def note(
-        name: str, gradients: float, gathered: float, activations: float, workspace: float
-    ) -> None:
-        held = fixed | {
-            "gradients, fp32": gradients,
-            "gathered layers": gathered,
-            "saved activations": activations,
-        }
-        found[name] = held | {"workspace": workspace}
-
-    head_trains = load.head() in load.trained
-    rows = min(S, max(1, HEAD_CHUNK["cuda" if head_trains else load.device] // V))
-    head = e * V * D if head_trains else 0  # its gradient waits for the embedding's
-    summed = (
-        0 if not head_trains else head if e == 4 else (4 + e) * V * D
-    )  # in fp32, by products in the weight's dtype
-    note(
-        "the head",
-        earlier,
-        root + ahead,
-        sum(kept) + saved[-1],
-        8 * rows * V + summed + 2 * S * D * e,
-    )
-    for i in reversed(range(L)):
-        rows = S if i == L - 1 else T
-        pointwise = (
-            3 * F * (min(rows, MLP_ROWS) if load.device == "cpu" and e == 4 else rows)
-        )  # of SwiGLU's backward
-        down = e * D * F if f"model.layers.{i}.mlp.down_proj.weight" in load.trained else 0
-        waiting = (
-            sharded * 4 * whole_trained[i + 1] if i < L - 1 else 0
-        )  # the last reduction's input, freed by the next
-        now = max(earlier, 4 * sum(shard_trained[i + 1 : L]))
-        below = sum(kept[:i]) + load.checkpoint_blocks * kept[i]
-        note(
-            f"backward of block {i}",
-            now,
-            root + here + ahead,
-            below + saved[i],
-            e * (pointwise + rows * D) + waiting + down + head,
-        )
-        fresh = 4 * shard_trained[i]
-        reduction = sharded * (
-            4 * whole_trained[i]
-            + max(e * whole_trained[i] - (0 if earlier else fresh), fresh if earlier else 0)
-        )
-        note(
-            f"gradients of block {i}",
-            max(earlier, 4 * sum(shard_trained[i:L])),
-            root,
-            below,
-            reduction + head + T * D * e,
-        )
-    inside = max(earlier, 4 * sum(shard_trained[:L]))
-    note(
-        "the embedding's gradient",
-        inside,
-        root,
-        0,
-        e * whole_trained[-1] + sharded * 4 * whole_trained[0],
-    )
-    fresh = 4 * shard_trained[-1]
-    reduction = sharded * (
-        4 * whole_trained[-1]
-        + max(e * whole_trained[-1] - (0 if earlier else fresh), fresh if earlier else 0)
-    )
-    note("gradients outside the blocks", 4 * trained, 0, 0, reduction)
-    note(
-        "the optimizer", 4 * trained, 0, 0, 4 * trained if cuda else 8 * largest
-    )  # foreach on a GPU, a tensor at a time on a CPU
-    if not cuda:
-        note(
-            "a checkpoint", 0, 0, 0, 2 * min(12 * trained, max(4 * largest, CHECKPOINT_FILE_BYTES))
-        )  # a file's bytes, twice
-    return found
+    held = {
+        "the head": (earlier, root + ahead, kept + saved[-1], head_work(load)),
+        "backward, its start": (earlier, root + block + ahead, kept, at_start),
+        "backward, its end": (gradients, root + block, saved[0], at_end),
+        "the optimizer": (gradients, 0, 0, gradients),  # foreach
+    }
+    if load.device == "cpu":
+        sizes = [4 * load.values([name], load.shards) for name in load.trained]
+        held["the optimizer"] = (gradients, 0, 0, 2 * max(sizes))  # a tensor at a time
+        # Of a checkpoint a file's bytes, twice. They come on top of what glibc keeps of a step.
+        file = min(12 * trained, max(*sizes, CHECKPOINT_FILE_BYTES))
+        small = sum(size for size in sizes if size <= LARGEST_KEPT)
+        held["a checkpoint"] = (small, 0, kept + saved[-1], 2 * file)
+    frozen = load.values(load.shapes.keys() - load.trained, load.shards)
+    fixed = (e * frozen, 4 * trained, 8 * trained)
+    return {name: dict(zip(KINDS, fixed + rest, strict=True)) for name, rest in held.items()}
 
 
 def fullest(load: Load) -> tuple[str, Moment]:
@@ -291,15 +268,12 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = (
-        Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        if Path("/proc/meminfo").exists()
-        else []
-    )
-    free = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return (free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // launched(
-        "LOCAL_WORLD_SIZE", 1
-    )
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    table = Path("/proc/meminfo")
+    if table.exists():
+        available = table.read_text(encoding="utf-8").split("MemAvailable:")[1]
+        free = int(available.split()[0]) * 1024
+    return free // launched("LOCAL_WORLD_SIZE", 1)
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -309,14 +283,21 @@ def operations(load: Load) -> tuple[float, float]:
     """Floating-point operations of a pack's forward, and of its backward; attention's, a few
     percent below 2,000 tokens, are left out.
     """
-    forward = backward = again = 0.0
-    for name, block, shape, rows, reached in load.walk():
-        if len(shape) == 2 and (name == load.head() or "embed_tokens" not in name):
-            product = 2.0 * (load.scored if name == load.head() else rows) * math.prod(shape)
-            forward += product
-            backward += product * ((reached or name == load.head()) + (name in load.trained))
-            again += product * (block >= 0 and load.checkpoint_blocks)
-    return forward, backward + again
+    forward = backward = 0.0
+    for weight in load.walk():
+        is_head = weight.name == load.head
+        if len(weight.shape) == 1 or (weight.module == "embed_tokens" and not is_head):
+            continue
+        rows = load.scored if is_head else weight.rows
+        product = 2.0 * rows * math.prod(weight.shape)
+        forward += product
+        if weight.reached or is_head:
+            backward += product
+        if weight.trains:
+            backward += product
+        if load.checkpoint_blocks and 0 <= weight.block < load.blocks:
+            backward += product
+    return forward, backward
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -324,7 +305,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     of three.
     """
     n = 4096 if device.type == "cuda" else 1024
-    a, times = torch.ones(n, n, dtype=dtype, device=device), []
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    times = []
     for _ in range(4):
         start = time.perf_counter()
         float((a @ a)[0, 0])  # waits for it
@@ -341,9 +323,9 @@ def disk_bytes(
     """What the run folder may hold at once: `keep` checkpoints (12 bytes a trained value), one more
     while it is written, and the exported model in `dtype`.
     """
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    values = sum(sizes[name] for name in trained)
-    return 12 * values * (keep + 1) + dtype.itemsize * sum(sizes.values())
+    trained_values = sum(math.prod(shapes[name]) for name in trained)
+    values = sum(math.prod(shape) for shape in shapes.values())
+    return 12 * trained_values * (keep + 1) + dtype.itemsize * values
 
 
 # --- the plan of a run ----------------------------------------------------------------------------
@@ -369,20 +351,26 @@ class Step:
             packs=math.ceil(self.share / tokens),
         )
 
+    def fits(self, load: Load, pack_tokens: int, room: float) -> bool:
+        """Whether a rank's memory at this budget is at most `room`."""
+        return needed(self.with_budget(load, pack_tokens)) <= room
+
     def largest_budget(self, load: Load, room: float) -> int:
-        """The largest pack_tokens whose memory is at most `room`, 0 if there is none. A single pack
-        may need less than two smaller ones, which hold gradients beside each other.
+        """The largest pack_tokens that fits, 0 if there is none. A single pack may need less than
+        two smaller ones, which hold gradients beside each other.
         """
-        if needed(self.with_budget(load, self.share)) <= room:
+        if self.fits(load, self.share, room):
             return self.share
-        if needed(self.with_budget(load, self.longest)) > room:
+        if not self.fits(load, self.longest, room):
             return 0
-        low, high = self.longest, self.share + 1
+        low = self.longest
+        high = self.share
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (
-                (middle, high) if needed(self.with_budget(load, middle)) <= room else (low, middle)
-            )
+            if self.fits(load, middle, room):
+                low = middle
+            else:
+                high = middle
         return low
 
 
@@ -390,62 +378,52 @@ def step_of(lengths: np.ndarray, drawn: Sequence[np.ndarray], ranks: int) -> Ste
     """From the rows' lengths [n, prompt and responses], and the rows that each of the first steps
     draws.
     """
-    trees = lengths.sum(1)
-    longest = int(trees.max())
-    largest_step = max(int(trees[rows].sum()) for rows in drawn)
-    share = max(longest, math.ceil(largest_step / ranks))
-    scored = int(lengths[:, 1:].sum()) / int(lengths.sum())
-    return Step(longest, share, scored)
+    tokens = lengths.sum(1)
+    longest = int(tokens.max())
+    largest_step = max(int(tokens[rows].sum()) for rows in drawn)
+    return Step(
+        longest=longest,
+        share=max(longest, math.ceil(largest_step / ranks)),
+        scored=int(lengths[:, 1:].sum()) / int(lengths.sum()),
+    )
+
+
+def remedies(load: Load, step: Step, pack_tokens: int, room: float) -> list[str]:
+    """The settings that would make the run fit."""
+    changes = []
+    best = step.largest_budget(load, room)
+    if best:
+        changes.append(f"--pack_tokens {best}")
+    light = replace(load, checkpoint_blocks=True)
+    budget = pack_tokens
+    if not step.fits(light, budget, room):
+        budget = step.largest_budget(light, room)
+    if budget and not load.checkpoint_blocks:
+        changes.append(f"--checkpoint_blocks with --pack_tokens {budget}")
+    for times in (2**k for k in range(1, 11)):
+        if step.fits(replace(load, shards=load.shards * times), pack_tokens, room):
+            changes.append(f"{times} times as many processes")
+            break
+    return changes or ["a smaller model"]
 
 
 def memory_lines(load: Load, step: Step, pack_tokens: int, room: float) -> tuple[list[str], str]:
     """The table, and what does not fit, with what to change; "" when all fits."""
     load = step.with_budget(load, pack_tokens)
     name, held = fullest(load)
-    total, best = sum(held.values()), step.largest_budget(load, room)
-    lines = [f"  {held[kind] / GIB:9.2f}  {kind}" for kind in held]
+    total = sum(held.values())
+    lines = [f"  {size / GIB:9.2f}  {kind}" for kind, size in held.items()]
     kept = held["saved activations"] / load.tokens / 2**20
     lines.append(
-        f"  {total / GIB:9.2f}  in all, at the fullest moment ({name}; pack of {load.tokens:,} tokens, {kept:.2f} MiB saved each; "
-        f"{load.packs} packs a step), of {room / GIB:.2f} usable"
+        f"  {total / GIB:9.2f}  in all, at the fullest moment ({name}; pack of {load.tokens:,} "
+        f"tokens, {kept:.2f} MiB saved each; {load.packs} packs a step), of {room / GIB:.2f} usable"
     )
-    if total <= room:
-        several = needed(step.with_budget(load, step.longest)) <= room
-        more = (
-            f"up to --pack_tokens {best:,}"
-            if best < step.share
-            else "at any --pack_tokens"
-            if several
-            else "with a step in one pack"
-        )
-        return [*lines, f"  it fits, {more}"], ""
-    remedies = [f"--pack_tokens {best}"] if best else []
-    light = replace(load, checkpoint_blocks=True)
-    lighter = (
-        pack_tokens
-        if needed(step.with_budget(light, pack_tokens)) <= room
-        else step.largest_budget(light, room)
-    )
-    remedies += (
-        [f"--checkpoint_blocks with --pack_tokens {lighter}"]
-        if lighter and not load.checkpoint_blocks
-        else []
-    )
-    ranks = (load.shards * 2**k for k in range(1, 11))
-    enough = next(
-        (
-            n
-            for n in ranks
-            if needed(step.with_budget(replace(load, shards=n), pack_tokens)) <= room
-        ),
-        0,
-    )
-    remedies += [f"{enough // load.shards} times as many processes"] if enough else []
-    change = ", or ".join(remedies) or "a smaller model"
-    return (
-        lines,
-        f"memory: {total / GIB:.2f} GiB are needed and {room / GIB:.2f} usable; pass {change}",
-    )
+    if total > room:
+        change = ", or ".join(remedies(load, step, pack_tokens, room))
+        need = f"{total / GIB:.2f} GiB are needed and {room / GIB:.2f} usable"
+        return lines, f"memory: {need}; pass {change}"
+    best = step.largest_budget(load, room)
+    return [*lines, f"  it fits, up to --pack_tokens {best:,}"], ""
 
 
 def clock_line(
@@ -453,13 +431,12 @@ def clock_line(
 ) -> str:
     """The time that the steps take, and the reference of so many tokens, at the rate of products."""
     rate = product_rate(device, load.dtype) * ranks
-    forward, backward = (count / load.tokens / rate / RATE_SHARE for count in operations(load))
-    line = (
-        f"  time {duration(steps * step_tokens * (forward + backward))}"
-        f" for {steps:,} steps of {step_tokens:,.0f} tokens"
-    )
+    seconds_a_token = 1 / load.tokens / rate / RATE_SHARE
+    forward, backward = operations(load)
+    training = steps * step_tokens * (forward + backward) * seconds_a_token
+    line = f"  time {duration(training)} for {steps:,} steps of {step_tokens:,.0f} tokens"
     if reference:
-        line += f", {duration(reference * forward)} for the reference"
+        line += f", {duration(reference * forward * seconds_a_token)} for the reference"
     return (
         f"{line}, if half of the {rate / 1e12:.3g} TFLOP/s"
         " that matrix products reach here is reached"

@@ -279,7 +279,10 @@ def test_products_of_a_step_are_the_plan_s_operations() -> None:
     """
     config = Config(*step.SIZES["30M"], sliding_window=None)
     trained = frozenset(name for name in config.shapes() if "down_proj" in name)
-    load = memory_plan.Load(config, trained, torch.float32, "cpu", 1, 900, 500, 1, False)
+    heads = config.num_attention_heads
+    load = memory_plan.Load(
+        config.shapes(), heads, trained, torch.float32, "cpu", tokens=900, scored=500
+    )
     timed = sum(
         2.0 * n * a * b
         for shapes in where.products(config, 900, 500).values()

@@ -897,3 +897,37 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         check=True,
     )
     assert (int(done.stdout) > 3000) == bool(says)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products of oneDNN here"
+)
+@pytest.mark.parametrize("says", [{}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}])
+def test_products_of_new_shapes_take_no_more_memory(says: dict[str, str]) -> None:
+    """Claim: a CPU run does not grow with the lengths of its packs in bfloat16, unless the
+    environment asks for oneDNN's own capacity. Oracle: the process's anonymous memory before and
+    after 120 products of new shapes, of 0.3 MiB each in that cache.
+    """
+    script = """
+import torch
+from support import distributed
+from train import memory_gib
+world = distributed.start("cpu")
+weights = [torch.ones(size, 192, dtype=torch.bfloat16) for size in (192, 256, 320)]
+for length in range(200, 280):
+    if length == 240:
+        before = memory_gib(world.device)
+    for weight in weights:
+        torch.ones(length, 192, dtype=torch.bfloat16) @ weight.mT
+print(1024 * (memory_gib(world.device) - before))
+"""
+    clean = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=clean | says,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (float(done.stdout) > 15) == bool(says), done.stdout
