@@ -15,6 +15,7 @@ is a checkpoint. support/kernels.py has faster forms of some formulas here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -584,7 +585,7 @@ def write_weights(
         storage.write_safetensors(folder / file, tensors, dtype, writes)
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        storage.write_object(folder / storage.INDEX, index)
+        storage.write_json(folder / storage.INDEX, index)
 
 
 def write_settings(
@@ -598,16 +599,16 @@ def write_settings(
     entries["hidden_act"] = "silu"
     # Like rope_theta, the spelling that both old and new servers read.
     entries["torch_dtype"] = str(dtype).removeprefix("torch.")
-    storage.write_object(folder / "config.json", entries)
+    storage.write_json(folder / "config.json", entries)
     for name in COMPANIONS:
         if (like / name).is_file():
             shutil.copyfile(like / name, folder / name)
     generation = folder / "generation_config.json"
     if not generation.is_file():
         tokens = {name: entries[name] for name in entries if name.endswith("_token_id")}
-        storage.write_object(generation, tokens)
+        storage.write_json(generation, tokens)
     elif ends:
-        storage.write_object(generation, storage.read_object(generation) | ends)
+        storage.write_json(generation, storage.read_object(generation) | ends)
 
 
 def write_template(folder: Path, template: str) -> None:
@@ -616,7 +617,7 @@ def write_template(folder: Path, template: str) -> None:
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
         entries = storage.read_object(tokenizer)
-        storage.write_object(tokenizer, entries | {"chat_template": template})
+        storage.write_json(tokenizer, entries | {"chat_template": template})
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -843,16 +844,17 @@ class Mistral(nn.Module):
             dtype = max((p.dtype for p in parameters.values()), key=lambda dtype: dtype.itemsize)
         sharded = any(isinstance(p, DTensor) for p in parameters.values())
         writes = not sharded or dist.get_rank() == 0
-        aside = storage.begin_aside(folder) if writes else folder
-        write_weights(aside, parameters, dtype, writes)
-        if writes:
-            ends: dict[str, Any] = {}
-            if end_ids:
-                ends["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else list(end_ids)
-            write_settings(aside, self.config, dtype, Path(like or folder), ends)
-            if chat_template is not None:
+        with storage.whole(folder) if writes else contextlib.nullcontext(folder) as aside:
+            if writes:
+                aside.mkdir()
+            write_weights(aside, parameters, dtype, writes)
+            if writes:
+                ends: dict[str, Any] = {}
+                if end_ids:
+                    ends["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else list(end_ids)
+                write_settings(aside, self.config, dtype, Path(like or folder), ends)
+            if writes and chat_template is not None:
                 write_template(aside, chat_template)
-            storage.put_in_place(aside, folder)
         if sharded:
             dist.barrier()
 

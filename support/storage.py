@@ -409,33 +409,6 @@ def must_be_replaceable(folder: Path, beside: set[str]) -> None:
         )
 
 
-def write_object(path: Path, content: Json) -> None:
-    """A JSON object as a file, indented."""
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def begin_aside(folder: Path) -> Path:
-    """A new folder beside this one, for `put_in_place`; what a kill between that one's two renames
-    left gets its name back.
-    """
-    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for left in (aside, old):
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
-
-
-def put_in_place(aside: Path, folder: Path) -> None:
-    """Gives a folder that is whole its name, and removes the one that had it."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @torch.no_grad()
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, writes: bool = True
