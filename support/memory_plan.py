@@ -35,9 +35,11 @@ from support.storage import CHECKPOINT_FILE_BYTES
 GIB = 2**30
 USABLE = 0.95  # of the free memory; the rest is for what no tensor holds
 RATE_SHARE = 0.5  # of a large matrix product's rate, reached by a whole step: assumed, not measured
+KERNEL_BYTES = 2**27  # oneDNN's kernels of bfloat16 products and the gaps they leave: measured
 STEPS_LOOKED_AT = 100  # for the largest step
 
 Moment = dict[str, float]  # what is held -> bytes
+Held = tuple[float, float, float, float]  # the last four of KINDS
 KINDS = (
     "frozen weights",
     "trained weights, fp32",
@@ -215,6 +217,22 @@ def gathered_bytes(load: Load) -> tuple[int, int, int]:
     return e * load.values(root), e * load.values(block), (4 + e) * unit
 
 
+def gradient_sizes(load: Load) -> list[int]:
+    """Bytes of each trained tensor's gradient on a rank."""
+    return [4 * load.values([name], load.shards) for name in load.trained]
+
+
+def checkpoint_held(load: Load, activations: float) -> Held:
+    """What a CPU holds while a checkpoint is written: a file's bytes, twice, on top of the step's
+    freed memory, of which glibc keeps all but tensors over LARGEST_KEPT.
+    """
+    sizes = gradient_sizes(load)
+    file = min(3 * sum(sizes), max(*sizes, CHECKPOINT_FILE_BYTES))
+    kernels = KERNEL_BYTES if load.dtype == torch.bfloat16 else 0
+    small = sum(size for size in sizes if size <= LARGEST_KEPT)
+    return small, 0, activations, 2 * file + kernels
+
+
 def moments(load: Load) -> dict[str, Moment]:
     """Moment of a step -> what a rank holds then, in bytes by kind, as train.py, FSDP2 and AdamW go
     through it.
@@ -234,19 +252,15 @@ def moments(load: Load) -> dict[str, Moment]:
     at_start = block_work(load, load.scored) + e * load.values({load.head} & load.trained)
     at_end = max(block_work(load, load.tokens), reduction)
 
-    held = {
+    held: dict[str, Held] = {
         "the head": (earlier, root + ahead, kept + saved[-1], head_work(load)),
         "backward, its start": (earlier, root + block + ahead, kept, at_start),
         "backward, its end": (gradients, root + block, saved[0], at_end),
         "the optimizer": (gradients, 0, 0, gradients),  # foreach
     }
     if load.device == "cpu":
-        sizes = [4 * load.values([name], load.shards) for name in load.trained]
-        held["the optimizer"] = (gradients, 0, 0, 2 * max(sizes))  # a tensor at a time
-        # Of a checkpoint a file's bytes, twice. They come on top of what glibc keeps of a step.
-        file = min(12 * trained, max(*sizes, CHECKPOINT_FILE_BYTES))
-        small = sum(size for size in sizes if size <= LARGEST_KEPT)
-        held["a checkpoint"] = (small, 0, kept + saved[-1], 2 * file)
+        held["the optimizer"] = (gradients, 0, 0, 2 * max(gradient_sizes(load)))  # one at a time
+        held["a checkpoint"] = checkpoint_held(load, kept + saved[-1])
     frozen = load.values(load.shapes.keys() - load.trained, load.shards)
     fixed = (e * frozen, 4 * trained, 8 * trained)
     return {name: dict(zip(KINDS, fixed + rest, strict=True)) for name, rest in held.items()}
