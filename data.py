@@ -335,10 +335,12 @@ def read_items(
     """
     count, rows = source.rows()
     tests = source.test_rows(HELD_OUT_ROWS) if options.held_out else []
-    shown = partial(tqdm, total=count + len(tests), unit=" rows", leave=False)
-    seconds = 0.1 if sys.stderr.isatty() else 10.0  # between two lines of progress
-    every = shown(chain(rows, tests), f"tokenising {source.text}", delay=seconds)
-    every.mininterval = seconds
+    title = f"tokenising {source.text}"
+    total = count + len(tests)
+    wait = 0.1 if sys.stderr.isatty() else 10.0  # seconds, between two lines of progress
+    every = tqdm(
+        chain(rows, tests), title, total, unit=" rows", mininterval=wait, delay=wait, leave=False
+    )
     for number, (place, row) in enumerate(every):
         part["rows"] += 1
         try:
@@ -471,10 +473,7 @@ def load_stream(
         raise ValueError(f"held_out must be in [0, 1), got {options.held_out}")
     found = [find_source(source, options.stage) for source in sources]
     identity = [FORMAT, chat.fingerprint, options, [(s.text, s.identity) for s in found]]
-
-    def fill(folder: Path) -> None:
-        build(folder, found, chat, options)
-
+    fill = partial(build, sources=found, chat=chat, options=options)
     try:
         folder = kept_folder(cache_root(cache_dir), identity, fill)
     except OSError as error:

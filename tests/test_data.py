@@ -1127,7 +1127,7 @@ def test_cache_is_used_again_and_keyed_by_all_that_matters(chat, tmp_path, monke
     built: list[Path] = []
     build = data.build
     monkeypatch.setattr(
-        data, "build", lambda folder, *rest: (built.append(folder), build(folder, *rest))
+        data, "build", lambda folder, **rest: (built.append(folder), build(folder, **rest))
     )
     (tmp_path / "t.jinja").write_text("{{ bos_token }}" + chat.template)
     plain = load_stream([str(path)], chat)[0]
@@ -1169,7 +1169,7 @@ PROCESS_SCRIPT = """
 import os, sys, time
 import data
 build = data.build
-def slow(folder, *rest):
+def slow(folder, **rest):
     with open(sys.argv[3], "a") as log:
         print("start", os.getpid(), file=log, flush=True)
     build_items = data.read_items
@@ -1178,7 +1178,7 @@ def slow(folder, *rest):
             time.sleep(float(sys.argv[4]))
             yield item
     data.read_items = items
-    build(folder, *rest)
+    build(folder, **rest)
 data.build = slow
 stream, _ = data.load_stream([sys.argv[2]], data.Chat(sys.argv[1]), held_out=0)
 print(len(stream), stream.fingerprint, int(sum(p.sum() for p in stream.tree(len(stream) - 1))))
