@@ -262,10 +262,10 @@ def make_item(row: Row, schema: Schema, chat: Chat, options: Options) -> Item | 
 
 
 def tokenise(items: Iterator[Item], chat: Chat, stage: str) -> Iterator[tuple[Item, list[Ids]]]:
-    """Each item with its ids, not truncated: [prompt, chosen, rejected], for SFT [first token, the rest].
+    """Each item with its ids, not truncated: [prompt, chosen, rejected].
 
-    A chunk is tokenised in a thread while this one prepares the next. The tokenizer, which uses
-    every core, lets Python run beside it.
+    For SFT they are [first token, the rest]. A chunk is tokenised in a thread while this one
+    prepares the next. The tokenizer, which uses every core, lets Python run beside it.
     """
     encode = chat.pair_ids if stage == "pairs" else chat.conversation_ids
     under_way: deque[tuple[list[Item], Future[list[list[Ids]]]]] = deque()
@@ -298,8 +298,8 @@ class Stream:
     """Token ids of a data set's training or held-out rows, in a memory-mapped array.
 
     tree(i) is one item of Pack.build: [prompt, chosen, rejected], for SFT [first token, the rest].
-    lengths [n, 3] (SFT [n, 2]) in tokens; chosen_safe, rejected_safe bool [n]; questions: their hashes [n].
-    report: what describe prints. fingerprint: of all that the arrays depend on.
+    lengths [n, 3] (SFT [n, 2]) in tokens; chosen_safe, rejected_safe bool [n]; questions: their
+    hashes [n]. report: what describe prints. fingerprint: of all that the arrays depend on.
     """
 
     def __init__(self, folder: Path, held_out: bool, report: dict[str, Any]) -> None:
@@ -374,7 +374,8 @@ def summarise(part: dict[str, Any], rows: Any, stage: str) -> None:
     if not len(train):
         raise ValueError(
             f"{part['source']} must have rows to train on, got {part['rows']} rows, of which "
-            f"{part['empty']} empty, {part['identical']} with identical answers, {len(held)} held out"
+            f"{part['empty']} empty, {part['identical']} with identical answers and {len(held)} "
+            "held out"
         )
     part |= {"training_rows": len(train), "held_out_rows": len(held), "tokens": {}}
     part |= {"quadrants": quadrant_counts(train), "held_out_quadrants": quadrant_counts(held)}
@@ -581,8 +582,9 @@ def title_of(name: str, stream: Stream, i: int, chat: Chat) -> str:
 def not_finite(
     logprobs: Tensor, name: str, stream: Stream, chat: Chat, rows: Sequence[int] | None = None
 ) -> list[str]:
-    """Titles of a stream's rows whose log-probabilities [n, responses] are not all finite. rows: the
-    numbers of the n rows; all by default.
+    """Titles of a stream's rows whose log-probabilities [n, responses] are not all finite.
+
+    rows: the numbers of the n rows; all by default.
     """
     numbers = range(len(stream)) if rows is None else rows
     bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
@@ -625,7 +627,10 @@ class Rows:
         self.reference = torch.cat(list(references.values())) if references else torch.empty(0, 2)
 
     def draw(self, batch: int, seed: int, step: int) -> Tensor:
-        """The global batch of a step: `batch` rows of each stream, a pure function of (seed, step)."""
+        """The global batch of a step: `batch` rows of each stream.
+
+        A pure function of (seed, step).
+        """
         drawn = []
         for name, stream, start in zip(self.names, self.streams, self.starts, strict=False):
             rows = batch_indices(len(stream), batch, seed, step, name)
@@ -721,8 +726,8 @@ def generate(
     numbers = range(world.rank, len(prompts), world.size)
 
     def ended(ids: list[int]) -> bool:
-        text = chat.decode(ids)
-        return any(string in text for string in stop)
+        decoded = chat.decode(ids)
+        return any(string in decoded for string in stop)
 
     new = model.generate(
         [prompts[i] for i in numbers],

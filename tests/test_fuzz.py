@@ -611,9 +611,9 @@ def command(place: Place, out: Path, case: Case) -> list[str]:
         rows = [given.flag, str(path), "--steps", "2", *model]
         if given.flag == "--sft":
             return runs.sft(toy, out, *rows, *flags)
-        return runs.bfpo(toy, out, *rows, "--helpfulness", f"{toy}/ultrafeedback[:8]", *flags)
+        return runs.bfpo(toy, out, "--helpfulness", f"{toy}/ultrafeedback[:8]", *rows, *flags)
     if place.program == "data":
-        stage = ["--sft"] if given.flag == "--sft" else []
+        stage = [given.flag] if given.flag in ("--sft", "--helpfulness") else []
         return [*model, *stage, "--max_length", "128", "--max_prompt", "64", *flags, str(path)]
     if place.program == "eval":
         judged = given.name in ("xstest", "strongreject", "realtoxicityprompts")
@@ -709,7 +709,7 @@ def fuzz(program: str, folder: Path, seed: int, cases: int) -> None:
         sys.argv = [f"{program}.py", *arguments]
         return fork(lambda: mains[program](arguments), folder / "said")
 
-    trained = [pairs(8), *conversations("--safety")]
+    trained = [pairs(8), *conversations("--helpfulness")]
     kinds = {"train": trained, "data": trained, "eval": tasks(), "redteam": [prompts()]}[program]
     models = [folder / "start", bytes_model(folder / "bytes")]
     if program == "eval":
