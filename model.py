@@ -11,7 +11,7 @@ is a checkpoint. support/kernels.py has faster forms of some formulas here.
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
 # F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: S scored
-# rows, B sequences of a batch.
+# rows, B sequences of a batch, P query heads of a key head (H/G).
 
 from __future__ import annotations
 
@@ -102,7 +102,6 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
     "rope_type": ("default", "llama3"),
     "quantization_config": (),
     "num_experts": (),
@@ -693,8 +692,8 @@ class Cache:
         step = kernels.compiled_on(device.type, Block.forward) if n == 1 < B else None
         places = self.capacity if step else int(positions.max()) + 1
         turns = rotary(positions, config)
-        places_P = torch.arange(places, device=device)
-        seen = in_reach(positions.unsqueeze(-1), places_P, config.sliding_window)
+        known = torch.arange(places, device=device)
+        seen = in_reach(positions.unsqueeze(-1), known, config.sliding_window)
         group = config.num_attention_heads // config.num_key_value_heads
         mask = seen.repeat_interleave(group, 1).unsqueeze(1)
 

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import model as model_file
+import train
 from model import FAMILIES, Config, Mistral, Pack, load_weights, plain_attend, rotary, visible
 from support import kernels
 from support.chat import Chat
@@ -511,6 +512,20 @@ def test_config_refuses_impossible_sizes() -> None:
             Config(**TINY.__dict__ | change)
 
 
+def test_every_module_can_be_trained_alone() -> None:
+    """Claim: --selective takes the name of any module that holds tensors, biases and head norms
+    included, and no other. Oracle: the models' own tensors.
+    """
+    modules = set()
+    for family in FAMILIES:
+        config = dataclasses.replace(TINY, model_type=family)
+        modules |= {name.split(".")[-2] for name in config.shapes()}
+    assert modules == set(train.MODULES)
+    qwen2 = dataclasses.replace(TINY, model_type="qwen2").shapes()
+    chosen = {name for name in qwen2 if train.trains(train.Config(selective="q_proj"), name)}
+    assert {name.rpartition(".")[2] for name in chosen} == {"weight", "bias"}
+
+
 def test_init_weights_depends_on_the_seed_alone() -> None:
     """Claim: normal(0, 0.02) from the seed. Oracle: moments, and a second model."""
     a, b, c = Mistral(TINY), Mistral(TINY), Mistral(TINY)
@@ -860,6 +875,7 @@ import torch.distributed.checkpoint  # noqa
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.device_mesh import init_device_mesh
 import model as model_file
+import train
 from model import FAMILIES, Config, Mistral, Pack, load_weights
 from safetensors.torch import save_file
 dist.init_process_group("gloo")
