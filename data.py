@@ -665,6 +665,42 @@ class Rows:
 
 
 @torch.no_grad()
+def score_trees(
+    model: Mistral,
+    trees: Sequence[Sequence[Sequence[int] | Ids]],
+    world: World,
+    budget: int,
+    title: str = "",
+) -> Tensor:
+    """Summed log-probability of every response of (prompt ids, response ids, ...) trees, tree by
+    tree, in nats: fp32 [R], the same on every rank. title: of a progress bar, if there is to be one.
+    """
+    if not trees:
+        return torch.zeros(0)
+    first = list(accumulate((len(tree) - 1 for tree in trees), initial=0))
+    packs = my_packs([sum(map(len, tree)) for tree in trees], world, budget)
+    places: list[int] = []
+    found = []
+    hidden = not (title and world.is_main)
+    for items in tqdm(packs, title, unit="pack", disable=hidden, mininterval=2.0, leave=False):
+        pack = Pack.build([trees[i] for i in items]).to(world.device)
+        found.append(model.logprobs(pack).float())
+        most = max((len(trees[i]) for i in items), default=1)
+        for branch in range(1, most):  # the pack's order: every first response, then every second
+            places += [first[i] + branch - 1 for i in items if branch < len(trees[i])]
+    logprobs = torch.zeros(first[-1])
+    # Off the device after the last pack: none waits for another.
+    logprobs[places] = torch.cat(found).cpu()
+    logprobs = world.sum(logprobs)
+    if budget > 1 and not logprobs.isfinite().all():
+        for i, tree in enumerate(trees):
+            own = logprobs[first[i] : first[i + 1]]
+            # A NaN spreads within its pack, masked or not. Only a tree that gives it alone has it.
+            if not own.isfinite().all():
+                own.copy_(score_trees(model, [tree], world, 1))
+    return logprobs
+
+
 def score(
     model: Mistral,
     stream: Stream,
@@ -673,29 +709,10 @@ def score(
     title: str,
     rows: Sequence[int] | None = None,
 ) -> Tensor:
-    """Summed log-probability of every response of a stream, or of these `rows`, in nats: fp32 [n,
-    responses], the same on every rank.
-    """
+    """score_trees of a stream's rows, or of these `rows`: fp32 [n, responses]."""
     numbers = range(len(stream)) if rows is None else rows
-    responses = stream.lengths.shape[1] - 1
-    tokens = stream.lengths[list(numbers)].sum(1).tolist()
-    packs = my_packs(tokens, world, budget)
-    found = []
-    for items in tqdm(
-        packs, title, unit="pack", disable=not world.is_main, mininterval=2.0, leave=False
-    ):
-        pack = Pack.build([stream.tree(numbers[i]) for i in items]).to(world.device)
-        found.append(model.logprobs(pack).float().reshape(responses, -1).T)
-    logprobs = torch.zeros(len(numbers), responses)
-    # Off the device after the last pack: none waits for another.
-    logprobs[list(chain.from_iterable(packs))] = torch.cat(found).cpu()
-    logprobs = world.sum(logprobs)
-    bad = (~logprobs.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad and budget > 1:
-        # A NaN spreads within its pack, masked or not. Only a row that gives it alone has it.
-        alone = [numbers[i] for i in bad]
-        logprobs[bad] = score(model, stream, world, 1, f"{title}, not finite", alone)
-    return logprobs
+    logprobs = score_trees(model, [stream.tree(i) for i in numbers], world, budget, title)
+    return logprobs.reshape(len(numbers), stream.lengths.shape[1] - 1)
 
 
 class Answer(NamedTuple):

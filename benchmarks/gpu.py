@@ -57,8 +57,7 @@ from common import Stream, draw_lengths, pairs_of, record_part
 from torch import Tensor
 
 import train
-from data import Rows
-from eval import score
+from data import Rows, score
 from model import FLEX_BLOCK, Config, Mistral, Pack, pack_attend, rotary
 from support import distributed, memory_plan
 from support.kernels import flex_on, rotated

@@ -179,8 +179,7 @@ def serve_ours(
 ) -> None:
     """train.optimize, as a run of train.py calls it."""
     import train
-    from data import Rows, batch_indices
-    from eval import score
+    from data import Rows, batch_indices, score
     from support import distributed
     from support.storage import RunFolder
 

@@ -134,7 +134,7 @@ MUTANTS = [
     ),
     ("guards", "train.py", "if losses and math.isfinite(loss)", "if losses"),
     ("guards", "bfpo.py", "masks_QN & h.isfinite()", "masks_QN"),
-    ("guards", "data.py", "bad and budget > 1", "False"),
+    ("guards", "data.py", "budget > 1 and not logprobs.isfinite().all()", "False"),
     ("guards", "support/storage.py", "json.dumps(row, allow_nan=False)", "json.dumps(row)"),
     # the optimizer
     ("optimizer", "train.py", "weight_decay=0.0", "weight_decay=0.01"),
