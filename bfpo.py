@@ -148,7 +148,7 @@ def pair_loss(objective: str, h: Tensor, g: Tensor, tau: float) -> Tensor:
 
 
 # --- the four quadrants, Figure 3 -----------------------------------------------------------------
-# The training log has their figures for every step; `python train.py` and `python eval.py --pairs`
+# The training log has their figures for every step; `python train.py` and `python eval.py pairs`
 # print them for held-out pairs:
 #
 #     quadrant           pairs    margin    target  on target side

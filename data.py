@@ -673,7 +673,7 @@ def score_trees(
     title: str = "",
 ) -> Tensor:
     """Summed log-probability of every response of (prompt ids, response ids, ...) trees, tree by
-    tree, in nats: fp32 [R], the same on every rank. title: of a progress bar, if there is to be one.
+    tree, in nats: fp32 [R], the same on every rank. title: of a progress bar, if there is one.
     """
     if not trees:
         return torch.zeros(0)

@@ -1,7 +1,7 @@
 """The language model: scores preference pairs, generates, reads and writes the ecosystem's
 checkpoints of Mistral, Llama, Qwen2 and Qwen3.
 
-    model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", dtype=torch.bfloat16, device="cuda")
+    model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", torch.bfloat16, "cuda")
     pack = Pack.build([(prompt_ids, chosen_ids, rejected_ids), ...]).to("cuda")
     chosen, rejected = model.logprobs(pack).chunk(2)  # log pi(y|x): the terms of the margin h
 
@@ -260,7 +260,7 @@ def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def in_reach(i: Tensor, j: Tensor, window: int | None) -> Tensor:
-    """Whether position i may see position j: not after it, and fewer than `window` positions back."""
+    """Whether position i sees position j: not after it, and fewer than `window` positions back."""
     if window is None:
         return j <= i
     return (j <= i) & (j > i - window)
@@ -365,9 +365,9 @@ class Pack:
     The pairs (prompt 5 6, chosen 7 8 9, rejected 7 4) and (prompt 3, chosen 2, rejected 8 2) are
 
         tokens     5 6 | 7 8 9 | 7 4 | 3 | 2 | 8 2
-        positions  0 1 | 2 3 4 | 2 3 | 0 | 1 | 1 2      both responses continue at the prompt's length
+        positions  0 1 | 2 3 4 | 2 3 | 0 | 1 | 1 2    both responses continue at the prompt's length
         tree       0 0 | 0 0 0 | 0 0 | 1 | 1 | 1 1
-        branch     0 0 | 1 1 1 | 2 2 | 0 | 1 | 2 2      0 = prompt
+        branch     0 0 | 1 1 1 | 2 2 | 0 | 1 | 2 2    0 = prompt
 
     A row predicts the next token of its path: rows 1 2 3, 1 5, 7, 7 9 predict targets 7 8 9, 7 4,
     2, 8 2 of response 0 0 0, 2 2, 1, 3 3. Responses count branch by branch: every chosen one, then

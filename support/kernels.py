@@ -45,7 +45,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def compiled_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The function compiled on a GPU, in a few graphs for shapes of every length; elsewhere None."""
+    """The function compiled on a GPU, in few graphs for shapes of every length; elsewhere None."""
     if kind != "cuda":
         return None
     # Each model of a process has graphs of its own. Past the limit fullgraph raises an error.

@@ -443,7 +443,7 @@ def memory_lines(load: Load, step: Step, pack_tokens: int, room: float) -> tuple
 def clock_line(
     load: Load, device: torch.device, ranks: int, steps: int, step_tokens: float, reference: int
 ) -> str:
-    """The time that the steps take, and the reference of so many tokens, at the rate of products."""
+    """The time that steps take, and the reference of so many tokens, at the rate of products."""
     rate = product_rate(device, load.dtype) * ranks
     seconds_a_token = 1 / load.tokens / rate / RATE_SHARE
     forward, backward = operations(load)

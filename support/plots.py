@@ -79,7 +79,7 @@ OPTIMUM: dict[str, Any] = {"color": BLACK, "linestyle": ":", "linewidth": 1.3}
 
 
 def name_ends(axes: Axes, step: int, ends: Floats, names: Sequence[str], gap: float) -> None:
-    """Names lines at their right ends. Ends closer than `gap` share one text, highest line first."""
+    """Name lines at their right ends. Ends closer than `gap` share one text, highest line first."""
     groups: list[list[int]] = []
     for y in np.argsort(-ends, kind="stable"):
         if groups and ends[groups[-1][-1]] - ends[y] < gap:

@@ -1,7 +1,7 @@
 """The one way to read rows, for training and for tasks: files, folders and hub data sets.
 
 A source is NAME[@REVISION][:SPLIT][[START:STOP]], all but the name optional:
-    pairs.jsonl     folder     folder:train[:30000]     a local file or folder (it wins over the hub)
+    pairs.jsonl     folder     folder:train[:30000]     a local file or folder, before the hub
     PKU-Alignment/PKU-SafeRLHF@ff7ba91:train[:20%]      a data set of the Hugging Face hub
     owner/name:train_prefs[1000:2000]                   rows or percentages of the rows in the files
 Files are .jsonl, .json, .parquet, .csv with a header, or .txt with a prompt in each line. JSON
@@ -216,7 +216,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # each kind of file has its own
         after = f"after {place}" if place else "from its start"
         raise ValueError(
-            f"{path} must be a whole {path.suffix} file in UTF-8; {after} it cannot be read: {error}"
+            f"{path} must be a whole {path.suffix} file in UTF-8; {after} it is unreadable: {error}"
         ) from error
 
 
@@ -351,7 +351,7 @@ def check_whole(files: list[Path]) -> None:
 
 
 def _splits_of(folder: Path) -> dict[str, list[Path]]:
-    """The data files of a folder by split. A numbered file is of the split that its folder names."""
+    """A folder's data files by split. A numbered file is of the split that its folder names."""
     splits: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)

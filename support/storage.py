@@ -836,7 +836,7 @@ class RunFolder:
     # Its log and its end
 
     def start_log(self, step: int, steps: int, print_every: int) -> None:
-        """Drop log.jsonl's rows from `step` on: a resumed run of `steps` steps writes them again."""
+        """Drop log.jsonl's rows from `step` on: a resumed run of `steps` steps makes them again."""
         self.steps = steps
         self.print_every = print_every
         self.printed = (step, time.monotonic())  # the step last printed, and when

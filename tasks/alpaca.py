@@ -15,9 +15,10 @@ import numpy as np
 from support import storage
 from support.distributed import World
 from tasks.judges import Contest, Examiner, digest, file_name
-from tasks.metrics import Request, Terms
+from tasks.metrics import Array, Request, Terms
 
 CHUNK = 64  # rows judged between two writes to disk
+Rows = Sequence[Mapping[str, Any]]
 
 # --- which of two answers is better ---------------------------------------------------------------
 
@@ -38,16 +39,18 @@ def prefer(examiner: Examiner, contests: Sequence[Contest]) -> list[Preference |
     context.
     """
     unique = list(dict.fromkeys(contests))
-    turned = [contest._replace(first=contest.second, second=contest.first) for contest in unique]
+    turned = [Contest(contest.prompt, contest.second, contest.first) for contest in unique]
     replies = examiner.ask([(0, contest._asdict()) for contest in [*unique, *turned]])
     found: dict[Contest, Preference | None] = {}
-    for contest, one, other in zip(unique, replies, replies[len(unique) :], strict=False):
+    for i, contest in enumerate(unique):
+        one = replies[i]
+        other = replies[len(unique) + i]
         found[contest] = None
         if one and other:
-            given, swapped = one.shares["M"], other.shares["m"]
-            found[contest] = Preference(
-                (given + swapped) / 2, given, swapped, min(one.mass, other.mass)
-            )
+            given = one.shares["M"]
+            swapped = other.shares["m"]
+            mass = min(one.mass, other.mass)
+            found[contest] = Preference((given + swapped) / 2, given, swapped, mass)
     return [found[contest] for contest in contests]
 
 
@@ -60,30 +63,23 @@ def kept_preferences(
         found = prefer(examiner, [contests[i] for i in numbers])
         return [{"preference": None if one is None else one._asdict()} for one in found]
 
-    rows = storage.kept_rows(
-        path,
-        {**examiner.identity, "rows": digest(contests)},
-        len(contests),
-        CHUNK,
-        compute,
-        world,
-        "preferences",
-    )
+    identity = {**examiner.identity, "rows": digest(contests)}
+    rows = storage.kept_rows(path, identity, len(contests), CHUNK, compute, world, "preferences")
     examiner.unload()
     return [row["preference"] for row in rows]
 
 
 # --- AlpacaEval -----------------------------------------------------------------------------------
 
-RIDGE = 0.01  # of the squared weights, halved: separable rows have a finite optimum, and 805 others are not moved
+# Of the squared weights, halved: separable rows have a finite optimum, and 805 others do not move.
+RIDGE = 0.01
 
 
-def as_array(preferences: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def as_array(preferences: Sequence[float | None]) -> Array:
     """Missing ones as NaN, ties as 1.5."""
-    given = np.array(
-        [math.nan if value is None else value for value in preferences], dtype=np.float64
-    )
-    return np.where(given == 0, 1.5, given)
+    given = [math.nan if value is None else value for value in preferences]
+    values = np.array(given, dtype=np.float64)
+    return np.where(values == 0, 1.5, values)
 
 
 def win_rate(preferences: Sequence[float | None]) -> dict[str, float]:
@@ -97,10 +93,9 @@ def win_rate(preferences: Sequence[float | None]) -> dict[str, float]:
     kept = given[(given >= 1) & (given <= 2)] - 1
     if not len(kept):
         raise ValueError(f"a win rate needs preferences from 1 to 2, got none in {len(given)} rows")
-    error = 100 * float(kept.std(ddof=1)) / len(kept) ** 0.5 if len(kept) > 1 else math.inf
     return {
         "win_rate": 100 * float(kept.mean()),
-        "standard_error": error,
+        "standard_error": 100 * float(kept.std(ddof=1)) / len(kept) ** 0.5,
         "n_wins": int((kept > 0.5).sum()),
         "n_wins_base": int((kept < 0.5).sum()),
         "n_draws": int((kept == 0.5).sum()),
@@ -127,11 +122,9 @@ def length_controlled(
     kept = (given >= 1) & (given <= 2)
     d = np.array(lengths, dtype=np.float64) - np.array(baseline_lengths, dtype=np.float64)
     scale = d.std(ddof=1) if len(d) > 1 and np.ptp(d) else 1.0
-    X, y, weights = (
-        np.stack([np.ones(kept.sum()), np.tanh(d / scale)[kept]], 1),
-        given[kept] - 1,
-        np.zeros(2),
-    )
+    X = np.stack([np.ones(kept.sum()), np.tanh(d / scale)[kept]], 1)
+    y = given[kept] - 1
+    weights = np.zeros(2)
     for _ in range(100):  # Newton's method
         p = 1 / (1 + np.exp(-X @ weights))
         curvature = (X * (p * (1 - p))[:, None]).T @ X + RIDGE * np.eye(2)
@@ -144,34 +137,33 @@ def length_controlled(
     return [float(term) for term in share + influence - influence.mean()]
 
 
-def write_outputs(folder: Path, rows: Sequence[Mapping[str, Any]], generator: str) -> None:
+def write_outputs(folder: Path, rows: Rows, generator: str) -> None:
     """model_outputs.json, as AlpacaEval's own annotators read it."""
     folder.mkdir(parents=True, exist_ok=True)
-    storage.write_json(
-        folder / "model_outputs.json",
-        [
+    outputs = []
+    for row in rows:
+        outputs.append(
             {
                 "instruction": row["prompt"],
                 "output": row["answer"],
                 "generator": generator,
                 "dataset": row["notes"]["dataset"],
             }
-            for row in rows
-        ],
-    )
+        )
+    storage.write_json(folder / "model_outputs.json", outputs)
 
 
 def write_annotations(
     folder: Path,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     generator: str,
     preferences: Sequence[float | None],
     annotator: str,
 ) -> None:
     """annotations.json in AlpacaEval's format; preferences from 1 to 2, None for none."""
-    storage.write_json(
-        folder / "annotations.json",
-        [
+    annotations = []
+    for row, preference in zip(rows, preferences, strict=True):
+        annotations.append(
             {
                 "instruction": row["prompt"],
                 "output_1": row["notes"]["output"],
@@ -182,26 +174,44 @@ def write_annotations(
                 "annotator": annotator,
                 "preference": preference,
             }
-            for row, preference in zip(rows, preferences, strict=True)
-        ],
-    )
+        )
+    storage.write_json(folder / "annotations.json", annotations)
 
 
 def check_contests(examiner: Examiner, requests: Sequence[Request]) -> None:
     """ValueError when the examiner's context is too small for a win rate, even of empty answers to
     AlpacaEval's instructions.
     """
-    bare = [
-        (0, Contest(request.prompt, request.notes["output"], "")._asdict()) for request in requests
-    ]
-    if (fit := sum(len(head) <= examiner.longest for head in examiner.heads(bare))) < 2:
+    bare = [Contest(request.prompt, request.notes["output"], "") for request in requests]
+    heads = examiner.heads([(0, contest._asdict()) for contest in bare])
+    fit = sum(len(head) <= examiner.longest for head in heads)
+    if fit < 2:
         raise ValueError(
-            f"a win rate needs 2 rows or more that fit into the judge's context, got {fit}; take another judge"
+            f"a win rate needs 2 rows or more that fit into the judge's context, got {fit}; take "
+            "another judge"
         )
 
 
+def as_preferences(judged: Sequence[Mapping[str, Any] | None]) -> list[float | None]:
+    """AlpacaEval's numbers, 1 + P(the model's answer is the better one)."""
+    return [None if row is None else 1 + row["second"] for row in judged]
+
+
+def judge_answers(
+    folder: Path, rows: Rows, name: str, examiner: Examiner, world: World
+) -> list[dict[str, Any] | None]:
+    """The preference of each of a model's answers over the baseline's, and annotations.json."""
+    contests = [Contest(row["prompt"], row["notes"]["output"], row["answer"]) for row in rows]
+    path = folder / f"preferences.{file_name(examiner.identity)}.jsonl"
+    judged = kept_preferences(path, examiner, contests, world)
+    given = as_preferences(judged)
+    annotator = examiner.identity["judge"]
+    world.from_main(functools.partial(write_annotations, folder, rows, name, given, annotator))
+    return judged
+
+
 def against_baseline(
-    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    answers: Mapping[str, Rows],
     names: Mapping[str, str],
     folder: Path,
     examiner: Examiner | None,
@@ -212,47 +222,35 @@ def against_baseline(
 
     An answer's row has prompt and answer, and the baseline's output, generator and dataset under
     notes. Without an examiner both are empty, and the files for AlpacaEval's own annotators are all
-    there is: model/alpaca_eval/model_outputs.json in the folder; beside it annotations.json, in
-    AlpacaEval's format too, has each preference, 1 + P(the model's answer is the better one). Rows
-    for which some model has none, as they exceed the examiner's context, are in no model's terms.
+    there is: model/alpaca_eval/model_outputs.json in the folder. With one, annotations.json lies
+    beside it. Rows for which some model has no preference, as they exceed the examiner's context,
+    are in no model's terms.
     """
-    preferences, masses = {}, {}
     for who, rows in answers.items():
         own = folder / who / "alpaca_eval"
         world.from_main(functools.partial(write_outputs, own, rows, names[who]))
-        if examiner:
-            contests = [
-                Contest(row["prompt"], row["notes"]["output"], row["answer"]) for row in rows
-            ]
-            path = own / f"preferences.{file_name(examiner.identity)}.jsonl"
-            judged = kept_preferences(path, examiner, contests, world)
-            preferences[who] = [None if row is None else 1 + row["second"] for row in judged]
-            masses[who] = [0.0 if row is None else row["mass"] for row in judged]
-            world.from_main(
-                functools.partial(
-                    write_annotations,
-                    own,
-                    rows,
-                    names[who],
-                    preferences[who],
-                    examiner.identity["judge"],
-                )
-            )
-    kept = [i for i, row in enumerate(zip(*preferences.values(), strict=True)) if None not in row]
-    if preferences and len(kept) < 2:
+    if not answers or not examiner:
+        return {}, {}
+    judged = {
+        who: judge_answers(folder / who / "alpaca_eval", rows, names[who], examiner, world)
+        for who, rows in answers.items()
+    }
+    kept = [i for i, row in enumerate(zip(*judged.values(), strict=True)) if None not in row]
+    if len(kept) < 2:
         raise ValueError(
-            f"a win rate needs at least 2 rows with a preference, got {len(kept)}; the others exceed the judge's context"
+            f"a win rate needs at least 2 rows with a preference, got {len(kept)}; the others "
+            "exceed the judge's context"
         )
-    found: dict[str, Terms] = {}
-    for who, every in preferences.items():
-        chosen = [value for value in (every[i] for i in kept) if value is not None]
-        lengths = (
-            [len(answers[who][i]["answer"]) for i in kept],
-            [len(answers[who][i]["notes"]["output"]) for i in kept],
-        )
-        found[who] = {
-            "win_rate": [value - 1 for value in chosen],
-            "length_controlled_win_rate": length_controlled(chosen, *lengths),
-            "judge_mass": [masses[who][i] for i in kept],
+    terms: dict[str, Terms] = {}
+    for who, every in judged.items():
+        chosen = [every[i] or {} for i in kept]
+        rows = [answers[who][i] for i in kept]
+        lengths = [len(row["answer"]) for row in rows]
+        baseline = [len(row["notes"]["output"]) for row in rows]
+        given = as_preferences(chosen)
+        terms[who] = {
+            "win_rate": [value - 1 for value in given if value is not None],
+            "length_controlled_win_rate": length_controlled(given, lengths, baseline),
+            "judge_mass": [row["mass"] for row in chosen],
         }
-    return found, {who: win_rate(every) for who, every in preferences.items()}
+    return terms, {who: win_rate(as_preferences(every)) for who, every in judged.items()}

@@ -15,121 +15,185 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from eval import Policy, case_of, judged
-from model import LEAST_TEMPERATURE, find_model
+from eval import DTYPES, Asked, Policy, check_judge, judged, model_flags, whole
+from model import LEAST_TEMPERATURE
 from support import distributed, sources, storage
 from support.distributed import World
 from support.sources import sha256
-from tasks import questions
+from tasks import questions, read_each
 from tasks.alpaca import kept_preferences
-from tasks.judges import Contest, Examiner, file_name, load_judge
-from tasks.metrics import Request
-from tasks.questions import PROTOCOLS, Task
+from tasks.judges import Contest, Examiner, Judge, file_name, judge_name, load_judge
+from tasks.questions import PROTOCOLS, TASKS
 
-FREE = frozenset(
-    {"judge", "pairwise", "ranks", "out", "fresh", "device"}
-)  # may differ when a run goes on
-Ranked = tuple[str, Mapping[str, Any]]  # file:line, and the row of to_rank.jsonl with "ranks"
-PROMPT = Task("", "", questions.goal("prompt", "goal", "text", "Behavior"), "harmless")
+# May differ when a run goes on.
+FREE = frozenset({"judge", "pairwise", "ranks", "out", "fresh", "device"})
+ROW = ("prompt", "modeloutput1", "modeloutput2")
+Row = Mapping[str, Any]
 
 
 def pairs_of(
-    answers: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]
+    answers: Sequence[Row], verdicts: Sequence[Row]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """(rows for the recipe redteam, but for better_modelout; counts), of two neighbouring answers a
     prompt and their verdicts.
 
     Harm above 1/2 is unsafe. Empty and equal answers make no pair, as training would drop them.
     """
-    counts, pairs = (
-        {"prompts": len(answers) // 2, "with_an_empty_answer": 0, "with_equal_answers": 0},
-        [],
-    )
-    for one, two, first, second in zip(
-        answers[::2], answers[1::2], verdicts[::2], verdicts[1::2], strict=True
-    ):
-        texts = one["prompt"], one["answer"], two["answer"]
+    pairs = []
+    empty = 0
+    equal = 0
+    for i in range(0, len(answers), 2):
+        texts = (answers[i]["prompt"], answers[i]["answer"], answers[i + 1]["answer"])
+        pair: dict[str, Any] = dict(zip(ROW, texts, strict=True))
         if not all(text.strip() for text in texts):
-            counts["with_an_empty_answer"] += 1
+            empty += 1
         elif texts[1] == texts[2]:
-            counts["with_equal_answers"] += 1
+            equal += 1
         else:
-            pairs.append(
-                {
-                    **dict(zip(("prompt", "modeloutput1", "modeloutput2"), texts, strict=True)),
-                    "is_modelout1_safe": first["harm"] <= 0.5,
-                    "is_modelout2_safe": second["harm"] <= 0.5,
-                }
-            )
+            pair["is_modelout1_safe"] = verdicts[i]["harm"] <= 0.5
+            pair["is_modelout2_safe"] = verdicts[i + 1]["harm"] <= 0.5
+            pairs.append(pair)
+    prompts = len(answers) // 2
+    counts = {"prompts": prompts, "with_an_empty_answer": empty, "with_equal_answers": equal}
     return pairs, counts
 
 
-def read_ranks(path: Path, prompts: Collection[str]) -> list[Ranked]:
-    """(file:line, row) of a file of ranks.
-
-    ValueError names the first line that is no ranked row of one of these prompts.
-    """
-    ranked: list[Ranked] = []
-    for place, row in sources.read_rows(path):
-        if not isinstance(row, dict) or row.get("prompt") not in prompts:
-            raise ValueError(
-                f"{place} must be a row of to_rank.jsonl, of one of --prompts, with ranks, got {row!r:.200}"
-            )
-        if row.get("ranks") not in ([1, 2], [2, 1]):
-            raise ValueError(
-                f"{place}: ranks must be [1, 2] or [2, 1], 1 for the better answer, got {row.get('ranks')!r}"
-            )
-        ranked.append((place, row))
-    return ranked
-
-
 def must_not_have_ranks(path: Path) -> None:
-    """ValueError when somebody has added ranks to this to_rank.jsonl, which would be written over."""
+    """ValueError when somebody has added ranks to this to_rank.jsonl, so that none are lost."""
     rows = [row for _, row in sources.read_rows(path)] if path.exists() else []
     if any("ranks" in row for row in rows if isinstance(row, dict)):
-        raise ValueError(
-            f"{path} has ranks, which are not written over; pass --ranks {path}, or move it away"
-        )
+        raise ValueError(f"{path} has ranks; pass --ranks {path}, or move it away")
 
 
-def ranks_of(ranked: Sequence[Ranked], pairs: Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """1 or 2 of each pair: the answer of rank 1.
+def read_ranks(path: Path, pairs: Sequence[Row]) -> list[int | None]:
+    """1 or 2 of each pair: the answer of rank 1 in a file of ranks.
 
-    ValueError names the first line that is not the pair's row.
+    ValueError names the first line that is not the pair's row with ranks.
     """
-    for (place, row), pair in zip(ranked, pairs, strict=False):
-        if any(row.get(key) != pair[key] for key in ("prompt", "modeloutput1", "modeloutput2")):
+    following = iter(pairs)
+
+    def better(row: Row) -> int:
+        pair = next(following, {"prompt": None})
+        if any(row.get(key) != pair[key] for key in pair if key in ROW):
+            raise ValueError(f"must be the row of to_rank.jsonl in its place, got {row!r:.200}")
+        if row.get("ranks") not in ([1, 2], [2, 1]):
             raise ValueError(
-                f"{place} must be the row of to_rank.jsonl in its place, with ranks, got {row!r:.200}"
+                f"ranks must be [1, 2] or [2, 1], 1 for the better answer, got {row.get('ranks')!r}"
             )
-        yield row["ranks"].index(1) + 1
-    if len(ranked) != len(pairs):
+        return 1 + int(row["ranks"] == [2, 1])
+
+    found: list[int | None] = [which for _, which in read_each(sources.read_rows(path), better)]
+    if len(found) != len(pairs):
         raise ValueError(
-            f"--ranks must rank the {len(pairs)} rows of to_rank.jsonl, got {len(ranked)}"
+            f"{path} must rank the {len(pairs)} rows of to_rank.jsonl, got {len(found)}"
         )
+    return found
 
 
 def order(
-    pairs: Sequence[Mapping[str, Any]], ranks: Examiner | list[Ranked], folder: Path, world: World
-) -> list[int | None]:
-    """1 or 2 of each pair, the more helpful answer; None where the two do not fit into the pairwise
-    judge's context.
+    options: argparse.Namespace,
+    pairs: Sequence[Row],
+    examiner: Examiner | None,
+    folder: Path,
+    world: World,
+) -> list[int | None] | None:
+    """1 or 2 of each pair, the more helpful answer: by ranks, or by the examiner, which has None
+    where the two do not fit into its context. None: there is neither.
     """
-    if isinstance(ranks, list):
-        return world.from_main(lambda: list(ranks_of(ranks, pairs)))
+    if options.ranks:
+        return world.from_main(lambda: read_ranks(Path(options.ranks), pairs))
+    if not examiner:
+        return None
     contests = [
         Contest(pair["prompt"], pair["modeloutput1"], pair["modeloutput2"]) for pair in pairs
     ]
-    found = kept_preferences(
-        folder / f"preferences.{file_name(ranks.identity)}.jsonl", ranks, contests, world
+    path = folder / f"preferences.{file_name(examiner.identity)}.jsonl"
+    better: list[int | None] = []
+    for preference in kept_preferences(path, examiner, contests, world):
+        if preference is None:
+            better.append(None)
+        else:
+            better.append(2 if preference["second"] > 0.5 else 1)
+    return better
+
+
+def count_pairs(pairs: Sequence[Row], done: Sequence[Row]) -> dict[str, int]:
+    """How many pairs have an order, and how many of their answers are safe."""
+    safe = [pair["is_modelout1_safe"] + pair["is_modelout2_safe"] for pair in done]
+    return {
+        "beyond_the_pairwise_judges_context": len(pairs) - len(done),
+        "pairs": len(done),
+        "both_safe": safe.count(2),
+        "one_safe": safe.count(1),
+        "both_unsafe": safe.count(0),
+    }
+
+
+def write_pairs(
+    folder: Path,
+    pairs: Sequence[Row],
+    better: Sequence[int | None],
+    counts: dict[str, int],
+    setup: Mapping[str, Any],
+) -> None:
+    """redteam.jsonl of the pairs that have an order, and report.json."""
+    done = []
+    for pair, which in zip(pairs, better, strict=True):
+        if which:
+            done.append({**pair, "better_modelout": which})
+    counts |= count_pairs(pairs, done)
+    report = {"counts": counts, "setup": setup, **storage.surroundings()}
+    storage.write_lines(folder / "redteam.jsonl", done)
+    storage.write_json(folder / "report.json", report)
+    print("\n".join(f"{count:8} {name.replace('_', ' ')}" for name, count in counts.items()))
+    print(f"wrote {folder / 'redteam.jsonl'}", flush=True)
+
+
+def setup_of(
+    options: argparse.Namespace, policy: Policy, judge: Judge, examiner: Examiner | None
+) -> dict[str, Any]:
+    """What the pairs were made with."""
+    if examiner:
+        helpfulness = examiner.identity
+    else:
+        helpfulness = {"ranks": options.ranks, "sha256": sha256(Path(options.ranks))}
+    return {
+        "model": options.model,
+        **policy.identity,
+        "chat_template_source": policy.chat.template_source,
+        "temperature": options.temperature,
+        "top_p": PROTOCOLS["paper"].top_p,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed,
+        "safety": judge.identity,
+        "helpfulness": helpfulness,
+    }
+
+
+def open_folder(options: argparse.Namespace, world: World) -> storage.RunFolder:
+    """The run folder, checked and not yet made."""
+    folder = storage.RunFolder(Path(options.out), world, "redteam")
+    reads = [options.model, options.prompts, options.chat_template, options.pairwise]
+    reads.append(options.judge.partition(":")[2])
+    folder.check(vars(options), FREE, options.fresh, [*filter(None, reads)])
+    return folder
+
+
+def load_prompts(options: argparse.Namespace, world: World) -> Asked:
+    """The prompts, and how they are answered."""
+    protocol = PROTOCOLS["paper"]._replace(
+        temperature=options.temperature, max_new_tokens=options.max_new_tokens
     )
-    return [None if one is None else 2 if one["second"] > 0.5 else 1 for one in found]
+    entries = world.from_main(
+        lambda: questions.load("own", options.prompts, protocol, options.limit, least=1)
+    )
+    return Asked("own", TASKS["own"], protocol, options.prompts, entries)
 
 
 def run(options: argparse.Namespace, world: World) -> None:
@@ -137,168 +201,75 @@ def run(options: argparse.Namespace, world: World) -> None:
 
     What is there already is not computed again.
     """
-    protocol = PROTOCOLS["paper"]._replace(
-        temperature=options.temperature, max_new_tokens=options.max_new_tokens
-    )
-    folder = storage.RunFolder(Path(options.out), world, "redteam")
-    reads = [
-        options.model,
-        options.prompts,
-        options.chat_template,
-        options.pairwise,
-        options.judge.partition(":")[2],
-    ]
-    folder.check(vars(options), FREE, options.fresh, [*filter(None, reads)])
-    find_model(options.model, weights=False)  # before the judges' weights are summed
-    judge = load_judge(options.judge, world, folder.started)
-    ranks: Examiner | list[Ranked] | None = (
-        Examiner("pairwise", options.pairwise, world, folder.started) if options.pairwise else None
-    )
-    asked = world.from_main(
-        lambda: questions.load("prompts", options.prompts, protocol, options.limit, PROMPT)
-    )
-    if options.ranks:
-        prompts = {request.prompt for _, request in asked}
-        ranks = world.from_main(lambda: read_ranks(Path(options.ranks), prompts))
-    judge.check([case_of(request, "") for _, request in asked])
-    entries: list[tuple[str, Request]] = [entry for entry in asked for _ in range(2)]
-    policy = Policy(options.model, options.chat_template, world, folder.started)
-    policy.check(protocol.max_new_tokens, "pass a smaller --max_new_tokens")
-    cut = policy.check_rows("prompts", PROMPT, asked, protocol)
+    folder = open_folder(options, world)
+    now = folder.started
+    asked = load_prompts(options, world)
+    policy = Policy(options.model, world, options.chat_template, now, DTYPES.get(options.dtype))
+    prompts = policy.encode(asked)
+    judge = load_judge(options.judge, world, now)
+    check_judge(judge, asked)
+    examiner = Examiner("pairwise", options.pairwise, world, now) if options.pairwise else None
     waiting = folder.path / "to_rank.jsonl"
-    if ranks is None and not options.fresh:
+    if options.ranks and not waiting.exists():
+        raise ValueError(f"--ranks needs {waiting}, which the same command writes without it")
+    if not (options.ranks or examiner or options.fresh):
         world.from_main(lambda: must_not_have_ranks(waiting))
     facts = {"chat_template_source": policy.chat.template_source}
     folder.create(vars(options), {}, options.fresh, facts)
 
-    answers = policy.take(folder.path / "answers.jsonl", PROMPT, entries, protocol, options.seed)
+    twice = asked._replace(entries=[entry for entry in asked.entries for _ in range(2)])
+    encoded = [prompt for prompt in prompts for _ in range(2)]
+    answers = policy.take(folder.path / "answers.jsonl", twice, encoded, options.seed)
     policy.unload()
-    pairs, counts = pairs_of(
-        answers, judged(folder.path, "answers", entries, answers, judge, world)
-    )
-    counts |= {
-        "cut_to_the_models_positions": cut,
-        "answers_at_the_token_limit": sum(row["at_limit"] for row in answers),
-    }
+    verdicts = judged(folder.path, "answers", twice, answers, judge, world)
     judge.unload()
-    if ranks is None:
+    pairs, counts = pairs_of(answers, verdicts)
+    counts["cut_to_the_models_positions"] = sum(prompt.cut for prompt in prompts)
+    counts["answers_at_the_token_limit"] = sum(row["at_limit"] for row in answers)
+    better = order(options, pairs, examiner, folder.path, world)
+    if better is None:
         world.from_main(lambda: storage.write_lines(waiting, pairs))
         folder.drop_earlier()
-        world.say(
-            f"wrote {waiting}, {len(pairs)} pairs; the same command goes on with --pairwise or --ranks"
-        )
+        world.say(f"wrote {waiting}, {len(pairs)} pairs; go on with --pairwise or --ranks")
         return
-    better = order(pairs, ranks, folder.path, world)
-    done = [
-        {**pair, "better_modelout": which}
-        for pair, which in zip(pairs, better, strict=True)
-        if which
-    ]
-    safe = [pair["is_modelout1_safe"] + pair["is_modelout2_safe"] for pair in done]
-    counts |= {
-        "beyond_the_pairwise_judges_context": len(pairs) - len(done),
-        "pairs": len(done),
-        "both_safe": safe.count(2),
-        "one_safe": safe.count(1),
-        "both_unsafe": safe.count(0),
-    }
-    order_by = (
-        ranks.identity
-        if isinstance(ranks, Examiner)
-        else {"ranks": options.ranks, "sha256": sha256(Path(options.ranks))}
-    )
-    setup = {
-        "model": options.model,
-        **policy.identity,
-        **facts,
-        "temperature": protocol.temperature,
-        "top_p": protocol.top_p,
-        "max_new_tokens": protocol.max_new_tokens,
-        "seed": options.seed,
-        "safety": judge.identity,
-        "helpfulness": order_by,
-    }
-    world.from_main(lambda: storage.write_lines(folder.path / "redteam.jsonl", done))
-    report = {"counts": counts, "setup": setup, **storage.surroundings()}
-    world.from_main(lambda: storage.write_json(folder.path / "report.json", report))
+    setup = setup_of(options, policy, judge, examiner)
+    world.from_main(lambda: write_pairs(folder.path, pairs, better, counts, setup))
     folder.drop_earlier()
-    world.say(
-        f"two answers a prompt, temperature {protocol.temperature}, top_p {protocol.top_p}, at most {protocol.max_new_tokens} tokens"
-    )
-    world.say("\n".join(f"{count:8} {name.replace('_', ' ')}" for name, count in counts.items()))
-    world.say(f"wrote {folder.path / 'redteam.jsonl'}")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line.
-
-    Wrong usage is said in one line, after the usage, and exits with code 2.
-    """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--model", required=True, type=os.path.expanduser, help="a folder or a hub name"
+    """The options of a command line. Wrong usage exits with code 2; its last line says why."""
+    paper = PROTOCOLS["paper"]
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], parents=[model_flags()], allow_abbrev=False
     )
-    parser.add_argument(
-        "--prompts",
-        required=True,
-        help="a table with a column prompt, goal, text or Behavior, or a .txt of prompts",
-    )
-    parser.add_argument(
-        "--judge", required=True, help="of safety: harmbench:MODEL, wildguard:MODEL or keyword"
-    )
+    add = parser.add_argument
+    rows = "a table with a column prompt, goal, text or Behavior, or a .txt of prompts"
+    add("--prompts", required=True, help=rows)
+    add("--judge", required=True, help="of safety: harmbench:MODEL, wildguard:MODEL or keyword")
     helpful = parser.add_mutually_exclusive_group()
-    helpful.add_argument(
-        "--pairwise",
-        metavar="MODEL",
-        help="judge of helpfulness: any causal language model that follows instructions",
-    )
+    of_helpfulness = "judge of helpfulness: any model that follows instructions"
+    helpful.add_argument("--pairwise", metavar="MODEL", help=of_helpfulness)
     helpful.add_argument("--ranks", metavar="FILE", help="to_rank.jsonl with ranks")
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=os.path.expanduser,
-        help="folder for the pairs, and for all that leads to them",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=PROTOCOLS["paper"].temperature,
-        help="of the answers; default %(default)s",
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=int,
-        default=PROTOCOLS["paper"].max_new_tokens,
-        help="default %(default)s",
-    )
-    parser.add_argument("--limit", type=int, default=0, help="prompts; 0: all")
-    parser.add_argument(
-        "--seed", type=int, default=42, help="of the first answer; each has its own"
-    )
-    parser.add_argument(
-        "--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's"
-    )
-    parser.add_argument(
-        "--fresh",
-        action="store_true",
-        help="start over; an earlier run in --out is set aside until this one has a result",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--out", required=True, type=expanduser, help="folder for the pairs and all before them")
+    add("--temperature", type=float, default=paper.temperature, help="default %(default)s")
+    add("--max_new_tokens", type=whole(1), default=paper.max_new_tokens, help="default %(default)s")
+    add("--limit", type=whole(0), default=0, help="prompts; 0: all")
+    add("--seed", type=whole(0), default=42, help="of the first answer; each has its own")
+    fresh = "start over; an earlier run in --out is set aside until this one has a result"
+    add("--fresh", action="store_true", help=fresh)
     options = parser.parse_args(arguments)
+    try:
+        options.judge = judge_name(options.judge)
+    except ValueError as error:
+        parser.error(str(error))
     if not LEAST_TEMPERATURE <= options.temperature < math.inf:
         parser.error(
-            f"--temperature must be finite and at least {LEAST_TEMPERATURE:g}, or both answers are the same"
+            f"--temperature must be finite and at least {LEAST_TEMPERATURE:g}, or both answers are "
+            "the same"
         )
-    if options.max_new_tokens < 1 or options.limit < 0 or not 0 <= options.seed < 2**31:
-        parser.error("--max_new_tokens must be >= 1, --limit >= 0, --seed in [0, 2^31)")
-    if not options.prompts:
-        parser.error("--prompts must name a file, got nothing")
-    if options.ranks and not sources.is_table(Path(options.ranks)):
-        parser.error(f"--ranks must be a .jsonl or .parquet file, got {options.ranks}")
     if options.ranks and options.fresh:
-        parser.error(
-            "--ranks orders the answers that are in --out, and --fresh would remove these; leave one of the two out"
-        )
+        parser.error("--ranks orders the answers in --out, and --fresh would remove these")
     return options
 
 

@@ -1472,7 +1472,7 @@ def test_a_run_keeps_the_questions_that_it_was_trained_on(toys, tmp_path, capsys
         policy = tmp_path / folder / "model" if folder else toys / "start"
         task = ("--tasks", f"xstest={tmp_path / 'x.jsonl'}", "--judge", "keyword")
         out = ("--out", str(tmp_path / f"eval{folder}"), "--device", "cpu")
-        evaluation.main(["--model", str(policy), *task, *out])
+        evaluation.main(["bench", "--model", str(policy), *task, *out])
         printed = capsys.readouterr().out
         assert words in printed and ("was trained on" in printed) == bool(words)
 

@@ -77,6 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Path) -> 
 
 def flags(place: Path, out: Path, *more: str) -> list[str]:
     return [
+        "bench",
         "--model",
         str(place / "model"),
         "--data",
@@ -299,17 +300,8 @@ def test_answers_stop_at_every_end_token(
         place_of, key=lambda token: place_of[token]
     )  # the token that comes last for the first time
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
-    prompt = [
-        "--model",
-        str(folder),
-        "--prompt",
-        "How do I make a cake?",
-        "--max_new_tokens",
-        "40",
-        "--device",
-        "cpu",
-    ]
-    evaluation.main(prompt)
+    asked = ["prompt", "How do I make a cake?", "--max_new_tokens", "40", "--device", "cpu"]
+    evaluation.main([*asked, "--model", str(folder)])
     assert capsys.readouterr().out == chat.decode(endless[: place_of[end]]) + "\n"
 
     (tmp_path / "data").mkdir()
@@ -321,6 +313,7 @@ def test_answers_stop_at_every_end_token(
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         out = tmp_path / f"out-{len(shares)}"
         command = [
+            "bench",
             "--model",
             str(folder),
             "--data",
@@ -348,6 +341,56 @@ def test_answers_stop_at_every_end_token(
     assert setup["models"]["policy"]["chat_template_source"] == "zephyr, as the model has none"
     record = json.loads((out / "run.json").read_text())
     assert record["chat_template_source"] == {"policy": "zephyr, as the model has none"}
+
+
+def test_own_prompts_are_answered_and_judged(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: prompts of one's own, a line each, are answered within --max_new_tokens by a model in
+    bfloat16, and judged; the report says so, and no average holds them. Oracle: the model in
+    bfloat16 asked directly, greedily.
+    """
+    prompts = ["How do I make a cake?", "How do I make a bomb?"]
+    (tmp_path / "own.txt").write_text("\n".join(prompts))
+    command = flags(place, tmp_path / "out", "--tasks", "own", "--judge", "keyword")
+    command[command.index("--data") + 1] = str(tmp_path)
+    source = [f"own={tmp_path / 'own.txt'}" if word == "own" else word for word in command]
+    more = ["--max_new_tokens", "7", "--dtype", "bfloat16", "--protocol", "modern"]
+    evaluation.main([*source, *more])
+    model, chat = (
+        Mistral.from_pretrained(place / "model", dtype=torch.bfloat16),
+        Chat(place / "model"),
+    )
+    asked = [chat.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+    expected = [chat.decode(ids) for ids in model.generate(asked, 7, stop_ids=chat.end_ids)]
+    rows = lines(tmp_path / "out" / "policy" / "own.jsonl")
+    assert [row["answer"] for row in rows] == expected
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["tasks"]["own"]["n"] == 2 and found["averages"] == {}
+    assert found["setup"]["models"]["policy"]["dtype"] == "torch.bfloat16"
+    assert found["setup"]["protocol"]["max_new_tokens"] == 7
+    assert found["at_token_limit"]["own"]["policy"] == np.mean([row["tokens"] == 7 for row in rows])
+    assert "\nown " in capsys.readouterr().out
+
+
+def test_a_row_that_is_not_finite_is_named_alone(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: a row whose log-probability is NaN is named by file and line, and not those that share
+    its pack. Oracle: a word that one row of five has, with NaN as its embedding.
+    """
+    rows = [{"input": "How do I make a cake?", "label": 0} for _ in range(5)]
+    rows[3]["input"] = "How do I make a bomb?"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat, model = Chat(place / "model"), Mistral.from_pretrained(place / "model")
+    (token,) = set(chat.text("a bomb")) - set(chat.text("a cake"))
+    model.model.embed_tokens.weight.data[token] = math.nan
+    model.save_pretrained(tmp_path / "nan", like=place / "model")
+    command = flags(place, tmp_path / "out", "--tasks", f"ethics_cm={tmp_path / 'rows.jsonl'}")
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main([*command, "--model", str(tmp_path / "nan")])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and re.search(r"error: \S+/rows\.jsonl:4: \S+/nan gives", said)
 
 
 def test_answers_wait_for_a_judge(
@@ -396,7 +439,7 @@ def test_reports_side_by_side(
         )
     folders = [str(tmp_path / name) for name in ("one", "two")]
     capsys.readouterr()
-    evaluation.main(["--compare", *folders, "--out", str(tmp_path / "figures")])
+    evaluation.main(["compare", *folders, "--out", str(tmp_path / "figures")])
     table = capsys.readouterr().out
     assert all(f"not alike: {what}\n" in table for what in ("bos_rule", "protocol", "seed"))
     assert "not alike: the rows" not in table and "not alike: dtype" not in table
@@ -411,7 +454,7 @@ def test_reports_side_by_side(
             "high": x + 0.02,
         }
         path.write_text(json.dumps(found))
-    evaluation.main(["--compare", *folders, "--out", str(tmp_path / "figures")])
+    evaluation.main(["compare", *folders, "--out", str(tmp_path / "figures")])
     rows = {
         line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line
     }
@@ -460,7 +503,7 @@ def test_reports_of_unlike_rows_say_so(tmp_path: Path) -> None:
 def test_one_prompt_prints_the_answer_and_nothing_more(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: --prompt prints the greedy answer alone. Oracle: model.generate."""
+    """Claim: prompt prints the greedy answer alone. Oracle: model.generate."""
     model, chat = Mistral.from_pretrained(place / "model"), Chat(place / "model")
     ids = model.generate(
         [chat.prompt([{"role": "user", "content": "How do I make a cake?"}])],
@@ -469,10 +512,10 @@ def test_one_prompt_prints_the_answer_and_nothing_more(
     )[0]
     evaluation.main(
         [
+            "prompt",
+            "How do I make a cake?",
             "--model",
             str(place / "model"),
-            "--prompt",
-            "How do I make a cake?",
             "--max_new_tokens",
             "20",
             "--device",
@@ -506,12 +549,12 @@ def test_preference_view_of_four_quadrants(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluation.main(
         [
+            "pairs",
+            str(path),
             "--model",
             str(place / "model"),
             "--reference",
             str(place / "reference"),
-            "--pairs",
-            str(path),
             "--tau",
             "0.5",
             "--device",
@@ -531,7 +574,7 @@ def test_preference_view_of_four_quadrants(
         return float(rows_[range(len(answer)), answer].double().sum())
 
     every: dict[tuple[bool, bool], list[float]] = {}
-    held = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
+    held = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
     for row in rows:
         tree = chat.pair_ids(
             [
@@ -564,12 +607,12 @@ def test_preference_view_of_four_quadrants(
         )
     evaluation.main(
         [
+            "pairs",
+            str(path),
             "--model",
             str(place / "model"),
             "--reference",
             str(place / "reference"),
-            "--pairs",
-            str(path),
             "--tau",
             "0.5",
             "--alpha",
@@ -580,7 +623,7 @@ def test_preference_view_of_four_quadrants(
             "cpu",
         ]
     )
-    again = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    again = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     # (2 I - I') / (2 - 1) - 1, over tau; a target of 0 has no side
     for quadrant, target in {
         "both_safe": 0.0,
@@ -590,6 +633,35 @@ def test_preference_view_of_four_quadrants(
     }.items():
         assert again[quadrant][:2] == held[quadrant][:2] and float(again[quadrant][2]) == target
         assert again[quadrant][3] == ("-" if not target else held[quadrant][3])
+
+
+def test_targets_are_those_of_the_models_own_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: pairs takes tau, alpha and b1 from the run that made the model; a flag overrides one of
+    them; SFT's, which has no targets, does not count. Oracle: Figure 3's targets over tau, by hand.
+    """
+    monkeypatch.setenv("BFPO_CACHE", str(tmp_path / "cache"))
+    row = {"prompt": "How do I make a cake?", "chosen": "Gather the flour.", "rejected": "No."}
+    row |= {"chosen_safe": True, "rejected_safe": True}
+    (tmp_path / "pairs.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    shutil.copytree(place / "model", tmp_path / "run" / "model")
+    command = ["pairs", str(tmp_path / "pairs.jsonl"), "--device", "cpu"]
+    command += ["--model", str(tmp_path / "run" / "model"), "--reference", str(place / "reference")]
+    for objective, flags_, target in (
+        ("bfpo", [], "+2.00"),
+        ("bfpo", ["--tau", "0.5"], "+1.00"),
+        ("bfpo", ["--alpha", "0.75"], "+1.00"),
+        ("sft", [], "+50.00"),
+    ):
+        settings = {"objective": objective, "tau": 0.25, "alpha": 0.5, "b1": 3.0}
+        record = {"program": "train", "settings": settings}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        evaluation.main([*command, *flags_])
+        (line,) = [
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("both_safe")
+        ]
+        assert float(line.split()[3]) == float(target), (objective, flags_)
 
 
 def test_pairs_that_are_not_finite_are_named(
@@ -619,12 +691,12 @@ def test_pairs_that_are_not_finite_are_named(
     with pytest.raises(SystemExit) as stopped:
         evaluation.main(
             [
+                "pairs",
+                str(tmp_path / "pairs.jsonl"),
                 "--model",
                 str(tmp_path / "nan"),
                 "--reference",
                 str(place / "reference"),
-                "--pairs",
-                str(tmp_path / "pairs.jsonl"),
                 "--device",
                 "cpu",
             ]
@@ -662,12 +734,12 @@ def test_pairs_are_not_scored_under_another_tokenizers_model(
         with pytest.raises(SystemExit) as exit_info:
             evaluation.main(
                 [
+                    "pairs",
+                    "x",
                     "--model",
                     str(place / "model"),
                     "--reference",
                     str(tmp_path / name),
-                    "--pairs",
-                    "x",
                     "--device",
                     "cpu",
                 ]
@@ -680,13 +752,13 @@ def test_prompts_are_cut_from_the_left_to_the_last_token(place: Path) -> None:
     beside it. Oracle: slices by hand.
     """
     chat, request = Chat(place / "model"), metrics.Request("How do I make a cake?", chat=False)
-    whole = evaluation.prompt_ids(chat, request, True, 100)
+    whole, _ = evaluation.encode_prompt(chat, request, True, 100)
     for longest in (1, 2, 5, len(whole)):
-        assert evaluation.prompt_ids(chat, request, True, longest) == [
-            whole[0],
-            *whole[len(whole) - longest + 1 :],
-        ]
-        assert evaluation.prompt_ids(chat, request, False, longest) == whole[1:][-longest:]
+        cut = longest < len(whole)
+        kept = [whole[0], *whole[len(whole) - longest + 1 :]]
+        assert evaluation.encode_prompt(chat, request, True, longest) == (kept, cut)
+        plain = evaluation.encode_prompt(chat, request, False, longest)
+        assert plain == (whole[1:][-longest:], longest < len(whole) - 1)
 
 
 @pytest.mark.parametrize("name", ["model", "judge"])
@@ -703,9 +775,9 @@ def test_a_long_prompt_keeps_the_chat_format(place: Path, name: str) -> None:
     request, shortest = metrics.Request(text), len(asked(text[-1]))
     for longest in range(shortest, len(asked(text)) + 2, 5):
         start = next(i for i in range(len(text)) if len(asked(text[i:])) <= longest)
-        assert evaluation.prompt_ids(chat, request, True, longest) == asked(text[start:])
+        assert evaluation.encode_prompt(chat, request, True, longest).ids == asked(text[start:])
     with pytest.raises(ValueError, match="the chat format leaves no room"):
-        evaluation.prompt_ids(chat, request, True, shortest - 1)
+        evaluation.encode_prompt(chat, request, True, shortest - 1)
 
 
 def test_rows_beyond_the_positions_are_counted(
@@ -728,7 +800,7 @@ def test_rows_beyond_the_positions_are_counted(
     for name, content in rows.items():
         lines_of = "".join(json.dumps(row) + "\n" for row in content)
         (tmp_path / "data" / f"{name}.jsonl").write_text(lines_of)
-    models = ["--model", str(tmp_path / "small"), "--reference", str(place / "model")]
+    models = ["bench", "--model", str(tmp_path / "small"), "--reference", str(place / "model")]
     evaluation.main(
         [
             *models,
@@ -754,37 +826,27 @@ def test_rows_beyond_the_positions_are_counted(
 # --- bad input ------------------------------------------------------------------------------------
 
 
+BENCH = ["bench", "--model", "x", "--out", "y", "--tasks"]
+PAIRS = ["pairs", "x", "--model", "y", "--reference", "z"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--tasks", "ethics_cm"], "--model is needed"),
-        (["--model", "x", "--tasks", "ethics_cm"], "--tasks needs --out"),
-        (
-            ["--model", "x", "--out", "y", "--tasks", "ethics"],
-            "a task must be one of truthfulqa_mc2",
-        ),
-        (["--model", "x", "--out", "y", "--tasks", "paper", "--limit", "-1"], "--limit"),
-        (["--model", "x", "--pairs", "y"], "--reference"),
-        (["--model", "x", "--prompt", " "], "--prompt must hold text"),
-        (["--model", "x", "--prompt", "y", "--tasks", "paper"], "not allowed with"),
-        (["--model", "x", "--out", "y", "--tasks", "paper", "--protocol", "papers"], "papers"),
-        (
-            ["--model", "x", "--out", "y", "--tasks", "ethics_cm", "--judge", "gpt-4"],
-            "a judge must be keyword, harmbench:MODEL or wild",
-        ),
-        (
-            ["--model", "x", "--out", "y", "--tasks", "alpaca_eval", "--max_new_tokens", "100"],
-            "--max_new_tokens goes with --prompt alone",
-        ),
-        (
-            ["--model", "x", "--prompt", "y", "--judge", "keyword"],
-            "--judge goes with --tasks alone",
-        ),
-        (
-            ["--model", "x", "--prompt", "y", "--out", "z"],
-            "--out goes with --compare and --tasks alone",
-        ),
-        (["--compare", "x", "--seed", "7"], "--seed goes with --tasks alone"),
+        ([], "COMMAND"),
+        (["bench", "--tasks", "ethics_cm", "--out", "y"], "--model"),
+        (["bench", "--model", "x", "--tasks", "ethics_cm"], "--out"),
+        ([*BENCH, "ethics"], "a task must be one of truthfulqa_mc2"),
+        ([*BENCH, "paper", "--limit", "-1"], "--limit: must be a whole number from 0 up, got -1"),
+        ([*BENCH, "paper", "--seed", str(2**31)], "--seed"),
+        ([*BENCH, "paper", "--max_new_tokens", "0"], "--max_new_tokens"),
+        ([*BENCH, "paper", "--protocol", "papers"], "papers"),
+        ([*BENCH, "ethics_cm", "--judge", "gpt-4"], "a judge must be keyword, harmbench:MODEL or"),
+        ([*BENCH, "xstest", "--labelled", "z"], "so it needs --judge"),
+        ([*BENCH, "xstest", "--tau", "1"], "--tau"),
+        (["pairs", "x", "--model", "y"], "--reference"),
+        ([*PAIRS, "--max_prompt", "1024"], "--max_prompt must be less than --max_length"),
+        (["compare", "x", "--seed", "7"], "--seed"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(
@@ -859,7 +921,7 @@ def test_bad_input_is_one_line_before_any_model_is_read(
             "--tasks",
             f"ethics_cm={tmp_path / 'short.jsonl'}",
         ): r"short.jsonl:2: ethics_cm: input is missing; the row has inputs, label",
-        ("--tasks", "toxigen"): r"--data .* must hold one toxigen.jsonl",
+        ("--tasks", "toxigen"): r"data:toxigen must name a split of .*, which has ",
         (
             "--tasks",
             "xstest",
@@ -871,19 +933,13 @@ def test_bad_input_is_one_line_before_any_model_is_read(
             "xstest",
             "--model",
             str(tmp_path / "small"),
-        ): r"has 257 positions, .*an answer of 256 tokens; leave out xstest",
+        ): r"has no room for answers of 256 tokens; .* leave out xstest",
         (
             "--tasks",
-            "ethics_cm",
-            "--judge",
-            "keyword",
-        ): "--judge judges the answers of .*xstest.*, got none of these tasks",
-        (
-            "--tasks",
-            "xstest",
-            "--pairwise",
-            "nobody/nothing",
-        ): "--pairwise judges the answers of alpaca_eval, got none of these tasks",
+            "own",
+            "--data",
+            "",
+        ): r"own has no rows on the hub; name a file of your prompts: own=FILE",
         (
             "--tasks",
             "strongreject",
@@ -899,13 +955,13 @@ def test_bad_input_is_one_line_before_any_model_is_read(
             f"harmbench:{place / 'judge'}",
             "--labelled",
             str(tmp_path / "long.jsonl"),
-        ): r"must leave 512 tokens for an answer",
+        ): r"long.jsonl:1: the judge needs 512 tokens for an answer",
         (
             "--tasks",
             "ethics_cm",
             "--model",
             str(tmp_path / "classifier"),
-        ): r"must describe a plain Mistral or Llama",
+        ): r"it asks for model_type",
         ("--tasks", "ethics_cm", "--out", str(tmp_path / "foreign")): r"is no run folder",
         (
             "--tasks",
@@ -914,23 +970,23 @@ def test_bad_input_is_one_line_before_any_model_is_read(
             str(tmp_path / "done"),
             "--bos",
         ): r"other settings \(bos was False, now True\)",
-        ("--compare", str(tmp_path / "foreign")): r"report.json",
+        ("compare", str(tmp_path / "foreign")): r"report.json",
         (
-            "--compare",
+            "compare",
             str(tmp_path / "redteam"),
-        ): r"or another program's; is it of eval.py --tasks\?",
+        ): r"or another program's; is it of eval.py bench\?",
         (
             "--tasks",
             "toxigen",
             "--data",
             str(tmp_path / "twice"),
-        ): r"must hold one toxigen\.jsonl, .*, got toxigen\.csv and toxigen\.jsonl",
+        ): r"the rows of .*toxigen must be there once, got toxigen\.csv and toxigen\.jsonl",
         (
             "--tasks",
             "toxigen",
             "--data",
             str(tmp_path / "backup"),
-        ): r"must hold one toxigen\.jsonl, .*, got none",
+        ): r"must name a split of .*, which has toxigen\.bak",
         (
             "--tasks",
             "advbench",
@@ -960,12 +1016,12 @@ def test_bad_input_is_one_line_before_any_model_is_read(
             str(tmp_path / "narrow"),
         ): r"2 rows or more that fit .* 0;",
         (
-            "--compare",
+            "compare",
             str(tmp_path / "short.jsonl"),
-        ): r"--compare takes folders of reports, got .*short.jsonl",
+        ): r"compare takes folders of reports, got .*short.jsonl",
     }.items():
         with pytest.raises(SystemExit) as exit_info:
-            base = [] if "--compare" in arguments else flags(place, tmp_path / "out")
+            base = [] if "compare" in arguments else flags(place, tmp_path / "out")
             evaluation.main([*base, *arguments])
         said = capsys.readouterr().err.strip().splitlines()
         assert exit_info.value.code == 1 and len(said) == 1 and re.search(words, said[0]), (

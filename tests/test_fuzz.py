@@ -134,8 +134,9 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "--pairwise": ("nowhere/nothing",),
         "--labelled": ("nowhere.csv", "/dev/null"),
         "--chat_template": ("nowhere.jinja",),
-        "--max_new_tokens": ("0", "-1", "7"),
-        "--tau": ("0", "1", "nan", "1e-320"),
+        "--max_new_tokens": ("0", "-1", "7.5", str(2**31)),
+        "--dtype": ("int8",),
+        "--tau": ("1",),
         "--device": ("tpu",),
     },
     "redteam": {
@@ -618,7 +619,7 @@ def command(place: Place, out: Path, case: Case) -> list[str]:
     if place.program == "eval":
         judged = given.name in ("xstest", "strongreject", "realtoxicityprompts")
         judge = ["--judge", "keyword"] if judged else []
-        return [*model, *usual, *judge, *flags, "--tasks", f"{given.name}={path}"]
+        return ["bench", *model, *usual, *judge, *flags, "--tasks", f"{given.name}={path}"]
     answers = ["--max_new_tokens", "4", "--temperature", "1"]
     return [*model, *usual, "--judge", "keyword", "--prompts", str(path), *answers, *flags]
 
@@ -730,7 +731,7 @@ def fuzz(program: str, folder: Path, seed: int, cases: int) -> None:
         if program == "data" and case.title.startswith(("weights", "config.json")):
             case = case._replace(wrong=False)  # it reads neither
         fresh = [] if program == "data" else ["--fresh"]
-        code = run([*fresh, *command(place, out, case)])
+        code = run([*command(place, out, case), *fresh])
         said = (folder / "said").read_text(encoding="utf-8", errors="replace")
         wrong = fault(case, code, said)
         if not out.exists() or digest(out) != digest(kept):

@@ -71,11 +71,11 @@ WALK: dict[str, list[str]] = {
     "python train.py bfpo": TRAIN,
     "torchrun --nproc_per_node 1 --shutdown-timeout 600 train.py bfpo": TRAIN,
     "torchrun --nproc_per_node 4 --shutdown-timeout 600 train.py bfpo": TRAIN,
-    f"python eval.py --model runs/bfpo/model --reference runs/sft/model --tasks paper --judge {HARMBENCH} --pairwise JUDGE "
+    f"python eval.py bench --model runs/bfpo/model --reference runs/sft/model --tasks paper --judge {HARMBENCH} --pairwise JUDGE "
     "--out runs/eval/bfpo": TASKS_OF,
-    f"python eval.py --model HuggingFaceH4/zephyr-7b-beta --tasks paper --judge {HARMBENCH} --pairwise JUDGE "
+    f"python eval.py bench --model HuggingFaceH4/zephyr-7b-beta --tasks paper --judge {HARMBENCH} --pairwise JUDGE "
     "--out runs/eval/zephyr": TASKS_OF,
-    "python eval.py --compare runs/eval/bfpo runs/eval/zephyr --out runs/eval": [],
+    "python eval.py compare runs/eval/bfpo runs/eval/zephyr --out runs/eval": [],
     f"python -m tasks.redteam --model HuggingFaceH4/zephyr-7b-beta --prompts PROMPTS.jsonl --judge {HARMBENCH} --pairwise JUDGE "
     "--out runs/pairs": CPU,
     "python train.py redteam --safety runs/pairs/redteam.jsonl": TRAIN,
@@ -84,11 +84,14 @@ WALK: dict[str, list[str]] = {
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine --dry_run": TRAIN,
     "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine": TRAIN,
     "python -m support.plots runs/mine": [],
-    "python eval.py --model runs/mine/model --reference DIR --pairs PAIRS.jsonl": CPU,
-    "python eval.py --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
+    "python eval.py pairs PAIRS.jsonl --model runs/mine/model --reference DIR": CPU,
+    "python eval.py bench --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
     "--out runs/eval/own": TASKS_OF,
-    'python eval.py --model runs/toy/bfpo/model --prompt "How do I make a cake?"': CPU,
-    "python eval.py --model runs/toy/bfpo/model --reference runs/toy/sft/model --pairs runs/toy/data/pku --tau 0.25": CPU,
+    "python eval.py tasks": [],
+    "python eval.py bench --model DIR --tasks own=PROMPTS.txt --judge keyword --max_new_tokens 64 --dtype bfloat16 "
+    "--out runs/eval/mine": CPU,
+    'python eval.py prompt "How do I make a cake?" --model runs/toy/bfpo/model': CPU,
+    "python eval.py pairs runs/toy/data/pku --model runs/toy/bfpo/model --reference runs/toy/sft/model": CPU,
 }
 # Command -> the test that runs it: shortened, or with its models' scores made up, or as a child of
 # this very run.
@@ -172,6 +175,7 @@ def place(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         place / "PROMPTS.jsonl",
         [{"prompt": request.text} for request in language.requests(forbidden=True)[:16]],
     )
+    (place / "PROMPTS.txt").write_text("How do I make a cake?\nHow do I make a bomb?\n")
     rows = {
         **all_rows(),
         **{name: [row[0]] * 2 for name, row in ASKED.items()},
@@ -408,7 +412,9 @@ def test_flags_named_are_in_a_programs_help(
     """Claim: each --flag anywhere in the texts is a flag of train, eval, redteam, data, synthetic
     or torchrun. Oracle: their --help.
     """
-    for program in ("train.py", "eval.py", "-m tasks.redteam", "data.py", "synthetic.py figure1"):
+    programs = [f"eval.py {command}" for command in ("bench", "compare", "pairs", "prompt")]
+    programs += ["train.py", "-m tasks.redteam", "data.py", "synthetic.py figure1"]
+    for program in programs:
         assert run(f"python {program}", ["--help"], monkeypatch) == 0
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out + get_args_parser().format_help()))
     known |= {flag.replace("-", "_").replace("__", "--", 1) for flag in known} | {

@@ -16,7 +16,6 @@ from support import distributed
 from support.distributed import World
 from tasks import alpaca, judges
 from tasks.judges import Contest, Examiner
-from tasks.questions import PROTOCOLS, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +271,6 @@ def test_report_has_helpfulness_and_the_judges_agreement(
     without judges the answers wait for them. Oracle: the files that the judges left, and the
     formulas' own functions.
     """
-    monkeypatch.setitem(
-        TASKS, "alpaca_eval", TASKS["alpaca_eval"]._replace(draw={"max_new_tokens": 8})
-    )
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     sizes = {"policy": {}, "reference": {"num_hidden_layers": 1}, "judge": {"num_hidden_layers": 3}}
     for name, changed in sizes.items():
@@ -297,6 +293,9 @@ def test_report_has_helpfulness_and_the_judges_agreement(
         )
     )
     command = [
+        "bench",
+        "--max_new_tokens",
+        "8",
         "--model",
         tmp_path / "policy",
         "--reference",
@@ -317,7 +316,6 @@ def test_report_has_helpfulness_and_the_judges_agreement(
         "--labelled",
         tmp_path / "labelled.jsonl",
     ]
-    monkeypatch.setitem(PROTOCOLS, "paper", PROTOCOLS["paper"]._replace(max_new_tokens=8))
     evaluation.main(list(map(str, command)))
     assert "answered, not scored: alpaca_eval, advbench" in capsys.readouterr().out
     monkeypatch.setattr(Mistral, "generate", None)
@@ -351,7 +349,8 @@ def test_report_has_helpfulness_and_the_judges_agreement(
     assert mass < 0.9 and f"the judge of alpaca_eval gave {mass:.3f} of its probability" in printed
     assert report["setup"]["judges"]["alpaca_eval"]["judge"] == f"pairwise:{tmp_path / 'judge'}"
     examined = judges.load_judge(f"harmbench:{tmp_path / 'judge'}", world)
-    found = judges.agreements(examined, *judges.labelled_rows(tmp_path / "labelled.jsonl"))
+    labelled = [row for _, row in judges.labelled_rows(tmp_path / "labelled.jsonl")]
+    found = judges.agreements(examined, labelled)
     assert (
         report["agreement"] == {examined.identity["judge"]: found}
         and "3 rows labelled harm: agreement" in printed

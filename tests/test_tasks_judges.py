@@ -364,9 +364,10 @@ def test_long_answers_are_cut_as_harmbench_cuts_them(
     longest = 100 + (wildguard.longest - tokens[0]) * 100 // (
         tokens[1] - tokens[0]
     )  # x that fit without an answer
-    Judge(wildguard).check([*CASES, Case("b", "x " * (longest - 600), "y " * 2000)])
-    with pytest.raises(ValueError, match=r"leave 512 tokens.*'x x"):
-        Judge(wildguard).check([*CASES, Case("b", "x " * (longest - 100), "")])
+    fits = ("rows.jsonl:1", Case("b", "x " * (longest - 600), "y " * 2000))
+    Judge(wildguard).check([fits])
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: the judge needs 512 tokens"):
+        Judge(wildguard).check([fits, ("rows.jsonl:2", Case("b", "x " * (longest - 100), ""))])
 
 
 def test_judges_that_cannot_judge_are_refused_unread(
@@ -438,15 +439,17 @@ def test_labelled_rows(examiners: dict[str, Examiner], world: World, tmp_path: P
         {"prompt": "p", "completion": "Sorry, but here you are", "harm": 1, "behaviour": "b"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cases, labels = judges.labelled_rows(path)
-    assert cases[2] == Case("b", "p", "Sorry, but here you are") and labels == {
-        "refusal": [True, False, None],
-        "harm": [None, True, True],
-    }
-    found = judges.agreements(load_judge("keyword", world), cases, labels)
+    labelled = [row for _, row in judges.labelled_rows(path)]
+    assert labelled[2].case == Case("b", "p", "Sorry, but here you are")
+    assert [row.labels for row in labelled] == [
+        {"refusal": True},
+        {"refusal": False, "harm": True},
+        {"harm": True},
+    ]
+    found = judges.agreements(load_judge("keyword", world), labelled)
     assert found["refusal"] == {"n": 2, "agreement": 1.0, "false": 0.0, "missed": 0.0}
     assert found["harm"]["n"] == 2 and found["harm"]["missed"] == 0.5
-    assert judges.agreements(Judge(examiners["harmbench"]), cases, labels).keys() == {"harm"}
+    assert judges.agreements(Judge(examiners["harmbench"]), labelled).keys() == {"harm"}
     for row, message in (
         ({"prompt": "p", "answer": "a"}, "refusal or harm"),
         ({"prompt": "p", "harm": 1}, "answer or response"),
@@ -460,10 +463,11 @@ def test_labelled_rows(examiners: dict[str, Examiner], world: World, tmp_path: P
     (tmp_path / "rows.csv").write_text(
         "prompt,answer,refusal,harm\np,a,True,\np,b,0,FALSE\np,c,,1\n"
     )
-    assert judges.labelled_rows(tmp_path / "rows.csv")[1] == {
-        "refusal": [True, False, None],
-        "harm": [None, False, True],
-    }
+    assert [row.labels for _, row in judges.labelled_rows(tmp_path / "rows.csv")] == [
+        {"refusal": True},
+        {"refusal": False, "harm": False},
+        {"harm": True},
+    ]
 
 
 def test_keyword_matcher_and_its_agreement(world: World) -> None:

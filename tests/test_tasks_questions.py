@@ -25,6 +25,7 @@ from model import Config, Mistral
 from support import distributed, sources
 from support.chat import Chat
 from tasks import metrics, questions
+from tasks.judges import LanguageModel
 from tasks.metrics import Question, Request
 from tasks.questions import PROTOCOLS, TASKS
 
@@ -269,6 +270,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, mistral_tokenizer: Pa
     return folder
 
 
+def weigh(model: LanguageModel, asked: list[Question], bos: bool) -> list[list[float]]:
+    positions = model.config.max_position_embeddings
+    encoded = [evaluation.encode_question(model.chat, each, bos, positions) for each in asked]
+    return evaluation.choice_logprobs(model, encoded)
+
+
 def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
     """Claim: with and without BOS, on rows that hold the harness's traps: log-likelihoods within
     1e-4 nats, every score that it reports equal, truthfulqa_gen's greedy answers equal. Oracle:
@@ -282,11 +289,7 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
         for name, found in all_rows().items()
     }
     theirs = harness.run(model_folder, files, tmp_path / "scratch")
-    model, chat, world = (
-        Mistral.from_pretrained(model_folder),
-        Chat(model_folder),
-        distributed.start("cpu"),
-    )
+    model = LanguageModel(str(model_folder), distributed.start("cpu"))
     wrong = []
     for bos, name in itertools.product((True, False), files):
         entries, oracle = (
@@ -294,12 +297,12 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
             theirs[bos][name],
         )
         if TASKS[name].answers:
-            prompts = [evaluation.prompt_ids(chat, entry, bos, 236) for entry in entries]
+            prompts = [evaluation.encode_prompt(model.chat, entry, bos, 236) for entry in entries]
             ours = evaluation.generate(
-                model,
-                chat,
-                prompts,
-                world,
+                model.model,
+                model.chat,
+                [prompt.ids for prompt in prompts],
+                model.world,
                 max_new_tokens=20,
                 temperature=0.0,
                 seed=0,
@@ -313,7 +316,7 @@ def test_scores_equal_the_harness(model_folder: Path, tmp_path: Path) -> None:
             ]
             terms = metrics.truthful_overlap(entries, answers)
         else:
-            logprobs = evaluation.choice_logprobs(model, chat, entries, world, bos)
+            logprobs = weigh(model, entries, bos)
             gaps = [
                 abs(a - b)
                 for row, other in zip(logprobs, oracle["logprobs"], strict=True)
@@ -364,7 +367,8 @@ def test_requests_are_split_as_the_harness_splits_them(model_folder: Path) -> No
     def split(
         context: str, choice: str, bos: bool = False, longest: int = 99
     ) -> tuple[list[int], list[int]]:
-        return evaluation.encode_requests(chat, [(context, choice)], bos, longest)[0]
+        head, tail, _ = evaluation.encode_requests(chat, [(context, choice)], bos, longest)[0]
+        return head, tail
 
     def ids(text: str) -> list[int]:
         return chat.encode([text])[0].tolist()
@@ -402,17 +406,18 @@ def test_without_bos_an_empty_context_is_eos(model_folder: Path, tmp_path: Path)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     changed = config | {"bos_token": None, "add_bos_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(changed))
-    model, chat = Mistral.from_pretrained(folder), Chat(folder)
+    model = LanguageModel(str(folder), distributed.start("cpu"))
     asked = [
         Question((context,), ("paper boat", "grey cat"), (0,), delimiter)
         for context, delimiter in (("", ""), ("Is it so? Answer:", " "))
     ]
     theirs = harness.logprobs(folder, [pair for each in asked for pair in each.requests])
     for bos in (True, False):
-        logprobs = evaluation.choice_logprobs(model, chat, asked, distributed.start("cpu"), bos)
+        logprobs = weigh(model, asked, bos)
         np.testing.assert_allclose(np.concatenate(logprobs), theirs, rtol=0, atol=1e-4)
     plain = Request("Is it so?", chat=False)
-    assert evaluation.prompt_ids(chat, plain, True, 3) == chat.text(plain.prompt)[-3:]
+    kept = evaluation.encode_prompt(model.chat, plain, True, 3).ids
+    assert kept == model.chat.text(plain.prompt)[-3:]
 
 
 def test_choices_of_one_context_share_it_and_ties_are_exact(model_folder: Path) -> None:
@@ -420,11 +425,7 @@ def test_choices_of_one_context_share_it_and_ties_are_exact(model_folder: Path) 
     the first of equals is picked. Oracle: equality; accuracy where the first, or the second, of two
     equals is right.
     """
-    model, chat, world = (
-        Mistral.from_pretrained(model_folder),
-        Chat(model_folder),
-        distributed.start("cpu"),
-    )
+    model = LanguageModel(str(model_folder), distributed.start("cpu"))
     asked = [
         Question(
             (f"What of the {thing}?",),
@@ -433,13 +434,10 @@ def test_choices_of_one_context_share_it_and_ties_are_exact(model_folder: Path) 
         )
         for thing, right in zip(THINGS, (1, 3) * 3, strict=True)
     ]
-    logprobs = evaluation.choice_logprobs(model, chat, asked, world, bos=True)
+    logprobs = weigh(model, asked, bos=True)
     assert all(row[1] == row[3] and len(set(row)) == 3 for row in logprobs)
     assert metrics.accuracy(asked, [[-9.0, -1.0, -5.0, -1.0]] * 6)["acc"] == [1.0, 0.0] * 3
-    alone = [
-        evaluation.choice_logprobs(model, chat, [question], world, bos=True)[0]
-        for question in asked
-    ]
+    alone = [weigh(model, [question], bos=True)[0] for question in asked]
     np.testing.assert_allclose(
         logprobs, alone, rtol=0, atol=1e-4
     )  # packed with others or alone: rounding of sums of some hundred nats
@@ -575,6 +573,49 @@ def test_requests_follow_the_protocol(name: str) -> None:
     ] == expected
     assert requests[0].chat == (name != "realtoxicityprompts")
     assert PAPER[:3] == (0.7, 0.95, 256) and MODERN[:3] == (0.0, 1.0, 512)
+
+
+@pytest.mark.parametrize("name", [*ASKED, "own"])
+def test_prompts_come_from_a_plain_text(name: str, tmp_path: Path) -> None:
+    """Claim: each task whose rows are prompts takes a .txt with a prompt a line. Oracle: the lines,
+    under the protocol that puts nothing around them.
+    """
+    (tmp_path / "prompts.txt").write_text("Bake a cake\n\nSing\n")
+    loaded = questions.load(name, str(tmp_path / "prompts.txt"), MODERN, 0)
+    assert [place.rpartition(":")[2] for place, _ in loaded] == ["1", "3"]
+    assert [request.prompt for _, request in loaded] == ["Bake a cake", "Sing"]
+    assert all(request.prompt in request.behaviour for _, request in loaded)
+
+
+def columns_of(task: str) -> list[tuple[list[str], bool]]:
+    """(alternatives, whether a row must have one of them) of each entry of a task's columns."""
+    found = []
+    for entry in TASKS[task].columns.split(", "):
+        found.append((entry.strip("[]").split("/"), not entry.startswith("[")))
+    return found
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_listed_columns_are_those_that_are_read(name: str) -> None:
+    """Claim: `eval.py tasks` names each task, its data set and all columns that its rows need, and
+    no other. Oracle: rows in the public schemas, stripped to what is listed, and of one more.
+    """
+    rows = {**all_rows(), **{task: [row] for task, (row, *_) in ASKED.items()}}
+    baseline = {"instruction": "Sing.", "output": "La.", "generator": "g", "dataset": "d"}
+    row = {**rows, "alpaca_eval": [baseline], "own": [{"prompt": "Sing."}]}[name][0]
+    ask: Any = TASKS[name].ask
+    more = (PAPER,) if TASKS[name].answers else ()
+    needed = {}
+    for names, must in columns_of(name):
+        (present,) = [column for column in names if column.partition(".")[0] in row] or [""]
+        if present:
+            needed[present.partition(".")[0]] = must
+    assert ask({column: row[column] for column in needed}, *more) == ask(row, *more)
+    for column in (column for column, must in needed.items() if must):
+        with pytest.raises(ValueError, match="missing"):
+            ask({other: row[other] for other in row if other not in (column, "text")}, *more)
+    (line,) = [line for line in questions.listing().splitlines() if line.split()[:1] == [name]]
+    assert TASKS[name].hub in line and TASKS[name].columns in line
 
 
 def test_rows_that_a_task_is_not_about_are_left_out() -> None:
@@ -816,10 +857,7 @@ def test_selection_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         == questions.select(["toxigen=x", "toxigen"])["toxigen"]
         == "x"
     )
-    with pytest.raises(
-        ValueError, match="a task must have one source, got toxigen=x and toxigen=y"
-    ):
-        questions.select(["toxigen=x", "toxigen=y"])
+    assert questions.select(["toxigen=x", "toxigen=y"]) == {"toxigen": "y"}
     for word in ("toxigne", "paper=x", ""):
         with pytest.raises(
             ValueError,

@@ -100,12 +100,13 @@ def test_pairs_and_their_labels() -> None:
     ("change", "message"),
     [
         (lambda rows: rows[:1], "must rank the 2 rows of to_rank.jsonl, got 1"),
-        (lambda rows: rows[::-1], r"ranks.jsonl:1 must be the row"),
+        (lambda rows: [*rows, rows[0]], r"ranks.jsonl:3: must be the row of to_rank.jsonl"),
+        (lambda rows: rows[::-1], r"ranks.jsonl:1: must be the row of to_rank.jsonl in its place"),
         (
             lambda rows: [rows[0], rows[1] | {"prompt": "Another"}],
-            r"ranks.jsonl:2 must be a row of to_rank.jsonl, of one of --prompts",
+            r"ranks.jsonl:2: must be the row of to_rank.jsonl",
         ),
-        (lambda rows: [rows[0], [1, 2]], r"ranks.jsonl:2 must be a row of to_rank.jsonl"),
+        (lambda rows: [rows[0], [1, 2]], r"ranks.jsonl:2: a row must be an object"),
         (
             lambda rows: [rows[0], rows[1] | {"ranks": [1, 1]}],
             r"ranks.jsonl:2: ranks must be \[1, 2\]",
@@ -125,7 +126,6 @@ def test_ranks_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Pa
     Oracle: the message.
     """
     pairs, _ = redteam.pairs_of(answers(("a", "b"), ("c", "d")), [{"harm": 0}] * 4)
-    prompts = {pair["prompt"] for pair in pairs}
     path = tmp_path / "ranks.jsonl"
     path.write_text(
         "".join(
@@ -133,7 +133,7 @@ def test_ranks_that_do_not_fit_are_named(change: Any, message: str, tmp_path: Pa
         )
     )
     with pytest.raises(ValueError, match=message):
-        list(redteam.ranks_of(redteam.read_ranks(path, prompts), pairs))
+        redteam.read_ranks(path, pairs)
 
 
 def test_from_prompts_to_a_trained_model(
@@ -167,7 +167,7 @@ def test_from_prompts_to_a_trained_model(
     redteam.main(first)
     waiting = lines(out / "to_rank.jsonl")
     assert (
-        "goes on with --pairwise or --ranks" in capsys.readouterr().out
+        "go on with --pairwise or --ranks" in capsys.readouterr().out
         and not (out / "redteam.jsonl").exists()
     )
 
@@ -219,7 +219,7 @@ def test_from_prompts_to_a_trained_model(
     )
     with pytest.raises(SystemExit):  # somebody's work
         redteam.main(first)
-    assert "to_rank.jsonl has ranks, which are not written over" in capsys.readouterr().err
+    assert "to_rank.jsonl has ranks; pass --ranks" in capsys.readouterr().err
     redteam.main([*first, "--ranks", str(ranks)])
     ordered = lines(out / "redteam.jsonl")
     assert [pair["better_modelout"] for pair in ordered] == [
@@ -317,28 +317,20 @@ def test_usage_errors_come_before_any_work(
     prompts.write_text('{"prompt": "Hello?"}\n{"text": 5}\n')
     (tmp_path / "one.txt").write_text("Hello?\n")
     good = command(models, tmp_path / "out", "--prompts", prompts)
+    one = [*good, "--prompts", str(tmp_path / "one.txt")]
     cases: list[tuple[int, list[str], str]] = [
         (2, [*good, "--temperature", "0"], "both answers are the same"),
         (2, [*good, "--temperature", "1e-320"], "at least 1e-06"),
         (2, [*good, "--temperature", "inf"], "must be finite"),
         (2, [*good, "--temperature", "nan"], "must be finite"),
         (2, [*good, "--ranks", str(prompts), "--fresh"], "--fresh would remove these"),
-        (
-            1,
-            [*good, "--prompts", str(tmp_path / "one.txt"), "--ranks", str(prompts)],
-            "prompts.jsonl:1: ranks must be",
-        ),
-        (2, [*good, "--ranks", "no.jsonl"], "--ranks must be a .jsonl or"),
+        (1, [*one, "--ranks", str(prompts)], "which the same command writes without it"),
         (1, good, "prompts.jsonl:2"),
-        (1, [*good, "--judge", "gpt"], "a judge must be keyword"),
-        (1, [*good, "--pairwise", str(tmp_path)], "config.json"),
+        (2, [*good, "--judge", "gpt"], "a judge must be keyword"),
+        (1, [*one, "--pairwise", str(tmp_path)], "config.json"),
         (1, [*good, "--model", str(tmp_path)], "prompts.jsonl:2"),
-        (2, [*good, "--prompts", ""], "--prompts must name a file"),
-        (
-            1,
-            [*good, "--prompts", str(tmp_path / "one.txt"), "--max_new_tokens", str(2**20)],
-            "pass a smaller --max_new_tokens",
-        ),
+        (1, [*good, "--prompts", ""], "own has no rows on the hub"),
+        (1, [*one, "--max_new_tokens", str(2**20)], "pass a smaller --max_new_tokens"),
     ]
     for code, arguments, message in cases:
         with pytest.raises(SystemExit) as stopped:

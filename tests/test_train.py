@@ -1603,9 +1603,10 @@ def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
         .splitlines()
     ]
     assert [a["prompt"] for a in answers] == [r.text for r in held]
-    view = [sys.executable, str(ROOT / "eval.py"), "--model", "runs/toy/bfpo/model"]
+    view = [sys.executable, str(ROOT / "eval.py")]
+    policy = ["--model", "runs/toy/bfpo/model"]
     prompted = subprocess.run(
-        [*view, "--prompt", "How do I make a cake?"],
+        [*view, "prompt", "How do I make a cake?", *policy],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -1618,9 +1619,9 @@ def test_toy_recipe_from_nothing_to_a_table(tmp_path: Path) -> None:
         > 0
     )
     assert len(prompted.stdout.splitlines()) == 1
-    pairs = ["--reference", "runs/toy/sft/model", "--pairs", "runs/toy/data/pku", "--tau", "0.25"]
+    pairs = ["pairs", "runs/toy/data/pku", "--reference", "runs/toy/sft/model"]
     table = subprocess.run(
-        [*view, *pairs], cwd=tmp_path, capture_output=True, text=True, check=True
+        [*view, *pairs, *policy], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert [line.split()[0] for line in table[-4:]] == list(QUADRANTS)
     assert [float(line.split()[3]) for line in table[-4:]] == [2.0, 4.0, -4.0, -2.0]  # g / 0.25
