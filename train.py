@@ -900,35 +900,17 @@ def announce(
     """Print the plan of a run. What does not fit is a warning, in a dry run a ValueError."""
     step = step_of(config, streams, steps, world.size)
     load = load_of(config, model, trained, step, world)
-    has_reference = config.objective != "sft"
+    rows = sum(map(len, streams.values()))
     tokens = sum(int(stream.lengths.sum()) for stream in streams.values())
-    step_tokens = sum(stream.lengths.sum(1).mean() for stream in streams.values()) * config.batch
-    row_bytes = 8 if has_reference else 0  # two fp32 log-probabilities
-    cached = sum(s.report["cache"]["bytes"] + row_bytes * len(s) for s in streams.values())
-    disk = memory_plan.disk_bytes(model.shapes(), trained, config.keep, load.dtype)
-
-    def plan() -> tuple[str, str]:
-        room = memory_plan.USABLE * memory_plan.free_bytes(world.device)
-        clock = memory_plan.clock_line(
-            load, world.device, world.size, steps, step_tokens, tokens if has_reference else 0
-        )
-        moment, held = memory_plan.fullest(load)
-        gib = sum(held.values()) / memory_plan.GIB
-        if gib < min(1.0, room / memory_plan.GIB):
-            where = f"on each of {world.size} processes, at the fullest moment ({moment})"
-            room_on_disk = f"disk up to {disk / 1e9:.3g} GB"
-            return f"plan: {gib:.2f} GiB {where}; {clock.strip()}; {room_on_disk}", ""
-        memory, short = memory_plan.memory_lines(load, step, config.pack_tokens, room)
-        lines = [
-            f"plan: GiB on each of {world.size} processes, computing in {config.dtype}; "
-            "from shapes alone, before anything is allocated",
-            *memory,
-            clock,
-            f"  disk up to {disk / 1e9:.3g} GB for checkpoints and the exported model, and in the "
-            f"cache {cached / 1e9:.3g} GB of tokens and reference log-probabilities",
-        ]
-        return "\n".join(lines), short
-
+    cache_bytes = sum(stream.report["cache"]["bytes"] for stream in streams.values())
+    work = memory_plan.Work(
+        steps,
+        sum(stream.lengths.sum(1).mean() for stream in streams.values()) * config.batch,
+        tokens if config.objective != "sft" else 0,
+        memory_plan.disk_bytes(model.shapes(), trained, config.keep, load.dtype),
+        cache_bytes + 40 * rows,  # two log-probabilities in words
+    )
+    plan = partial(memory_plan.describe, load, step, config.pack_tokens, work, world.device)
     text, short = world.from_main(plan)
     world.say(text)
     if short and config.dry_run:

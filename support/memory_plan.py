@@ -455,3 +455,40 @@ def clock_line(
         f"{line}, if half of the {rate / 1e12:.3g} TFLOP/s"
         " that matrix products reach here is reached"
     )
+
+
+class Work(NamedTuple):
+    """What a run does beside its memory."""
+
+    steps: int
+    step_tokens: float  # of all ranks, on average
+    reference_tokens: int  # that the reference scores, 0 without one
+    disk_bytes: int  # of checkpoints and the exported model
+    cache_bytes: int
+
+
+def describe(
+    load: Load, step: Step, pack_tokens: int, work: Work, device: torch.device
+) -> tuple[str, str]:
+    """The plan in words, a line if it is under 1 GiB; and what does not fit, "" when all fits."""
+    room = USABLE * free_bytes(device)
+    clock = clock_line(
+        load, device, load.processes, work.steps, work.step_tokens, work.reference_tokens
+    )
+    disk = f"disk up to {work.disk_bytes / 1e9:.3g} GB"
+    moment, held = fullest(load)
+    gib = sum(held.values()) / GIB
+    if gib < min(1.0, room / GIB):
+        where = f"on each of {load.processes} processes, at the fullest moment ({moment})"
+        return f"plan: {gib:.2f} GiB {where}; {clock.strip()}; {disk}", ""
+    memory, short = memory_lines(load, step, pack_tokens, room)
+    dtype = str(load.dtype).removeprefix("torch.")
+    lines = [
+        f"plan: GiB on each of {load.processes} processes, computing in {dtype}; from shapes "
+        "alone, before anything is allocated",
+        *memory,
+        clock,
+        f"  {disk} for checkpoints and the exported model, and in the cache "
+        f"{work.cache_bytes / 1e9:.3g} GB of tokens and reference log-probabilities",
+    ]
+    return "\n".join(lines), short

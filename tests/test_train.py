@@ -1310,7 +1310,7 @@ def test_dry_run_checks_everything_and_writes_nothing(
     )  # three checkpoints of 4,096 values and a model of 27,000 take 0.26 MB
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ValueError, match=r"needs 0\.000257 GB for checkpoints and the model"),
+        pytest.raises(ValueError, match=r"needs 0\.000257 GB of disk"),
     ):
         patch.setattr(shutil, "disk_usage", lambda _: free)
         train.run(train.parse(command), world)
