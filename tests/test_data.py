@@ -896,7 +896,7 @@ def test_truncated_and_damaged_files(name, chat, tmp_path):
                 load_stream([f"{tmp_path / name}{suffix}"], chat)
     if name == "a.jsonl.gz":
         (tmp_path / name).write_bytes(whole[:middle])
-        with pytest.raises(ValueError, match=r"after .*a\.jsonl\.gz:\d+ it cannot be read"):
+        with pytest.raises(ValueError, match=r"after .*a\.jsonl\.gz:\d+ it is unreadable"):
             load_stream([f"{tmp_path / name}[:20%]"], chat)
 
 
