@@ -252,7 +252,7 @@ def compare(folders: Sequence[str], out: str | None) -> str:
     figure5.png in `out` shows those that have both its axes.
     """
     keys = ("tasks", "averages", "setup", "win_rates")
-    remedy = "is it of eval.py bench? Then delete it, and make it again"
+    remedy = "reports are made by eval.py bench"
     reports: dict[str, Report] = {}
     for folder in folders:
         if not Path(folder).is_dir():

@@ -974,7 +974,7 @@ def test_bad_input_is_one_line_before_any_model_is_read(
         (
             "compare",
             str(tmp_path / "redteam"),
-        ): r"or another program's; is it of eval.py bench\?",
+        ): r"another program's\? reports are made by eval.py bench",
         (
             "--tasks",
             "toxigen",
@@ -1012,6 +1012,8 @@ def test_bad_input_is_one_line_before_any_model_is_read(
         (
             "--tasks",
             f"alpaca_eval={tmp_path / 'alpaca.jsonl'}",
+            "--max_new_tokens",
+            "8",
             "--pairwise",
             str(tmp_path / "narrow"),
         ): r"2 rows or more that fit .* 0;",
