@@ -64,13 +64,6 @@ def pairs_of(
     return pairs, counts
 
 
-def must_not_have_ranks(path: Path) -> None:
-    """ValueError when somebody has added ranks to this to_rank.jsonl, so that none are lost."""
-    rows = [row for _, row in sources.read_rows(path)] if path.exists() else []
-    if any("ranks" in row for row in rows if isinstance(row, dict)):
-        raise ValueError(f"{path} has ranks; pass --ranks {path}, or move it away")
-
-
 def read_ranks(path: Path, pairs: Sequence[Row]) -> list[int | None]:
     """1 or 2 of each pair: the answer of rank 1 in a file of ranks.
 
@@ -212,8 +205,6 @@ def run(options: argparse.Namespace, world: World) -> None:
     waiting = folder.path / "to_rank.jsonl"
     if options.ranks and not waiting.exists():
         raise ValueError(f"--ranks needs {waiting}, which the same command writes without it")
-    if not (options.ranks or examiner or options.fresh):
-        world.from_main(lambda: must_not_have_ranks(waiting))
     facts = {"chat_template_source": policy.chat.template_source}
     folder.create(vars(options), {}, options.fresh, facts)
 
@@ -228,9 +219,10 @@ def run(options: argparse.Namespace, world: World) -> None:
     counts["answers_at_the_token_limit"] = sum(row["at_limit"] for row in answers)
     better = order(options, pairs, examiner, folder.path, world)
     if better is None:
-        world.from_main(lambda: storage.write_lines(waiting, pairs))
+        if not world.from_main(waiting.exists):  # somebody may have added ranks to it
+            world.from_main(lambda: storage.write_lines(waiting, pairs))
         folder.drop_earlier()
-        world.say(f"wrote {waiting}, {len(pairs)} pairs; go on with --pairwise or --ranks")
+        world.say(f"{waiting} has {len(pairs)} pairs; go on with --pairwise or --ranks")
         return
     setup = setup_of(options, policy, judge, examiner)
     world.from_main(lambda: write_pairs(folder.path, pairs, better, counts, setup))
