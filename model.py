@@ -1,7 +1,7 @@
 """The language model: scores preference pairs, generates, reads and writes the ecosystem's
 checkpoints of Mistral, Llama, Qwen2 and Qwen3.
 
-    model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", torch.bfloat16, "cuda")
+    model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", torch.bfloat16, device="cuda")
     pack = Pack.build([(prompt_ids, chosen_ids, rejected_ids), ...]).to("cuda")
     chosen, rejected = model.logprobs(pack).chunk(2)  # log pi(y|x): the terms of the margin h
 
@@ -130,6 +130,18 @@ def rope_entries(raw: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def not_implemented(entries: dict[str, Any]) -> list[str]:
+    """The entries that ask for another computation."""
+    refused = []
+    for name, value in entries.items():
+        if value is not None and value not in IMPLEMENTED.get(name, (value,)):
+            refused.append(f"{name} = {value!r}")
+    layers = entries.get("layer_types")
+    if isinstance(layers, list) and any(kind != "full_attention" for kind in layers):
+        refused.append(f"layer_types = {layers!r}")
+    return refused
+
+
 @dataclass(frozen=True)
 class Config:
     """The architecture, in the words of config.json."""
@@ -204,14 +216,7 @@ class Config:
         names = [entry.name for entry in dataclasses.fields(Config)]
         try:
             rope = rope_entries(raw)
-            refused = []
-            for name, value in (raw | rope).items():
-                if value is not None and value not in IMPLEMENTED.get(name, (value,)):
-                    refused.append(f"{name} = {value!r}")
-            layers = raw.get("layer_types")
-            if isinstance(layers, list) and any(kind != "full_attention" for kind in layers):
-                refused.append(f"layer_types = {layers!r}")
-            if refused:
+            if refused := not_implemented(raw | rope):
                 raise ValueError(f"it asks for {', '.join(refused)}; {READS}")
             if missing := [name for name in ("model_type", *names[:5]) if raw.get(name) is None]:
                 raise ValueError(f"it must be there and give {', '.join(missing)}")
@@ -365,7 +370,7 @@ class Pack:
     The pairs (prompt 5 6, chosen 7 8 9, rejected 7 4) and (prompt 3, chosen 2, rejected 8 2) are
 
         tokens     5 6 | 7 8 9 | 7 4 | 3 | 2 | 8 2
-        positions  0 1 | 2 3 4 | 2 3 | 0 | 1 | 1 2    both responses continue at the prompt's length
+        positions  0 1 | 2 3 4 | 2 3 | 0 | 1 | 1 2      both responses continue the prompt
         tree       0 0 | 0 0 0 | 0 0 | 1 | 1 | 1 1
         branch     0 0 | 1 1 1 | 2 2 | 0 | 1 | 2 2    0 = prompt
 

@@ -95,9 +95,11 @@ class Block(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The tokens that are the keys of some blocks: small trees, or a prompt and one response."""
+    """The tokens that are the keys of some blocks: small trees, or a prompt and one response. A
+    slice, where they are neighbours, needs no copy.
+    """
 
-    keys: Tensor
+    keys: slice | Tensor
     blocks: list[Block]
 
 
@@ -175,14 +177,20 @@ class BlockedAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def bias_of(sees: Sees, queries: Tensor, keys: Tensor) -> Tensor | None:
-    """[queries, 1, keys] of tokens of a pack: 0 where the query sees the key, -inf elsewhere; None
-    of no keys.
-    """
-    if not len(keys):
-        return None
+def bias_of(sees: Sees, queries: Tensor, keys: Tensor) -> Tensor:
+    """[queries, 1, keys] of tokens of a pack: 0 where the query sees the key, -inf elsewhere."""
     hidden = ~sees(0, 0, queries.unsqueeze(-1), keys)
     return torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf).unsqueeze(1)
+
+
+@functools.cache
+def diagonal(rows: int) -> Tensor | None:
+    """[rows, 1, rows - 1] of neighbouring tokens, against the keys after the first one's own: none
+    sees a later one.
+    """
+    if rows == 1:
+        return None
+    return torch.full((rows, rows - 1), -math.inf).triu().unsqueeze(1)
 
 
 def bunches(lengths: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
@@ -209,11 +217,10 @@ def response_blocks(
         end = i + len(block)
         first = max(0, own + i + 1 - window) if window else 0
         # All rows see the keys from `first` to row i's own token, and the mask is on those after
-        # it. It is on all of them where a later row's window begins after `first`.
-        masked = own + i + 1
+        # it; or on all of them, where a later row's window begins after `first`.
+        bias = diagonal(len(block))
         if window is not None and own + end - window > first:
-            masked = first
-        bias = bias_of(sees, block, keys[masked : own + end])
+            bias = bias_of(sees, block, keys[first : own + end])
         blocks.append(Block(slice(row + i, row + end), slice(first, own + end), bias))
     return blocks
 
@@ -235,7 +242,8 @@ def blocked_plan(
             keys = torch.arange(token, token + tokens)
             count = tokens - sum(sizes[0] for sizes in bunch) if scored else tokens
             bias = bias_of(sees, rows[row : row + count], keys)
-            plan.append(Span(keys, [Block(slice(row, row + count), slice(0, tokens), bias)]))
+            block = Block(slice(row, row + count), slice(0, tokens), bias)
+            plan.append(Span(slice(token, token + tokens), [block]))
             token += tokens
             row += count
             continue
@@ -255,7 +263,7 @@ def blocked_plan(
                 own = 0
             count = length if scored or b else prompt + length
             blocks = response_blocks(sees, rows[row : row + count], keys, row, own, window)
-            plan.append(Span(keys, blocks))
+            plan.append(Span(keys if b else slice(token, start + length), blocks))
             start += length
             row += count
         token = start

@@ -169,7 +169,8 @@ MUTANTS = [
     ),
     ("kernels", "support/kernels.py", "dk[:, tokens] = dkeys", "dk[:, tokens] += dkeys"),
     ("kernels", "support/kernels.py", "dv[:, tokens] = dvalues", "pass"),
-    ("kernels", "support/kernels.py", "masked = own + i + 1", "masked = own + i + 2"),
+    ("kernels", "support/kernels.py", "-math.inf).triu()", "-math.inf).triu(1)"),
+    ("kernels", "support/kernels.py", "keys if b else slice(", "keys if False else slice("),
     ("kernels", "support/kernels.py", "dgate.addmm_(dgate_part.mT", "dgate.addmm_(dup_part.mT"),
     ("kernels", "support/kernels.py", "dup.addmm_(dup_part.mT", "dup.addmm_(dgate_part.mT"),
     (
