@@ -811,11 +811,12 @@ class Mistral(nn.Module):
         """The model of a checkpoint folder or of a Hugging Face repository."""
         folder = find_model(path_or_hub_name)
         config = Config.read(folder)
-        stored_weights(config, folder)  # checked before the model is built
+        stored = stored_weights(config, folder)  # checked before the model is built
         with torch.device("meta"):
             model = Mistral(config).to(dtype)
         model.to_empty(device=device)
-        load_weights(model, folder)
+        for name, parameter in model.named_parameters():
+            storage.fill(parameter, stored[name])
         model.origin = str(path_or_hub_name)
         return model
 
