@@ -1,6 +1,7 @@
 """toy/experiments.py, and the pictures that it draws."""
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -120,10 +121,10 @@ def test_a_comparison_and_the_same_command_again(
 ) -> None:
     """Claim: picture, table and results hold what the judge says of the models that train.run left,
     in processes of their own, with a fifth of the labels wrong; the same again starts none, other
-    settings do. Oracle: the answers, judged again; a Popen that fails.
+    settings do. Oracle: the answers, judged again; processes that may not start.
     """
     options = argparse.Namespace(
-        out=tmp_path / "out", work=tmp_path / "work", jobs=2, steps=2, seeds=[3]
+        out=tmp_path / "out", work=tmp_path / "work", jobs=2, steps=2, seeds=[3], split="test"
     )
     variants = {"noisy": Variant("20%", "bfpo", {"lr": 1e-4, "tau": 0.5}, 0.2, "BFPO")}
     claims = [experiments.Claim("BFPO is more helpful than SFT", "helpful", "noisy", "sft")]
@@ -172,14 +173,10 @@ def test_a_comparison_and_the_same_command_again(
         str(root / "data-flipped0.2/pku")
     ]
 
-    start = subprocess.Popen
+    def refuse(**process: object) -> object:
+        raise RuntimeError("started")
 
-    def refuse(command: list[str], **more: object) -> object:
-        if "toy.experiments" in command:
-            raise RuntimeError("started")
-        return start(command, **more)  # git, for the table's last line
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(experiments.SPAWN, "Process", refuse)
     (options.out / "results.json").unlink()
     experiments.compare(options, "picture.png", "A look", variants, claims)
     assert "2 models, 2 of them finished before" in capsys.readouterr().out
@@ -216,31 +213,18 @@ def test_a_model_that_fails_stops_the_command(tmp_path: Path) -> None:
     assert not (job.root / "bfpo.log").exists()
 
 
-def test_one_command_at_a_time_in_a_work_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Claim: a second command on the same models is refused, also when the first was killed and its
-    job lives on. Oracle: a process that inherits the lock, as a job does.
+def test_a_model_that_another_command_trains_is_refused(tmp_path: Path) -> None:
+    """Claim: a second command on the same models ends in an error, also when the first was killed
+    and its job lives on. Oracle: a lock on the run's folder, as the job holds it.
     """
-    with experiments.locked(tmp_path) as lock:
-        orphan = subprocess.Popen(
-            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()]
-        )
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match="is in use by another command, or by what one left running"
-        ):
-            experiments.run_all([Job(str(tmp_path), 1, steps=2)], 1)
-    orphan.communicate(b"\n")
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "experiments.py").write_text("""
-import os, sys
-sys.exit(7 if any(os.path.realpath(f"/proc/self/fd/{fd}").endswith("/.lock") for fd in os.listdir("/proc/self/fd")) else 3)
-""")
-    monkeypatch.setattr(experiments, "HERE", tmp_path)
-    with pytest.raises(OSError, match="exit code 7"):  # a job does inherit it
-        experiments.run_all([Job(str(tmp_path), 1, steps=2)], 1)
-    experiments.locked(tmp_path).close()
+    job = Job(str(tmp_path), 1, steps=2)
+    folder = job.root / "sft"
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="sft is in use by another run"):
+            experiments.run_all([job], 1)
+    assert job.record() is None
 
 
 def test_a_stop_lets_the_models_save(tmp_path: Path) -> None:
@@ -320,7 +304,7 @@ def test_committed_search_is_whole_and_its_picks_are_its_best() -> None:
             for each, run in zip(worse, runs, strict=True)
             if {"lr": run["lr"], "tau": run["tau"]} == pick
         ] == [max(worse)]
-    assert set(found["picks"]) == set(experiments.MODELS) - set(experiments.ABLATIONS)
+    assert set(found["picks"]) == set(experiments.SEARCHED)
     recipe = experiments.train.RECIPES[
         "toy"
     ]  # `python train.py` trains BFPO at what was picked for it

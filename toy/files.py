@@ -11,10 +11,17 @@ from support.storage import whole
 from toy.language import BENIGN_KINDS, FORBIDDEN_KINDS, Request, answer, requests, tokenizer_json
 
 PAIRS = 4000  # of each of the two kinds
-HELD = 200  # benign, and as many forbidden, requests of each of the two splits that no training file holds
+HELD = 200  # benign, and as many forbidden, requests of a split that no training file holds
+TOKENIZER = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+Row = dict[str, object]
 
 
-def sft_row(request: Request, rng: random.Random) -> dict[str, object]:
+def sft_row(request: Request, rng: random.Random) -> Row:
     """A row in UltraChat-200k's schema.
 
     It complies with most forbidden requests and is often curt with benign ones.
@@ -30,7 +37,7 @@ def sft_row(request: Request, rng: random.Random) -> dict[str, object]:
 
 def safety_row(
     request: Request, rng: random.Random, flips: tuple[bool, bool] = (False, False)
-) -> dict[str, object]:
+) -> Row:
     """A row in PKU-SafeRLHF's schema: two answers of different kinds to a forbidden request, in
     random order.
 
@@ -39,30 +46,70 @@ def safety_row(
     """
     kinds = rng.sample(FORBIDDEN_KINDS, 2)
     helpfulness = [-FORBIDDEN_KINDS.index(kind) for kind in kinds]
-    safe = [
-        (kind in ("refusal", "redirect")) != flip for kind, flip in zip(kinds, flips, strict=True)
-    ]
+    safe = []
+    for kind, flip in zip(kinds, flips, strict=True):
+        safe.append((kind in ("refusal", "redirect")) != flip)
     better = int(helpfulness[1] > helpfulness[0])
     # Of two unsafe answers the one with less in it is the safer; of two safe ones, the plain
     # refusal.
     safer = int(safe[1]) if safe[0] != safe[1] else 1 - better
-    row: dict[str, object] = {"prompt": request.text}
+    row: Row = {"prompt": request.text}
     row |= {f"response_{i}": answer(request, kind, rng) for i, kind in enumerate(kinds)}
     row |= {f"is_response_{i}_safe": safe[i] for i in range(2)}
     return row | {"better_response_id": better, "safer_response_id": safer}
 
 
-def helpfulness_row(request: Request, rng: random.Random) -> dict[str, object]:
+def helpfulness_row(request: Request, rng: random.Random) -> Row:
     """A row in UltraFeedback-binarized's schema: two answers to a benign request, the fuller one
     chosen.
     """
     kinds = sorted(rng.sample(BENIGN_KINDS, 2), key=BENIGN_KINDS.index)
-    row: dict[str, object] = {"prompt": request.text}
+    row: Row = {"prompt": request.text}
     for column, kind in zip(("chosen", "rejected"), kinds, strict=True):
         turns = [("user", request.text), ("assistant", answer(request, kind, rng))]
         row[column] = [{"content": content, "role": role} for role, content in turns]
         row[f"score_{column}"] = 10.0 - 2.0 * BENIGN_KINDS.index(kind)
     return row
+
+
+def request_row(request: Request, rng: random.Random) -> Row:
+    """What `held_out` reads back."""
+    return {"task": request.task, "thing": request.thing, "prompt": request.text}
+
+
+def fill(folder: Path, seed: int, flipped: float) -> None:
+    """What `build` writes, file by file."""
+    rng = random.Random(seed)
+    noise = random.Random(f"flips {seed}")
+    benign = requests(forbidden=False)
+    forbidden = requests(forbidden=True)
+    rng.shuffle(benign)
+    rng.shuffle(forbidden)
+    test_benign, test_forbidden = benign[:HELD], forbidden[:HELD]
+    validation = benign[HELD : 2 * HELD] + forbidden[HELD : 2 * HELD]
+    benign, forbidden = benign[2 * HELD :], forbidden[2 * HELD :]
+
+    def write(path: str, text: str) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+
+    def write_rows(path: str, row: Callable[..., Row], source: list[Request]) -> None:
+        write(path, "".join(json.dumps(row(request, rng)) + "\n" for request in source))
+
+    def noisy_row(request: Request, rng: random.Random) -> Row:
+        return safety_row(request, rng, (noise.random() < flipped, noise.random() < flipped))
+
+    write("tokenizer/tokenizer.json", tokenizer_json())
+    write("tokenizer/tokenizer_config.json", json.dumps(TOKENIZER, indent=2))
+    conversations = rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000)
+    write_rows("ultrachat/train.jsonl", sft_row, conversations)
+    write_rows("ultrachat/test.jsonl", sft_row, test_benign[:100] + test_forbidden[:100])
+    write_rows("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=PAIRS))
+    write_rows("pku/test.jsonl", safety_row, test_forbidden)
+    write_rows("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=PAIRS))
+    write_rows("ultrafeedback/test.jsonl", helpfulness_row, test_benign)
+    write_rows("requests/test.jsonl", request_row, test_benign + test_forbidden)
+    write_rows("requests/validation.jsonl", request_row, validation)
 
 
 def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
@@ -71,64 +118,16 @@ def build(folder: str | Path, seed: int = 0, flipped: float = 0.0) -> Path:
     tokenizer/                          tokenizer.json and its config, for the model folder
     ultrachat/, ultrafeedback/          {train,test}.jsonl: SFT conversations; helpfulness pairs
     pku/                                {train,test}.jsonl: safety pairs
-    requests/{validation,test}.jsonl    the requests on which settings are chosen, and those on which models are judged
+    requests/{validation,test}.jsonl    on which settings are chosen, and models judged
+
     Requests are split once, so no validation or test request (a task, a thing and a phrasing) is in
     any training file. The same seed gives the same bytes. flipped: the share of the training pairs'
     safety labels that is wrong; the same rows whatever it is, and more of it only adds wrong ones.
     Written aside and renamed: a folder that exists is complete.
     """
-    folder = Path(folder)
-    rng, noise = random.Random(seed), random.Random(f"flips {seed}")
-    benign, forbidden = requests(forbidden=False), requests(forbidden=True)
-    rng.shuffle(benign)
-    rng.shuffle(forbidden)
-    held = {
-        split: (benign[at : at + HELD], forbidden[at : at + HELD])
-        for split, at in (("test", 0), ("validation", HELD))
-    }
-    benign, forbidden = benign[2 * HELD :], forbidden[2 * HELD :]
-
-    def write(
-        path: str, row: Callable[[Request, random.Random], dict[str, object]], source: list[Request]
-    ) -> None:
-        (aside / path).parent.mkdir(exist_ok=True)
-        lines = (json.dumps(row(request, rng)) + "\n" for request in source)
-        (aside / path).write_text("".join(lines), encoding="utf-8")
-
-    def noisy_row(request: Request, rng: random.Random) -> dict[str, object]:
-        return safety_row(request, rng, (noise.random() < flipped, noise.random() < flipped))
-
-    with whole(folder) as aside:
-        (aside / "tokenizer").mkdir(parents=True)
-        (aside / "tokenizer" / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
-        config = {
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        }
-        (aside / "tokenizer" / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2), encoding="utf-8"
-        )
-
-        test_benign, test_forbidden = held["test"]
-        write(
-            "ultrachat/train.jsonl",
-            sft_row,
-            rng.choices(benign, k=4000) + rng.choices(forbidden, k=2000),
-        )
-        write("ultrachat/test.jsonl", sft_row, test_benign[:100] + test_forbidden[:100])
-        write("pku/train.jsonl", noisy_row, rng.choices(forbidden, k=PAIRS))
-        write("pku/test.jsonl", safety_row, test_forbidden)
-        write("ultrafeedback/train.jsonl", helpfulness_row, rng.choices(benign, k=PAIRS))
-        write("ultrafeedback/test.jsonl", helpfulness_row, test_benign)
-        for split, halves in held.items():
-            write(
-                f"requests/{split}.jsonl",
-                lambda r, _: {"task": r.task, "thing": r.thing, "prompt": r.text},
-                [*halves[0], *halves[1]],
-            )
-    return folder
+    with whole(Path(folder)) as aside:
+        fill(aside, seed, flipped)
+    return Path(folder)
 
 
 def held_out(folder: str | Path, split: str = "test") -> list[Request]:

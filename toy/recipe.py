@@ -1,4 +1,4 @@
-"""The recipe toy: its settings, its model and its scores, as plain values; train.py runs the stages."""
+"""The recipe toy: its settings, model and scores, as plain values; train.py runs the stages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ from data import generate
 from model import Config, Mistral
 from support.chat import Chat
 from support.distributed import World, duration
-from toy.files import PAIRS, build, held_out
+from support.storage import lock
+from toy.files import PAIRS as PAIRS
+from toy.files import build
+from toy.files import held_out as held_out
 from toy.language import Request, judge
-
-__all__ = [
-    "PAIRS",
-    "begin",
-    "expected",
-    "held_out",
-    "preference_settings",
-    "sft_settings",
-    "toy_scores",
-    "toy_table",
-]
 
 TOY_TEMPERATURE = 1.0  # the policy's own distribution, which is what the theorems speak of
 TOY_NEW_TOKENS = 32  # the longest answer of the grammar has 20
@@ -55,7 +47,7 @@ CONVERSATIONS = 6800  # that SFT trains on
 
 
 def expected(steps: int, epochs: int, batch: int) -> str:
-    """How long the whole recipe takes; settings of the preference stage, `steps` 0 for by epochs."""
+    """How long the whole recipe takes, by settings of the preference stage; steps 0: by epochs."""
     rows = SFT["epochs"] * CONVERSATIONS
     pairs = 2 * epochs * PAIRS
     if steps:
@@ -71,14 +63,15 @@ def begin(folder: Path, seed: int, world: World) -> None:
     """
 
     def make() -> None:
-        if not (folder / "data").exists():
-            build(folder / "data", seed)
-        if not (folder / "start").exists():
-            model = Mistral(
-                Config(vocab_size=Chat(folder / "data" / "tokenizer").vocabulary, **MODEL)
-            )
-            model.init_weights(seed)
-            model.save_pretrained(folder / "start", like=folder / "data" / "tokenizer")
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / ".begin"):  # of several models of one seed the first makes them
+            if not (folder / "data").exists():
+                build(folder / "data", seed)
+            if not (folder / "start").exists():
+                vocabulary = Chat(folder / "data" / "tokenizer").vocabulary
+                model = Mistral(Config(vocab_size=vocabulary, **MODEL))
+                model.init_weights(seed)
+                model.save_pretrained(folder / "start", like=folder / "data" / "tokenizer")
 
     # Tensors this small gain nothing from a second thread, and the numbers must not depend on the
     # machine's cores.
@@ -112,9 +105,10 @@ def toy_scores(
     helpful: mean of the exact judge over benign requests; harmless: share of the forbidden ones
     answered without a step. Each comes with its standard error over requests.
     """
-    model, chat = Mistral.from_pretrained(folder, device=world.device), Chat(folder)
+    model = Mistral.from_pretrained(folder, device=world.device)
+    chat = Chat(folder)
     prompts = [chat.prompt([{"role": "user", "content": request.text}]) for request in requests]
-    found = generate(
+    answers = generate(
         model,
         chat,
         prompts,
@@ -123,39 +117,22 @@ def toy_scores(
         temperature=TOY_TEMPERATURE,
         seed=seed,
     )
-    verdicts = [
-        judge(request, answer.text) for request, answer in zip(requests, found, strict=True)
-    ]
-    values = {
-        "helpful": [
-            verdict.helpful
-            for request, verdict in zip(requests, verdicts, strict=True)
-            if not request.forbidden
-        ],
-        "harmless": [
-            float(verdict.harmless)
-            for request, verdict in zip(requests, verdicts, strict=True)
-            if request.forbidden
-        ],
-    }
+    columns: dict[str, list[float]] = {"helpful": [], "harmless": []}
+    transcript = []
+    for request, answer in zip(requests, answers, strict=True):
+        verdict = judge(request, answer.text)
+        row = {"prompt": request.text, "forbidden": request.forbidden, "answer": answer.text}
+        transcript.append({**row, "helpful": verdict.helpful, "harmless": verdict.harmless})
+        if request.forbidden:
+            columns["harmless"].append(float(verdict.harmless))
+        else:
+            columns["helpful"].append(verdict.helpful)
     scores: dict[str, Any] = {}
-    for name, column in values.items():
+    for name, column in columns.items():
         sample = torch.tensor(column, dtype=torch.float64)
-        scores |= {
-            name: sample.mean().item(),
-            f"{name}_error": sample.std().item() / len(column) ** 0.5,
-            f"{name}_n": len(column),
-        }
-    transcript = [
-        {
-            "prompt": request.text,
-            "forbidden": request.forbidden,
-            "answer": answer.text,
-            "helpful": verdict.helpful,
-            "harmless": verdict.harmless,
-        }
-        for request, answer, verdict in zip(requests, found, verdicts, strict=True)
-    ]
+        scores[name] = sample.mean().item()
+        scores[f"{name}_error"] = sample.std().item() / len(column) ** 0.5
+        scores[f"{name}_n"] = len(column)
     return scores, transcript
 
 
@@ -170,6 +147,7 @@ def toy_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     first = next(iter(rows.values()))
     lines.append(
         f"helpful: share of the right steps, {first['helpful_n']} held-out benign requests; "
-        f"harmless: answers without a forbidden step, {first['harmless_n']} held-out forbidden requests"
+        f"harmless: answers without a forbidden step, {first['harmless_n']} held-out forbidden "
+        "requests"
     )
     return "\n".join(lines)
