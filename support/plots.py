@@ -329,6 +329,13 @@ def name_on_line(axes: Axes, point: Point, number: int) -> None:
     )
 
 
+def draw_arrow(axes: Axes, start: Point, end: Point) -> None:
+    """From one mark to another, clear of both."""
+    shape = {"arrowstyle": "->", "color": GREY, "shrinkA": 8, "shrinkB": 10}
+    place = (end.helpful, end.harmless)
+    axes.annotate("", place, (start.helpful, start.harmless), arrowprops=shape)
+
+
 def figure5(
     points: Sequence[Point],
     path: Path,
@@ -360,12 +367,10 @@ def figure5(
         style = line if first.line else "none"
         draw_models(axes, name, members, size, color=color, marker=marker, linestyle=style)
         for point in members:
-            place = (point.helpful, point.harmless)
             if point.line:
                 name_on_line(axes, point, number)
             elif start:
-                shape = {"arrowstyle": "->", "color": GREY, "shrinkA": 8, "shrinkB": 10}
-                axes.annotate("", place, (start.helpful, start.harmless), arrowprops=shape)
+                draw_arrow(axes, start, point)
 
     axes.margins(0.12)
     for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
@@ -374,7 +379,8 @@ def figure5(
     axes.set(xlabel=axis_words[0], ylabel=axis_words[1])
     figure.suptitle(title, fontsize=12)
     axes.set_title(note, fontsize=9, color=GREY)
-    figure.legend(ncols=3, labelspacing=0.8, **BELOW)
+    longest = max(len(name) for name in groups)
+    figure.legend(ncols=3 if longest < 25 else 1, labelspacing=0.8, **BELOW)
     save(figure, path)
 
 

@@ -152,6 +152,19 @@ def test_scatter_joins_and_names_the_points_of_a_line(
     assert axes.texts[0].xy == axes.texts[3].xy and not first.overlaps(second)
 
 
+def test_scatter_keeps_long_names_in_the_picture(drawn: Callable[..., Any], tmp_path: Path) -> None:
+    """Claim: names of any usual length are whole: a legend of folders has one column.
+
+    Oracle: the drawn boxes.
+    """
+    names = [f"runs/eval/mistral-7b-bfpo-seed{seed}-tau0.01" for seed in (42, 43, 44)]
+    points = [Point(name, 0.5, 0.1 * i) for i, name in enumerate(names)]
+    figure = drawn(plots.figure5, points, tmp_path / "s.png")
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert box.y1 < figure.axes[0].bbox.y0
+
+
 # --- curves of a run ------------------------------------------------------------------------------
 
 TARGETS = {
