@@ -137,6 +137,11 @@ def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Pat
     evaluation.main(flags(place, tmp_path / "whole", *tasks))
     assert lines(answers) == lines(tmp_path / "whole" / "policy" / "strongreject.jsonl")
     assert lines(answers)[:64] == kept and parts[0].read_bytes() == before  # not computed again
+    model, chat = Mistral.from_pretrained(place / "model"), Chat(place / "model")
+    row = lines(answers)[70]  # of the second part; each row has the seed of its number
+    asked = chat.prompt([{"role": "user", "content": row["prompt"]}])
+    (ids,) = model.generate([asked], 256, 0.7, 0.95, seeds=[42 + 70], stop_ids=chat.end_ids)
+    assert row["answer"] == chat.decode(ids)
     mine, theirs = (
         lines(tmp_path / name / "policy" / "ethics_cm.jsonl") for name in ("killed", "whole")
     )
