@@ -29,7 +29,10 @@ from torch.distributed.tensor import DTensor
 Result = TypeVar("Result")
 # Bad input or a full disk; a model or pack too large for the GPU.
 USER_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST),
+)
 SPEAK_AFTER_S = 5.0  # how long another rank than 0 waits before it reports an error
 RANK_0_SPEAKS = "rank 0 reports this error"
 # Of a collective: ranks wait for one that reads or tokenises alone.

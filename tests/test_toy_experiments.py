@@ -207,7 +207,7 @@ def test_a_model_that_fails_stops_the_command(tmp_path: Path) -> None:
     (job.root / "sft").write_text("in the way")
     with pytest.raises(
         OSError,
-        match=r"sft of seed 1 ended with exit code 1; .*sft\.log ends with:\n[^$]*no run folder",
+        match=r"sft of seed 1 ended with exit code 1; .*sft\.log ends with:\n[^$]*must be a folder",
     ):
         experiments.run_all([job, Job(str(tmp_path), 1, "bfpo", steps=2)], 1)
     assert not (job.root / "bfpo.log").exists()

@@ -176,7 +176,6 @@ def world() -> World:
         (["bfpo", "--objective", "dpo", "--tau", "1e300"], "targets g / tau"),
         (["bfpo", "--lr", "1e300"], "lr must be > 0 and < 1"),
         (["--nosuch", "1"], "--nosuch"),
-        (["--selective", "downproj"], "downproj"),
         (["--chat_template", "nosuch.jinja"], "nosuch.jinja"),
         (["--seed", "99999999999999999999"], "seed must be"),
         (["bfpo", "--sft", "rows.jsonl"], "--sft"),
@@ -1455,10 +1454,11 @@ def bad_inputs(inputs: Path, folder: Path) -> dict[str, tuple[list[str], str]]:
         "cut weights": (["--model", str(folder / "cut")], weights.name),
         "not a run folder": (["--out", str(folder / "notes")], "notes"),
         "a model in the run folder": (
-            ["--out", str(inputs), "--fresh"],
+            ["--out", str(inputs), "--fresh", "--cache", str(folder / "cache")],
             "must not hold what the run reads",
         ),
-        "no GPU": (["--device", "cuda"], "cuda"),
+        "no GPU": (["--device", "cuda"], "no GPU"),
+        "no such module": (["--selective", "downproj"], "downproj names no tensor"),
     }
 
 
