@@ -116,8 +116,8 @@ MUTANTS = [
         'if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):',
         "if False:",
     ),
-    ("guards", "train.py", "(h / allowed).tolist()", "(h / allowed).tolist()[:1]"),
-    ("guards", "train.py", "if not (largest_share <= 1 and", "if not (True and"),
+    ("guards", "train.py", "(h / root).square().sum()", "torch.zeros(())"),
+    ("guards", "train.py", "if not (equal_share <= 1 and", "if not (True and"),
     ("guards", "train.py", "if config.clip_norm:", "if False:"),
     ("guards", "train.py", "if changed < 0.1 * total:", "if changed < 0:"),
     (
