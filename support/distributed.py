@@ -39,6 +39,7 @@ RANK_0_SPEAKS = "rank 0 reports this error"
 GROUP_TIMEOUT = timedelta(hours=1)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGEST_KEPT = 2**25  # bytes of a freed tensor that glibc may keep for the next one
+LARGEST_OF_SEVERAL = 2**22  # with several processes, whose gathered weights leave gaps
 KERNELS_KEPT = 64  # by each of oneDNN's caches; about 0.3 MiB each
 
 # --- processes ------------------------------------------------------------------------------------
@@ -123,15 +124,15 @@ class World:
         return value
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one, unless the environment says otherwise. By
-    default it gives it back, and the kernel zeroes every page again, which costs a CPU's step a few
-    percent. The most that a process holds stays the same.
+def keep_freed_memory(largest: int) -> None:
+    """Has glibc keep what a step frees for the next one, up to `largest` bytes a tensor, unless the
+    environment says otherwise. By default it gives it back, and the kernel zeroes every page again,
+    which costs a CPU's step a few percent.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt and not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_MMAP_THRESHOLD, largest)
 
 
 def bound_kernel_caches() -> None:
@@ -179,7 +180,7 @@ def start(device: str = "auto", replicate: int = 1) -> World:
             )
         torch.cuda.set_device(where)
     else:
-        keep_freed_memory()
+        keep_freed_memory(LARGEST_KEPT if size == 1 else LARGEST_OF_SEVERAL)
         bound_kernel_caches()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"

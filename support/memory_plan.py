@@ -28,14 +28,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support.distributed import LARGEST_KEPT, duration, launched
+from support.distributed import LARGEST_KEPT, LARGEST_OF_SEVERAL, duration, launched
 from support.kernels import HEAD_CHUNK, MLP_ROWS
 from support.storage import CHECKPOINT_FILE_BYTES
 
 GIB = 2**30
 USABLE = 0.95  # of the free memory; the rest is for what no tensor holds
 RATE_SHARE = 0.5  # of a large matrix product's rate, reached by a whole step: assumed, not measured
-KERNEL_BYTES = 2**27  # oneDNN's kernels of bfloat16 products and the gaps they leave: measured
+KERNEL_BYTES = 160 * 2**20  # oneDNN's kernels of bfloat16 products and their gaps: measured
+GAPS_OF_SEVERAL = 0.25  # of all that a process holds, on a CPU with several: measured
 STEPS_LOOKED_AT = 100  # for the largest step
 
 Moment = dict[str, float]  # what is held -> bytes
@@ -224,12 +225,13 @@ def gradient_sizes(load: Load) -> list[int]:
 
 def checkpoint_held(load: Load, activations: float) -> Held:
     """What a CPU holds while a checkpoint is written: a file's bytes, twice, on top of the step's
-    freed memory, of which glibc keeps all but tensors over LARGEST_KEPT.
+    freed memory, of which glibc keeps all but the largest tensors.
     """
     sizes = gradient_sizes(load)
     file = min(3 * sum(sizes), max(*sizes, CHECKPOINT_FILE_BYTES))
     kernels = KERNEL_BYTES if load.dtype == torch.bfloat16 else 0
-    small = sum(size for size in sizes if size <= LARGEST_KEPT)
+    largest = LARGEST_KEPT if load.processes == 1 else LARGEST_OF_SEVERAL
+    small = sum(size for size in sizes if size <= largest)
     return small, 0, activations, 2 * file + kernels
 
 
@@ -263,7 +265,11 @@ def moments(load: Load) -> dict[str, Moment]:
         held["a checkpoint"] = checkpoint_held(load, kept + saved[-1])
     frozen = load.values(load.shapes.keys() - load.trained, load.shards)
     fixed = (e * frozen, 4 * trained, 8 * trained)
-    return {name: dict(zip(KINDS, fixed + rest, strict=True)) for name, rest in held.items()}
+    found = {name: dict(zip(KINDS, fixed + rest, strict=True)) for name, rest in held.items()}
+    if load.device == "cpu" and load.processes > 1:
+        for kinds in found.values():
+            kinds["gaps in the heap"] = GAPS_OF_SEVERAL * sum(kinds.values())
+    return found
 
 
 def fullest(load: Load) -> tuple[str, Moment]:
