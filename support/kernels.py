@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 ATTENTION_BLOCK = 64  # query rows whose scores a CPU computes at once
+KEPT_KEYS = 768  # that a block may see for its probabilities to be kept for the backward
 MLP_ROWS = 512  # rows of the feed-forward's pointwise part that a CPU holds at once
 # Logits alive at once: 4 MiB of fp32 stay in a CPU's cache, 128 MiB fill a GPU.
 HEAD_CHUNK = {"cpu": 2**20, "cuda": 2**25}
@@ -125,8 +126,8 @@ class BlockedAttention(torch.autograd.Function):
     """model.plain_attend on a CPU, a block of rows at a time against the keys that it may see.
 
     Nothing masked is computed but at the diagonal, and the query heads of a key head are rows of
-    one product. The backward computes the probabilities again. Inside, key heads come first: q [G,
-    T P, K], k and v [G, T, K].
+    one product. Probabilities are kept for the backward, or computed again of blocks that see over
+    KEPT_KEYS. Inside, key heads come first: q [G, T P, K], k and v [G, T, K].
     """
 
     @staticmethod
@@ -140,19 +141,23 @@ class BlockedAttention(torch.autograd.Function):
         k = rotated(by_key_head(k, G), *tables[2:]).to(dtype).flatten(1, 2)
         v = by_key_head(v, G).flatten(1, 2)
         out = torch.empty_like(q, dtype=torch.float32)
+        limit = KEPT_KEYS if any(ctx.needs_input_grad) else 0
+        kept: list[Tensor | None] = []
         for tokens, blocks in plan:
             keys, values = (x[:, tokens].float() for x in (k, v))
             for rows, seen, bias in blocks:
                 block = slice(rows.start * P, rows.stop * P)
                 p = probabilities(q[:, block].float(), keys[:, seen], bias)
                 torch.bmm(p, values[:, seen], out=out[:, block])
-        ctx.save_for_backward(q, k, v)
+                kept.append(p if p.shape[-1] <= limit else None)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.T, ctx.tables, ctx.plan = T, tables, plan
         return by_token(out, T).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
+        next_kept = iter(kept)
         cos, sin, cos_keys, sin_keys = ctx.tables
         scale = q.shape[-1] ** -0.5
         P = q.shape[1] // ctx.T
@@ -163,7 +168,9 @@ class BlockedAttention(torch.autograd.Function):
             for rows, seen, bias in blocks:
                 block = slice(rows.start * P, rows.stop * P)
                 q_block, dout_block = (x[:, block].float() for x in (q, dout))
-                p = probabilities(q_block, keys[:, seen], bias)
+                p = next(next_kept)
+                if p is None:
+                    p = probabilities(q_block, keys[:, seen], bias)
                 dvalues[:, seen].baddbmm_(p.mT, dout_block)
                 dp = torch.bmm(dout_block, values[:, seen].mT)
                 dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from support.distributed import LARGEST_KEPT, LARGEST_OF_SEVERAL, duration, launched
-from support.kernels import HEAD_CHUNK, MLP_ROWS
+from support.kernels import ATTENTION_BLOCK, HEAD_CHUNK, KEPT_KEYS, MLP_ROWS
 from support.storage import CHECKPOINT_FILE_BYTES
 
 GIB = 2**30
@@ -87,6 +87,7 @@ class Load:
     tokens: int = 1  # T, of the largest pack
     scored: int = 1  # S, of that pack
     packs: int = 1  # of a rank in a step: with two or more, gradients stay beside activations
+    keys: float = 0.0  # on a CPU: of a row and head, the probabilities that attention keeps
 
     @property
     def blocks(self) -> int:
@@ -131,6 +132,22 @@ class Load:
 # --- memory ---------------------------------------------------------------------------------------
 
 
+def kept_keys(lengths: np.ndarray) -> np.ndarray:
+    """How many probabilities a head keeps of each tree on a CPU, [n], of these lengths [n, prompt
+    and responses].
+
+    A row sees the keys before its own part, and those of its part up to the end of its block of
+    rows. Rows that see over KEPT_KEYS keep none.
+    """
+    kept = np.zeros(len(lengths))
+    for part in range(lengths.shape[1]):
+        before = lengths[:, 0] * (1.0 if part else 0.0)
+        whole_blocks = (KEPT_KEYS - before) // ATTENTION_BLOCK * ATTENTION_BLOCK
+        rows = np.clip(whole_blocks, 0, lengths[:, part])
+        kept += rows * (before + (rows + ATTENTION_BLOCK) / 2)
+    return kept
+
+
 def attention_values(load: Load, projection: Weight) -> float:
     """What autograd keeps of attention up to its output projection, in values of the dtype."""
     rows = projection.rows
@@ -139,9 +156,9 @@ def attention_values(load: Load, projection: Weight) -> float:
     values = 0.0
     if projection.reached:
         key_width = load.shapes[projection.name.replace("o_proj", "k_proj")][0]
-        values += rows * width + 2 * load.tokens * key_width
-        if on_gpu:  # FlexAttention's sum of each row, in fp32
-            values += load.heads * rows * 4 / load.dtype.itemsize
+        # In fp32: the probabilities, or FlexAttention's sum of each row.
+        in_fp32 = load.heads * rows * (1.0 if on_gpu else load.keys)
+        values += rows * width + 2 * load.tokens * key_width + in_fp32 * 4 / load.dtype.itemsize
     if projection.trains or (projection.reached and on_gpu):  # the output, which both keep
         values += rows * width
     return values
@@ -358,6 +375,7 @@ class Step:
     longest: int  # tokens of the longest row
     share: int  # tokens of a rank in the largest step
     scored: float  # share of the tokens that are scored
+    keys: float = 0.0  # as Load's
 
     def with_budget(self, load: Load, pack_tokens: int) -> Load:
         """The load of packs of at most `pack_tokens` tokens; a longer row is a pack alone, and no
@@ -369,6 +387,7 @@ class Step:
             tokens=tokens,
             scored=math.ceil(tokens * self.scored),
             packs=math.ceil(self.share / tokens),
+            keys=self.keys,
         )
 
     def fits(self, load: Load, pack_tokens: int, room: float) -> bool:
@@ -405,6 +424,7 @@ def step_of(lengths: np.ndarray, drawn: Sequence[np.ndarray], ranks: int) -> Ste
         longest=longest,
         share=max(longest, math.ceil(largest_step / ranks)),
         scored=int(lengths[:, 1:].sum()) / int(lengths.sum()),
+        keys=float(kept_keys(lengths).sum()) / int(lengths.sum()),
     )
 
 

@@ -161,7 +161,7 @@ def minimum(lengths: Sequence[Sequence[int]], backward: bool, pairs: tuple[float
             2 * T * (L - 2) * block + 2 * T * k_v + 2 * S * (block - k_v)
         )  # below the first down_proj nothing trains
         flops += 2 * T * (L - 1) * down + 2 * S * down  # its own gradient
-        flops += 2 * S * V * D + 10 * query * ((L - 2) * every + scored)  # scores again
+        flops += 2 * S * V * D + 8 * query * ((L - 2) * every + scored)  # probabilities are kept
     return round(flops)
 
 
