@@ -359,7 +359,11 @@ def settled(options: argparse.Namespace, draw: Mapping[str, Any]) -> Protocol:
 
 
 def load_tasks(options: argparse.Namespace, world: World) -> dict[str, Asked]:
-    """The tasks that are asked for, with their rows."""
+    """The tasks that are asked for, with their rows. ValueError for a judge of none of them."""
+    if options.judge and not any(TASKS[name].judged for name in options.tasks):
+        raise ValueError("--judge judges answers, and none of these tasks has any; leave it out")
+    if options.pairwise and PREFERRED not in options.tasks:
+        raise ValueError(f"--pairwise judges the task {PREFERRED}; add that, or leave it out")
     found = {}
     for name, source in options.tasks.items():
         task = TASKS[name]

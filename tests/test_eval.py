@@ -921,6 +921,8 @@ def test_bad_input_is_one_line_before_any_model_is_read(
     shutil.copytree(place / "model", tmp_path / "thin")
     (tmp_path / "thin" / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
     for arguments, words in {
+        ("--tasks", "ethics_cm", "--judge", "keyword"): "--judge judges answers",
+        ("--tasks", "ethics_cm", "--pairwise", "x/y"): "--pairwise judges the task alpaca_eval",
         ("--tasks", "ethics_cm", "--model", str(tmp_path / "thin")): r"instead of \(\d+, 48\)",
         (
             "--tasks",
