@@ -256,7 +256,8 @@ def _action_set(
     """The three in float64, checked to 1e-6 so that fp32 input passes; no reference means the
     uniform one.
     """
-    preference_AA, safe_A = preference_AA.double(), _as_indicator(safe_A, "safe_A").double()
+    preference_AA = preference_AA.double()
+    safe_A = _as_indicator(safe_A, "safe_A").double()
     uniform_A = torch.ones_like(safe_A) / max(safe_A.numel(), 1)
     reference_A = uniform_A if reference_A is None else reference_A.double()
     shapes = [list(tensor.shape) for tensor in (preference_AA, safe_A, reference_A)]
@@ -265,16 +266,15 @@ def _action_set(
             "preference_AA, safe_A, reference_A must be [A, A], [A], [A] with A > 0, got "
             f"{shapes[0]}, {shapes[1]}, {shapes[2]}; give each action one entry"
         )
-    least, mirror_error = (
-        preference_AA.min().item(),
-        (preference_AA + preference_AA.T - 1).abs().max().item(),
-    )
+    least = preference_AA.min().item()
+    mirror_error = (preference_AA + preference_AA.T - 1).abs().max().item()
     if not (least >= 0 and mirror_error <= 1e-6):
         raise ValueError(
             "preference_AA must be >= 0 with p(y, y') + p(y', y) = 1, got a minimum of "
             f"{least:.3g} and an error of {mirror_error:.3g}; use 1/2 on the diagonal"
         )
-    least, total = reference_A.min().item(), reference_A.sum().item()
+    least = reference_A.min().item()
+    total = reference_A.sum().item()
     if not (least > 0 and abs(total - 1) <= 1e-6):
         raise ValueError(
             f"reference_A must be > 0 and sum to 1, got a minimum of {least:.3g} and a sum of "

@@ -726,7 +726,8 @@ def held_out_figures(
             losses.append(-logprobs.sum().item() / int(stream.lengths[:, 1:].sum()))
             figures[name] = {"loss": losses[-1] if math.isfinite(losses[-1]) else None}
         else:
-            reference, safe = references[name], safety_labels(stream)
+            reference = references[name]
+            safe = safety_labels(stream)
             h = margin(*logprobs.unbind(1), *reference.double().unbind(1))
             g = label(*safe, config.alpha, config.b1).double()
             losses.append(pair_loss(config.objective, h, g, config.tau).mean().item())
