@@ -482,6 +482,8 @@ def setup_of(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     protocol = settled(options, {})
     bos = "with" if protocol.bos else "without"
     rule = f"plain text begins {bos} BOS; an empty context is BOS; a chat prompt begins with BOS"
+    if plan.policies["policy"].chat.bos_id is None:
+        rule = "there is no BOS; an empty context is EOS"
     return {
         "models": models,
         "protocol": {"name": options.protocol, **protocol._asdict()},

@@ -108,7 +108,7 @@ class LanguageModel:
     """A model of which the configuration and the tokenizer have been read. Its weights are read
     when they are first needed; `unload` frees them.
 
-    ValueError, before any weight is read: no model of Mistral's or Llama's shape, or a tokenizer of
+    ValueError, before any weight is read: no model that model.py reads, or a tokenizer of
     another one. dtype None: bfloat16 on a GPU, float32 on a CPU.
     """
 
@@ -208,8 +208,7 @@ class Examiner(LanguageModel):
             super().__init__(name, world, template, now)
         except ValueError as error:
             raise ValueError(
-                "a judge must be a causal language model of Mistral's or Llama's shape, got "
-                f"{name}: {error}"
+                f"a judge must be a causal language model that model.py reads, got {name}: {error}"
             ) from error
         self.bos = self.chat.front if self._starts_with_bos() else []
         self.branches = self._branches()
