@@ -3,9 +3,11 @@ that it equals: processor time, and what autograd keeps between forward and back
 
     python benchmarks/kernels.py --write            # 10 minutes, one thread; results.json
 
-The step is the selective recipe's, of four pairs in packs, fp32. A round runs it as it is, twice
-with one formula in the fast form's place, and as it is again, for each of them; the median of the
-rounds' ratios counts.
+    python benchmarks/kernels.py --dtype bfloat16 --selective all
+
+The step is of four pairs in packs; by default the selective recipe's, in fp32. A round runs it as
+it is, twice with one formula in the fast form's place, and as it is again, for each of them; the
+median of the rounds' ratios counts.
 """
 
 import argparse
@@ -77,6 +79,8 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="30M")
     parser.add_argument("--vocabulary", type=int, help="tokens; default: the size's")
+    parser.add_argument("--dtype", choices=train.DTYPES, default="float32")
+    parser.add_argument("--selective", default="down_proj", help="modules that train, or all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write the figures to results.json")
     options = parser.parse_args()
@@ -85,8 +89,9 @@ def main() -> None:
     config = Config(options.vocabulary or vocabulary, *sizes, sliding_window=None)
     model = Mistral(config)
     model.init_weights(0)
+    model.to(train.DTYPES[options.dtype])
     for name, p in model.named_parameters():
-        p.requires_grad_("down_proj" in name)
+        p.requires_grad_(options.selective == "all" or options.selective in name)
     rng = np.random.default_rng(0)
     lengths = draw_lengths(rng, 4)
     pairs = pairs_of(rng, lengths, config.vocab_size)
@@ -102,18 +107,21 @@ def main() -> None:
         model.zero_grad()
         return time.process_time() - began
 
-    step()
     kept = kept_mib(model, packs[0])
-    figures: dict[str, dict[str, Any]] = {
-        name: {"ratios": [], "kept_mib": kept} for name in FORMULAS
-    }
+    figures: dict[str, dict[str, Any]] = {}
+    for name, (module, attribute, formula) in FORMULAS.items():
+        fast = getattr(module, attribute)
+        setattr(module, attribute, formula)
+        of_formula = kept_mib(model, packs[0])
+        setattr(module, attribute, fast)
+        figures[name] = {"ratios": [], "kept_mib": kept, "kept_mib_of_formula": of_formula}
+    step()
     for _ in range(options.rounds):
         for name, (module, attribute, formula) in FORMULAS.items():
             fast = getattr(module, attribute)
             before = step()
             setattr(module, attribute, formula)
             slow = step() + step()
-            figures[name]["kept_mib_of_formula"] = kept_mib(model, packs[0])
             setattr(module, attribute, fast)
             figures[name]["ratios"].append(slow / (before + step()))
     parameters = parameters_of(config)
@@ -127,8 +135,15 @@ def main() -> None:
             f"{ratios[-1]:.3f}); kept {row['kept_mib_of_formula']:.1f} MiB instead of {kept:.1f}"
         )
     if options.write:
-        settings = {"threads": 1, "size": options.size, "vocabulary": config.vocab_size}
-        record("kernels", settings | {"rounds": options.rounds, "formulas": figures})
+        settings = {
+            "threads": 1,
+            "size": options.size,
+            "vocabulary": config.vocab_size,
+            "dtype": options.dtype,
+            "selective": options.selective,
+        }
+        name = f"kernels {options.size} {options.dtype} {options.selective}"
+        record(name, settings | {"rounds": options.rounds, "formulas": figures})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ what is written where.
 
 import copy
 import json
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -341,3 +342,29 @@ def test_figures_of_one_script_leave_the_others_in_results_json(
     assert found["load"]["rounds"] == [1] and found["step"]["runs"] == 2
     assert found["step"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_table_of_fast_forms_is_its_record() -> None:
+    """Claim: every time and every size in the table of fast forms is the one that kernels.py
+    measured. Oracle: results.json.
+    """
+    results = json.loads(common.RESULTS.read_text(encoding="utf-8"))
+    page = (common.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    forms = {
+        "BlockedAttention": "attention of a pack",
+        "SwiGLU": "feed-forward",
+        "RMSNorm": "norm",
+        "RowLogProbs": "log-probabilities",
+    }
+    for form, formula in forms.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{form}` |")]
+        cells = [cell.strip() for cell in line.split("|")[3:-1]]
+        expected = []
+        for size in ("30M", "4M"):
+            ratios = results[f"kernels {size} float32 down_proj"]["formulas"][formula]["ratios"]
+            median = statistics.median(ratios)
+            expected.append(f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        for kind in ("float32 down_proj", "bfloat16 down_proj", "bfloat16 all"):
+            figures = results[f"kernels 30M {kind}"]["formulas"][formula]
+            expected.append(f"{figures['kept_mib_of_formula']:.0f}")
+        assert cells == expected, form
