@@ -105,6 +105,7 @@ def test_kernels_have_kinds() -> None:
     assert {name: gpu.kind_of(name) for name in names} == names
 
 
+@pytest.mark.slow  # twenty seconds: a process a part
 def test_parts_are_reported_each_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +309,7 @@ def test_growth_changes_one_thing_at_a_time() -> None:
     assert points["pairs"][4] == points["pairs"][16][:4]
 
 
+@pytest.mark.slow  # half a minute: a group of processes
 def test_a_sharded_step_is_measured(tmp_path: Path) -> None:
     """Claim: growth.py's own process group trains, and gives seconds on the clock and of all
     processors; the picture is drawn. Oracle: both are above zero.
@@ -368,3 +370,20 @@ def test_table_of_fast_forms_is_its_record() -> None:
             figures = results[f"kernels 30M {kind}"]["formulas"][formula]
             expected.append(f"{figures['kept_mib_of_formula']:.0f}")
         assert cells == expected, form
+
+
+def test_table_of_scoring_is_its_record() -> None:
+    """Claim: the table of score.py's figures is what it measured. Oracle: results.json."""
+    record = json.loads(common.RESULTS.read_text(encoding="utf-8"))["score"]
+    page = (common.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    for task, figures in record["tasks"].items():
+        pairs = list(zip(figures["lm_eval_s"], figures["ours_s"], strict=True))
+        ratios = sorted(theirs / ours for theirs, ours in pairs)
+        theirs, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
+        apart = f"{figures['most_nats_apart']:.0e}".replace("e-0", "e-")
+        row = (
+            f"| `{task}` | {figures['choices']} | {theirs:.1f} | {ours:.1f} | "
+            f"{figures['times_faster']:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {apart} |"
+        )
+        assert row in page, row
+    assert f"| {record['times_faster']:.2f} | |" in page

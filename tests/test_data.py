@@ -1195,6 +1195,7 @@ def start(chat_folder: Path, path: Path, log: Path, pause: float) -> "subprocess
     )
 
 
+@pytest.mark.slow  # half a minute: six processes
 def test_four_processes_share_one_builder_and_a_kill_leaves_nothing(
     mistral_tokenizer, cache, tmp_path
 ):
@@ -1348,6 +1349,7 @@ def test_report_gives_length_percentiles_by_source(chat, tmp_path):
     assert parts[0]["tokens"]["chosen"]["p100"] < 20 < parts[1]["tokens"]["chosen"]["p50"]
 
 
+@pytest.mark.slow  # ten seconds of waiting
 def test_tokenising_shows_the_time_left_on_a_terminal_alone(mistral_tokenizer, tmp_path):
     """On a terminal: rows done of all rows, the time left and rows/s, wiped at the end; into a
     file: nothing in a short run.
@@ -1400,46 +1402,52 @@ def test_report_names_quadrants_without_held_out_pairs(chat, tmp_path):
         assert unseen or share > 0.1
 
 
-def test_command_line(mistral_tokenizer, tmp_path):
+def test_command_line(mistral_tokenizer, tmp_path, monkeypatch, capsys):
     """python data.py FILE --model DIR [--sft] prints the report, labels and targets; bad data: one
     line, exit code 1; usage: 2.
     """
     path = write(tmp_path / "a.jsonl", [own(i) for i in range(6)])
 
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "data.py", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+        data.main()
+        return capsys.readouterr().out
 
-    good = run(str(path), "--model", str(mistral_tokenizer))
+    def refused(*arguments: str) -> object:
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        return stop.value.code
+
+    model = ("--model", str(mistral_tokenizer))
+    good = subprocess.run(
+        [sys.executable, "data.py", str(path), *model],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert good.returncode == 0, good.stderr
     *lines, targets = good.stdout.splitlines()
     figure3 = "both_safe +0.50, chosen_safe +1.00, rejected_safe -1.00, both_unsafe -0.50"
     assert targets.endswith(figure3) and "6 rows read, 6 to train on" in good.stdout
     assert len(lines) < 19
-    shared = run(str(path), "--model", str(mistral_tokenizer), "--held_out", "0.5").stdout
+    shared = run(str(path), *model, "--held_out", "0.5")
     held = int(shared.split(" held out")[0].split()[-1])
     assert held == sum(data.question_hash(f"question {i}") < 2**63 for i in range(6)) > 0
-    assert "total tokens" in run(str(path), "--model", str(mistral_tokenizer), "--sft").stdout
+    assert "total tokens" in run(str(path), *model, "--sft")
     unlabelled = [
         {"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad"), "score_chosen": 2.0}
         for i in range(3)
     ]
     free = str(write(tmp_path / "no labels.jsonl", unlabelled))
-    refused = run(free, "--model", str(mistral_tokenizer))
-    assert refused.returncode == 1 and "pass the source as --helpfulness" in refused.stderr
-    both = run(free, "--model", str(mistral_tokenizer), "--helpfulness").stdout
+    assert "pass the source as --helpfulness" in str(refused(free, *model))
+    both = run(free, *model, "--helpfulness")
     assert "both_safe 3 (100.0%)" in both and "WARNING" not in both
     path.write_text("{}\n")
-    bad = run(str(path), "--model", str(mistral_tokenizer))
-    assert (
-        bad.returncode == 1 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
-    )
-    assert run(str(path)).returncode == 2
+    assert str(refused(str(path), *model)).startswith(
+        "error: "
+    )  # sys.exit says it, and exits with 1
+    assert refused(str(path)) == 2
 
 
 def test_a_run_keeps_the_questions_that_it_was_trained_on(toys, tmp_path, capsys):

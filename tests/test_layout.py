@@ -7,6 +7,8 @@ import sys
 import venv
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SIX = ("bfpo", "model", "data", "train", "eval", "synthetic")
 ROOMS = ("support", "tasks", "toy")
@@ -102,6 +104,7 @@ def test_commands_load_little() -> None:
     assert rooms == {"train", "data", "model", "bfpo", "support"}
 
 
+@pytest.mark.slow  # ten seconds: pip
 def test_installing_gives_one_module(tmp_path: Path) -> None:
     """Claim: `pip install -e .` installs bfpo, and no module of a common name such as data or eval.
 

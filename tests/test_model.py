@@ -838,6 +838,7 @@ def test_fast_attention_equals_the_plain_form(scored: bool) -> None:
 
 
 @pytest.mark.skipif(not CXX, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow  # twenty seconds of compiling
 def test_forward_compiles_block_by_block_without_graph_breaks() -> None:
     """Claim: model(tokens) compiles with fullgraph, once for all blocks, and gives the same logits
     and gradients. Oracle: uncompiled.
@@ -940,7 +941,13 @@ def sharded_equals_whole(folder: Path, model: Mistral, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "mode"), [(1, "selective"), (2, "all"), (2, "mixed"), (2, "checkpointed")]
+    ("processes", "mode"),
+    [
+        (2, "mixed"),
+        pytest.param(1, "selective", marks=pytest.mark.slow),  # ten seconds each
+        pytest.param(2, "all", marks=pytest.mark.slow),
+        pytest.param(2, "checkpointed", marks=pytest.mark.slow),
+    ],
 )
 def test_sharded_gradients_equal_the_whole_model(processes: int, mode: str, tmp_path: Path) -> None:
     """Claim: FSDP2 over 1 and 2 processes (the second with an empty pack) gives the unsharded

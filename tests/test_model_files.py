@@ -636,7 +636,9 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="needs RssAnon of /proc/self/status"
 )
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize(
+    "processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))]
+)
 def test_loading_takes_the_shard_and_one_tensor(processes: int, large_checkpoint: Path) -> None:
     """Claim: host memory while loading is the process's own parameters (all, or its FSDP2 shard)
     plus one tensor of the file. Oracle: anonymous memory of fresh processes (pages of the mapped

@@ -224,9 +224,10 @@ def test_operations_are_those_of_the_arithmetic() -> None:
 LONGER = [name for name in memory.CASES if name != "deep"]
 
 
+@pytest.mark.slow  # half a minute each: a run as a user starts it
 @pytest.mark.parametrize(
     "name",
-    ["deep", *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER)],
+    ["deep", *LONGER],
 )
 def test_plan_agrees_with_the_measured_peak(name: str) -> None:
     """Claim: the plan is within 15 % of the most anonymous memory that a run of train.py takes,
@@ -237,6 +238,7 @@ def test_plan_agrees_with_the_measured_peak(name: str) -> None:
     assert found["plan_mib"] == pytest.approx(found["measured_mib"], rel=0.15)
 
 
+@pytest.mark.slow  # twenty seconds: four processes
 def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
     """Claim: filling a sharded model takes a rank its shard and one tensor, nowhere near the whole.
     Oracle: the system's count of its anonymous memory. 64 MiB: what FSDP2 and safetensors make on
