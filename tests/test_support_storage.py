@@ -117,7 +117,14 @@ def test_rows_are_computed_once_and_a_damaged_part_again(
     asked.clear()
     part = tmp_path / f"{storage.key_of('a')}-4.json"
     content = part.read_text()
-    for damage in (content[:-20], content.replace("5", "6", 1), "[]", "{}", "", None):
+    for damage in (
+        content[:-20],
+        content.replace('"number": 5', '"number": 6'),
+        "[]",
+        "{}",
+        "",
+        None,
+    ):
         part.unlink()
         if damage is not None:
             part.write_text(damage)
