@@ -90,6 +90,7 @@ class Job(NamedTuple):
     setting: Setting
     start: Path
     folder: Path
+    seed: int
     fold: int  # run
     tested_on: int  # fold of the prompts
 
@@ -166,7 +167,7 @@ def train_command(job: Job, files: Mapping[str, Path], bench: Bench) -> list[str
         "model": job.start,
         "out": job.folder,
         "lr": job.setting.lr,
-        "seed": job.fold,
+        "seed": job.seed,
         "steps": options.steps,
         "max_length": MAX_LENGTH,
         "held_out": 0,
@@ -237,8 +238,8 @@ def identity_of(job: Job, files: Mapping[str, Path], bench: Bench) -> Json:
     """What a job's result depends on."""
     options = bench.options
     identity: Json = {"model": options.model, "dtype": bench.dtype, "steps": options.steps}
-    identity |= {"batch": options.batch, "new_tokens": options.new_tokens, "run": job.fold}
-    identity |= {"arm": list(job.arm), "setting": list(job.setting), "tested_on": job.tested_on}
+    identity |= {"batch": options.batch, "new_tokens": options.new_tokens}
+    identity |= {"arm": list(job.arm), "setting": list(job.setting), "seed": job.seed}
     rows = [files[name].read_text(encoding="utf-8") for name in sorted(files)]
     return identity | {"rows": prompt_hash("\n".join(rows + tested_prompts(job, bench.rows)))}
 
@@ -289,7 +290,6 @@ def run_jobs(jobs: Sequence[Job], bench: Bench) -> list[Json]:
             files[job.fold] = real_rows.write_run(bench.rows, job.fold, folder)
     results = [read_result(job, files[job.fold], bench) for job in jobs]
     for place, job in enumerate(jobs):
-        is_start = job.arm == SFT and job.start == Path(bench.options.model)
         if results[place] is None:
             say_plan(place + 1, jobs, results, bench.world)
             began, spent = monotonic(), processor_seconds()
@@ -301,7 +301,7 @@ def run_jobs(jobs: Sequence[Job], bench: Bench) -> list[Json]:
             result["processor_s"] = processor_seconds() - spent
             storage.write_json(job.result, result)
             results[place] = result
-        if job.folder.exists() and not is_start:
+        if job.folder.exists() and job.folder.name != "sft":  # from which the others start
             storage.remove(job.folder)  # a gigabyte each
     return [result for result in results if result is not None]
 
@@ -312,8 +312,18 @@ def run_jobs(jobs: Sequence[Job], bench: Bench) -> list[Json]:
 def start_job(fold: int, options: argparse.Namespace) -> Job:
     """The SFT model of a run."""
     folder = options.work / f"fold-{fold}" / "sft"
-    model = Path(options.model)
-    return Job(f"run {fold}: SFT model", SFT, Setting(SFT_LR), model, folder, fold, fold)
+    title = f"run {fold}: SFT model"
+    return Job(title, SFT, Setting(SFT_LR), Path(options.model), folder, fold, fold, fold)
+
+
+def arm_job(name: str, setting: Setting, start: Job, tested_on: int, folder: Path) -> Job:
+    """An arm that begins with a run's SFT model."""
+    seed = start.seed
+    if name == "sft-more":
+        seed += FOLDS  # seed k would draw the rows that the SFT model has seen, in their order
+    title = f"run {start.fold}: {folder.name}"
+    model = start.folder / "model"
+    return Job(title, ARMS[name], setting, model, folder, seed, start.fold, tested_on)
 
 
 def candidates(arm: Arm) -> list[Setting]:
@@ -339,10 +349,9 @@ def search(bench: Bench, judge: Any) -> None:
     names, jobs = [], [start]
     for name, arm in ARMS.items():
         for setting in candidates(arm) if name != "ipo-half" else []:
-            title = f"{name}-lr{setting.lr:g}" + (f"-tau{setting.tau:g}" if setting.tau else "")
-            model, folder = start.folder / "model", options.work / "search" / title
+            folder = options.work / "search" / f"{name}-lr{setting.lr:g}-tau{setting.tau}"
             names.append(name)
-            jobs.append(Job(f"search: {title}", arm, setting, model, folder, 1, 0))
+            jobs.append(arm_job(name, setting, start, 0, folder))
     results = run_jobs(jobs, bench)[1:]
     prompts = [prompt for prompt in bench.rows.prompts if prompt.fold == 0]
     tried: dict[str, list[Json]] = {}
@@ -448,13 +457,11 @@ def run_fold(fold: int, bench: Bench, judge: Any) -> None:
         raise ValueError(f"{path} is not there; run `search` first")
     chosen = storage.read_object(path, "chosen")["chosen"]
     start = start_job(fold, options)
-    names, jobs = ["sft"], [start]
-    for name, arm in ARMS.items():
-        setting = Setting(**chosen[name])
+    jobs = [start]
+    for name in ARMS:
         folder = start.folder.with_name(name)
-        model = start.folder / "model"
-        names.append(name)
-        jobs.append(Job(f"run {fold}: {name}", arm, setting, model, folder, fold, fold))
+        jobs.append(arm_job(name, Setting(**chosen[name]), start, fold, folder))
+    names = ["sft", *ARMS]
     results = dict(zip(names, run_jobs(jobs, bench), strict=True))
 
     tested = [answer for answer in bench.rows.completions if answer.prompt.fold == fold]
@@ -490,7 +497,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     usual = [f"{ULTRAFEEDBACK}:train_prefs", f"{ULTRAFEEDBACK}:test_prefs"]
     add("--ultrafeedback", nargs=2, default=usual, metavar=("TRAIN", "TEST"), help="its pairs")
     add("--steps", type=int, default=60, help="of the SFT model and of each arm; default 60")
-    add("--batch", type=int, default=8, help="pairs of each stream in a step; default 8")
+    add("--batch", type=int, default=4, help="pairs of each stream in a step; default 4")
     add("--new_tokens", type=int, default=96, help="of an answer; default 96")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 with AMX, else float32")
 

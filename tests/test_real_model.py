@@ -68,7 +68,7 @@ def test_folds_are_even_and_keep_near_copies_together() -> None:
     folds = real_rows.folds_of(joined)
     sizes = Counter(folds[name] for name in joined.values())
     assert sizes.keys() == {0, 1, 2, 3, 4}
-    assert max(sizes.values()) - min(sizes.values()) <= 6  # prompts of the largest family
+    assert max(sizes.values()) - min(sizes.values()) <= 4  # of 90
     by_kind = Counter((kinds[number], folds[name]) for number, name in joined.items())
     assert set(by_kind.values()) <= {3, 4, 5, 6, 7}
 
@@ -337,7 +337,7 @@ def test_the_report_claims_what_its_intervals_allow(tmp_path: Path, capsys: Any)
     """Claim: of two folds, the shares are the counts, a clear difference is a sentence, none is
     said to be none, and the folds that are missing are named. Oracle: counts by hand.
     """
-    arms = {"sft": [4, 0, 2], "bfpo": [16, 10, 2], "ipo-mix": [16, 10, 2]}
+    arms = {"sft": [4, 0, 2], "bfpo": [16, 10, 2], "ipo-mix": [15, 10, 2]}
     for fold in (1, 3):
         write_lines(real_report.fold_path(tmp_path, fold), fold_rows(fold, arms))
     real_model.main(["report", "--results", str(tmp_path), "--figures", str(tmp_path)])
@@ -348,7 +348,8 @@ def test_the_report_claims_what_its_intervals_allow(tmp_path: Path, capsys: Any)
     assert "- bfpo declines more unsafe XSTest prompts than sft, by 0.60 [" in report
     assert "- bfpo and sft cannot be told apart in: declines safe" in report
     assert "- bfpo and ipo-mix cannot be told apart in: declines unsafe" in report
-    assert "| ipo-mix | 0.80 / 0.80 | 0.50 / 0.50 |" in report
+    assert "| ipo-mix | 0.75 / 0.75 | 0.50 / 0.50 |" in report
+    assert "| both_safe | 4 | bfpo | +1.5" in report
     assert "| both_safe, b | 2 | bfpo | +1.5 [+1.5, +1.5] | +5.0 | 1.00" in report
     assert (tmp_path / "real_model.png").stat().st_size > 10_000
 
