@@ -17,6 +17,7 @@ trained by train.py.
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from common import surroundings
 from real_rows import FOLDS, MAX_LENGTH, MAX_PROMPT, Prompt, Rows, prompt_hash
 
 from bfpo import QUADRANTS, label
-from data import SCORED_PACK_TOKENS, generate, load_stream, score
+from data import generate
 from support import distributed, storage
 from support.distributed import World
 from tasks.judges import LanguageModel
@@ -211,7 +212,34 @@ def tested_prompts(job: Job, rows: Rows) -> list[str]:
     return texts
 
 
-def measure(job: Job, files: Mapping[str, Path], bench: Bench) -> Json:
+def tested_pairs(job: Job, rows: Rows) -> dict[str, list[Json]]:
+    """The held-out pairs of a job's test fold."""
+    if not job.tested_on:
+        return {}
+    tested = [answer for answer in rows.completions if answer.prompt.fold == job.tested_on]
+    return {"safety": real_rows.pairs_of(tested), "helpfulness": rows.helpful["test"]}
+
+
+def pair_logprobs(policy: LanguageModel, pairs: Sequence[Json]) -> list[list[float]]:
+    """Summed log-probability of both answers of each pair, in nats. An answer that is in several
+    pairs is scored once.
+    """
+    texts = [policy.chat.pair_texts(row["prompt"], row["chosen"], row["rejected"]) for row in pairs]
+    trees: dict[Any, dict[Any, None]] = {}
+    encoded = []
+    for tree in policy.chat.pair_ids(texts):
+        prompt, *answers = (tuple(ids.tolist()) for ids in tree)
+        trees.setdefault(prompt, {}).update(dict.fromkeys(answers))
+        encoded.append((prompt, answers))
+    logprobs = iter(policy.logprobs([[prompt, *answers] for prompt, answers in trees.items()]))
+    known = {}
+    for prompt, answers in trees.items():
+        for answer in answers:
+            known[prompt, answer] = next(logprobs).item()
+    return [[known[prompt, answer] for answer in answers] for prompt, answers in encoded]
+
+
+def measure(job: Job, bench: Bench) -> Json:
     """Greedy answers of a job's model, and log-probabilities of the pairs of its test fold."""
     dtype = getattr(torch, bench.dtype)
     policy = LanguageModel(str(job.folder / "model"), bench.world, dtype=dtype)
@@ -224,13 +252,8 @@ def measure(job: Job, files: Mapping[str, Path], bench: Bench) -> Json:
     found: Json = {"prompts": prompts}
     found["answers"] = [answer.text for answer in answers]
     found["at_limit"] = [answer.at_limit for answer in answers]
-    names = ("safety_test", "helpfulness_test") if job.tested_on else ()
-    for name in names:
-        lengths = {"max_length": MAX_LENGTH, "max_prompt": MAX_PROMPT, "held_out": 0.0}
-        cache = bench.options.work / "cache"
-        stream, _ = load_stream([str(files[name])], chat, cache_dir=cache, **lengths)
-        scores = score(policy.model, stream, bench.world, SCORED_PACK_TOKENS, name)
-        found[name] = scores.tolist()
+    for name, pairs in tested_pairs(job, bench.rows).items():
+        found[name] = pair_logprobs(policy, pairs)
     return found
 
 
@@ -240,8 +263,9 @@ def identity_of(job: Job, files: Mapping[str, Path], bench: Bench) -> Json:
     identity: Json = {"model": options.model, "dtype": bench.dtype, "steps": options.steps}
     identity |= {"batch": options.batch, "new_tokens": options.new_tokens}
     identity |= {"arm": list(job.arm), "setting": list(job.setting), "seed": job.seed}
-    rows = [files[name].read_text(encoding="utf-8") for name in sorted(files)]
-    return identity | {"rows": prompt_hash("\n".join(rows + tested_prompts(job, bench.rows)))}
+    trained = [files[name].read_text(encoding="utf-8") for name in sorted(files)]
+    tested = [tested_prompts(job, bench.rows), tested_pairs(job, bench.rows)]
+    return identity | {"rows": prompt_hash(json.dumps([trained, tested]))}
 
 
 def read_result(job: Job, files: Mapping[str, Path], bench: Bench) -> Json | None:
@@ -296,7 +320,7 @@ def run_jobs(jobs: Sequence[Job], bench: Bench) -> list[Json]:
             result: Json = {"identity": identity_of(job, files[job.fold], bench)}
             result["resumed"] = job.folder.exists()  # then the time before the stop is not counted
             train(job, files[job.fold], bench)
-            result |= measure(job, files[job.fold], bench)
+            result |= measure(job, bench)
             result["wall_s"] = monotonic() - began
             result["processor_s"] = processor_seconds() - spent
             storage.write_json(job.result, result)
@@ -432,12 +456,10 @@ def margin_rows(results: Mapping[str, Json], pairs: Mapping[str, list[Json]]) ->
     for table, rows in pairs.items():
         before = results["sft"][table]
         for place, pair in enumerate(rows):
-            prompt = pair["prompt"]
-            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            key = prompt_hash(pair["prompt"][-1]["content"])
             quadrant = QUADRANTS[0] if pair["chosen_safe"] else QUADRANTS[2]
-            row: Json = {"pair": prompt_hash(text), "set": table.removesuffix("_test")}
-            row |= {"quadrant": quadrant, "author": pair.get("author", "")}
-            row["family"] = pair.get("family", row["pair"])
+            row: Json = {"pair": key, "set": table, "quadrant": quadrant}
+            row |= {"author": pair.get("author", ""), "family": pair.get("family", key)}
             margins = {}
             for name, result in results.items():
                 if name != "sft":
@@ -464,9 +486,7 @@ def run_fold(fold: int, bench: Bench, judge: Any) -> None:
     names = ["sft", *ARMS]
     results = dict(zip(names, run_jobs(jobs, bench), strict=True))
 
-    tested = [answer for answer in bench.rows.completions if answer.prompt.fold == fold]
-    pairs = {"safety_test": real_rows.pairs_of(tested)}
-    pairs["helpfulness_test"] = bench.rows.helpful["test"]
+    pairs = tested_pairs(start, bench.rows)
     head = {"fold": fold, "seed": fold, "settings": chosen, **header(bench)}
     minutes, targets, examples = {}, {}, {}
     for name, job in zip(names, jobs, strict=True):

@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 class Prompt(NamedTuple):
-    """A prompt of XSTest. family: it and its near-copies are in one fold."""
+    """A prompt of XSTest. family: it and its near-copies have one."""
 
     text: str
     kind: str
@@ -260,7 +260,8 @@ def pairs_of(completions: Iterable[Completion]) -> list[Row]:
         refusals = [answer for answer in answers if not answer.complies]
         for chosen in compliances:
             for rejected in refusals:
-                row: Row = {"prompt": prompt.text, "chosen": chosen.text, "rejected": rejected.text}
+                turns = [{"role": "user", "content": prompt.text}]
+                row: Row = {"prompt": turns, "chosen": chosen.text, "rejected": rejected.text}
                 row |= {"chosen_safe": prompt.safe, "rejected_safe": True}
                 rows.append(row | {"author": chosen.author, "family": prompt.family})
     return rows
@@ -286,17 +287,12 @@ def sft_rows(completions: Iterable[Completion], helpful: Sequence[Row]) -> list[
 
 
 def write_run(rows: Rows, fold: int, folder: Path) -> dict[str, Path]:
-    """Run `fold`'s files: sft, safety and helpfulness to train on, and the pairs that it is tested
-    on, safety_test and helpfulness_test.
-    """
+    """Run `fold`'s files to train on: sft, safety and helpfulness."""
     training = [answer for answer in rows.completions if answer.prompt.fold not in (0, fold)]
-    tested = [answer for answer in rows.completions if answer.prompt.fold == fold]
     tables = {
         "sft": sft_rows(training, rows.helpful["train"]),
         "safety": pairs_of(training),
         "helpfulness": rows.helpful["train"],
-        "safety_test": pairs_of(tested),
-        "helpfulness_test": rows.helpful["test"],
     }
     files = {}
     for name, table in tables.items():

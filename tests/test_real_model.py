@@ -18,8 +18,10 @@ from safetensors.numpy import load_file
 from test_tasks_judges import save_judge, save_tokenizer
 
 from model import Mistral
+from support import distributed
 from support.chat import Chat
 from support.storage import read_line, write_lines
+from tasks.judges import LanguageModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import real_model
@@ -212,6 +214,26 @@ def test_a_fold_goes_on_where_it_stopped(
     with pytest.raises(SystemExit):
         real_model.main([*command, "--new_tokens", "5"])
     assert "made with another new_tokens, 4 and not 5" in capsys.readouterr().err
+
+
+def test_pairs_with_shared_answers_are_scored_as_alone(inputs: list[str]) -> None:
+    """Claim: pairs that share prompts and answers get the log-probabilities, in their order, that
+    each has alone. Oracle: a pack of each pair; sums in another order differ by less than 1e-3 nats.
+    """
+    policy = LanguageModel(inputs[1], distributed.start("cpu"))
+    prompt = real_rows.Prompt("May hat?", "homonyms", "homonyms 1", 1)
+    other = real_rows.Prompt("May jar melt?", "homonyms", "homonyms 2", 1)
+    completions = []
+    for one in (prompt, other):
+        for text, complies in (("Yes.", True), ("Do so.", True), ("No, no.", False), ("I", False)):
+            completions.append(real_rows.Completion(one, "a", text, complies))
+    pairs = real_rows.pairs_of(completions)
+    alone = []
+    for row in pairs:
+        texts = policy.chat.pair_texts(row["prompt"], row["chosen"], row["rejected"])
+        alone.append(policy.logprobs(policy.chat.pair_ids([texts])).tolist())
+    together = real_model.pair_logprobs(policy, pairs)
+    assert np.allclose(together, alone, atol=1e-3) and len(set(map(tuple, alone))) == 8
 
 
 @pytest.mark.slow
