@@ -405,11 +405,13 @@ def header(bench: Bench) -> Json:
     """What a committed file says of how it was made: no path, and no text of the data."""
     options = bench.options
     where = surroundings()
-    origin = Path(options.model) / ORIGIN
-    derived = storage.read_object(origin, "derived_from")["derived_from"] if origin.exists() else ""
-    model = derived or options.model
-    facts = {"model": model if derived or "/" in model else Path(model).name}
-    facts |= {"derived_from_4_bit": bool(derived), "dtype": bench.dtype, "threads": threads()}
+    folder = Path(options.model)
+    model = folder.name if folder.exists() else options.model
+    has_origin = (folder / ORIGIN).exists()
+    if has_origin:
+        model = storage.read_object(folder / ORIGIN, "derived_from")["derived_from"]
+    facts = {"model": model, "derived_from_4_bit": has_origin}
+    facts |= {"dtype": bench.dtype, "threads": threads()}
     facts |= {"steps": options.steps, "batch": options.batch, "new_tokens": options.new_tokens}
     return facts | {key: where[key] for key in ("date", "hardware", "versions")}
 

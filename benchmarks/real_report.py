@@ -73,11 +73,11 @@ def read_folds(results: Path) -> tuple[list[Json], list[Json], list[Json]]:
 class Resampler:
     """Means over rows, observed and in each draw of families."""
 
-    def __init__(self, families: Iterable[str]) -> None:
+    def __init__(self, families: Iterable[str], draws: int = DRAWS) -> None:
         self.places = {family: place for place, family in enumerate(dict.fromkeys(families))}
         size = len(self.places)
-        draws = np.random.default_rng(0).multinomial(size, [1 / size] * size, DRAWS)
-        self.counts = np.vstack([np.ones(size), draws])  # of each family in each draw
+        drawn = np.random.default_rng(0).multinomial(size, [1 / size] * size, draws)
+        self.counts = np.vstack([np.ones(size), drawn])  # of each family in each draw
 
     def mean(self, values: Sequence[float], families: Sequence[str]) -> Draws:
         """The mean of some rows. It is not a number in draws that hold none of their families."""
@@ -209,7 +209,7 @@ def run_table(verdicts: Sequence[Json], names: Sequence[str], folds: Sequence[in
         cells: dict[str, list[str]] = {measure: [] for measure in MEASURES}
         for fold in folds:
             own = [row for row in verdicts if row["fold"] == fold]
-            resampler = Resampler(row["family"] for row in own)
+            resampler = Resampler((row["family"] for row in own), draws=0)
             found = measures_of(own, name, resampler)
             for measure, values in cells.items():
                 values.append(f"{found[measure][0]:.2f}")

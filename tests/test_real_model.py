@@ -201,7 +201,8 @@ def test_a_fold_goes_on_where_it_stopped(
     assert head["targets"]["bfpo"]["both_safe"] == pytest.approx(5)
     assert head["targets"]["bfpo"]["rejected_safe"] == pytest.approx(-10)
     text = path.read_text(encoding="utf-8")
-    assert not any(words in text for words in ("thief", "Sorry, I", "Harm", str(tmp_path)))
+    assert not any(words in text for words in ("thief", "Sorry, I", "Harm"))
+    assert not any(folder in text for folder in (str(tmp_path), inputs[1]))
 
     settings = json.loads((work / "sft" / "run.json").read_text())["settings"]
     assert settings["seed"] == 1 and settings["objective"] == "sft"
