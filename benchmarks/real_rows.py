@@ -9,14 +9,14 @@ a compliance is as safe as its prompt. Types that begin with contrast_ are unsaf
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import common  # noqa: F401  # puts the program's folder on the path
 
-from data import SCHEMAS, find_schema, read_pair
+from data import SCHEMAS, Pair, find_schema, read_pair
 from support import sources
 from support.chat import Chat
 from support.storage import write_lines
@@ -132,13 +132,17 @@ def folds_of(families: Mapping[int, str]) -> dict[str, int]:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def checked_rows(source: str, use: str = "task") -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of a source's rows. ValueError names one that cannot be read."""
+def read_each(source: str, read: Callable[[sources.Row], Any], use: str = "task") -> Iterator[Any]:
+    """What `read` makes of each row of a source. ValueError names the row that it refuses."""
     _, rows = sources.find_source(source, use).rows()
     for place, row in rows:
-        if isinstance(row, ValueError):
-            raise ValueError(f"{place}: {row}")
-        yield place, row
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            value = read(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        yield value
 
 
 def number_of(row: sources.Row) -> int:
@@ -165,17 +169,18 @@ def read_completions(source: str) -> list[Labelled]:
     """One model's answers to XSTest. The model's name is that of the file."""
     file = sources.find_source(source, "task").files[0]
     author = sources.stem(file).removeprefix("xstest_v2_completions_")
-    labelled = []
-    for place, row in checked_rows(source):
-        try:
-            kind = sources.one_of(row, "type", *TYPES)
-            prompt = sources.some_text(row, "prompt")
-            answer = sources.text(row, "completion")
-            label = sources.one_of(row, "final_label", COMPLIANCE, REFUSAL, PARTIAL)
-            labelled.append(Labelled(number_of(row), kind, prompt, author, answer, label))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-    return labelled
+
+    def read(row: sources.Row) -> Labelled:
+        return Labelled(
+            number_of(row),
+            sources.one_of(row, "type", *TYPES),
+            sources.some_text(row, "prompt"),
+            author,
+            sources.text(row, "completion"),
+            sources.one_of(row, "final_label", COMPLIANCE, REFUSAL, PARTIAL),
+        )
+
+    return list(read_each(source, read))
 
 
 def read_xstest(names: Sequence[str]) -> tuple[list[Prompt], list[Completion]]:
@@ -205,22 +210,17 @@ def read_xstest(names: Sequence[str]) -> tuple[list[Prompt], list[Completion]]:
 
 def read_advbench(source: str) -> list[str]:
     """AdvBench's prompts, at most ADVBENCH_PROMPTS of them, drawn by their hashes."""
-    texts = []
-    for place, row in checked_rows(source):
-        try:
-            texts.append(sources.some_text(row, "goal", "prompt"))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-    return sorted(set(texts), key=prompt_hash)[:ADVBENCH_PROMPTS]
+    texts = set(read_each(source, lambda row: sources.some_text(row, "goal", "prompt")))
+    return sorted(texts, key=prompt_hash)[:ADVBENCH_PROMPTS]
 
 
 def short_pairs(source: str, chat: Chat) -> Iterator[Row]:
     """The pairs of a source that fit into MAX_LENGTH, both answers safe."""
-    for place, row in checked_rows(source, "pairs"):
-        try:
-            pair = read_pair(row, SCHEMAS[find_schema(row, "pairs")], "helpful")
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+
+    def read(row: sources.Row) -> Pair:
+        return read_pair(row, SCHEMAS[find_schema(row, "pairs")], "helpful")
+
+    for pair in read_each(source, read, "pairs"):
         ids = chat.pair_ids([chat.pair_texts(pair.prompt, pair.chosen, pair.rejected)])[0]
         prompt, *answers = map(len, ids)
         has_answers = pair.chosen.strip() and pair.rejected.strip()

@@ -290,7 +290,7 @@ def test_bad_columns_and_folds_are_refused(inputs: list[str], tmp_path: Path, ca
     """Claim: a file with other columns is named with its line; a fold that is none is wrong usage;
     a fold without chosen settings, and a report without a fold, say what to do first.
     """
-    wrong = write_csv(tmp_path / "wrong.csv", [{"id": "1", "text": "hello"}])
+    wrong = write_csv(tmp_path / "wrong.csv", [{"id": "v2-1", "text": "hello"}])
     cases = [
         (["fold", "1", *inputs, "--completions", wrong], 1, "wrong.csv:2: type is missing"),
         (["fold", "5", *inputs], 2, "invalid choice: 5"),
