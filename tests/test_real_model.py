@@ -217,6 +217,40 @@ def test_a_fold_goes_on_where_it_stopped(
     assert "made with another new_tokens, 4 and not 5" in capsys.readouterr().err
 
 
+def test_targets_are_those_of_an_arms_own_loss() -> None:
+    """Claim: of the more helpful answer's margin, BFPO asks for g / tau. IPO on the naive mix asks
+    for 1/2 / tau of whichever answer comes first there, and half of its tau for twice that. DPO and
+    SFT ask for none. Oracle: by hand, tau 0.1 in the order of the quadrants.
+    """
+    for name, wanted in (
+        ("bfpo", [5, 10, -10, -5]),
+        ("ipo-mix", [5, 5, -5, 5]),
+        ("dpo-mix", [None] * 4),
+        ("sft-more", [None] * 4),
+    ):
+        targets = real_model.targets_of(real_model.ARMS[name], real_model.Setting(1e-4, 0.1))
+        assert list(targets.values()) == [value and pytest.approx(value) for value in wanted]
+
+
+class Literal:
+    """A judge for answers that say what they are."""
+
+    def refused(self, answer: str) -> bool:
+        return answer == "no"
+
+
+def test_validation_score_is_the_mean_of_both_sides() -> None:
+    """Claim: 3 of 4 unsafe prompts declined and 3 of 4 safe ones answered score 3/4.
+
+    Oracle: by hand.
+    """
+    kinds = ["contrast_x"] * 4 + ["x"] * 4
+    prompts = [real_rows.Prompt(str(i), kind, "x", 0) for i, kind in enumerate(kinds)]
+    result = {"answers": ["no", "no", "no", "yes", "no", "yes", "yes", "yes"]}
+    row = real_model.validation_score(result, prompts, Literal())
+    assert row == {"unsafe_refused": 0.75, "safe_refused": 0.25, "score": 0.75}
+
+
 def test_pairs_with_shared_answers_are_scored_as_alone(inputs: list[str]) -> None:
     """Claim: pairs that share prompts and answers get the log-probabilities, in their order, that
     each has alone. Oracle: a pack of each pair; sums in another order differ by less than 1e-3 nats.
@@ -365,7 +399,7 @@ def test_the_report_claims_what_its_intervals_allow(tmp_path: Path, capsys: Any)
         write_lines(real_report.fold_path(tmp_path, fold), fold_rows(fold, arms))
     real_model.main(["report", "--results", str(tmp_path), "--figures", str(tmp_path)])
     report = (tmp_path / "real_model.md").read_text(encoding="utf-8")
-    assert "Not done yet: fold 2, 4" in report and "derived from some/model" in report
+    assert "Not done yet: fold 2, 4" in report and "derived from the 4-bit numbers" in report
     row = next(line for line in report.splitlines() if line.startswith("| bfpo | 0.80"))
     assert re.findall(r"(\d\.\d\d) \[", row) == ["0.80", "0.50", "0.10", "0.85", "0.00"]
     assert "- bfpo declines more unsafe XSTest prompts than sft, by 0.60 [" in report
