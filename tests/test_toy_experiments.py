@@ -114,6 +114,7 @@ def test_alpha_breaks_the_order_where_it_should() -> None:
 # --- the runs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # twenty seconds: two models, twice
 def test_a_comparison_and_the_same_command_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
