@@ -734,21 +734,20 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
         return hub.run(HUB_SCRIPT, mistral_tokenizer, *sources, **environment).split("\n")
 
     half = "owner/set@v1:train_prefs[:50%]"
-    (first,) = run(half)
+    first, *unknown = run(half, "owner/none", "owner/set@v9", "owner/secret:train_prefs")
     assert first.startswith("3 3 ")
-    assert hub.downloads() == [
-        "data/test_prefs-00000-of-00001.parquet",
-        "data/train_prefs-00000-of-00001.parquet",
-    ]
-    again, *unknown = run(half, "owner/none", "owner/set@v9", "owner/secret:train_prefs")
-    assert again == first and hub.downloads() == []
+    files = ["data/test_prefs-00000-of-00001.parquet", "data/train_prefs-00000-of-00001.parquet"]
+    assert hub.downloads() == files
     for line, name in zip(unknown, ("owner/none", "owner/set@v9", "owner/secret"), strict=True):
         assert line.startswith(
             f"ValueError {name} must be a local path or a hub data set within reach"
         )
     offline, other = run(half, "owner/other", HF_HUB_OFFLINE="1")
+    assert hub.downloads() == []
     assert offline == first and other.startswith("ValueError owner/other must be")
-    assert run("owner/secret:train_prefs", HF_TOKEN=hub.TOKEN)[0].startswith("6 3 ")
+    again, secret = run(half, "owner/secret:train_prefs", HF_TOKEN=hub.TOKEN)
+    assert again == first and secret.startswith("6 3 ")
+    assert hub.downloads() == files  # the private set's
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -228,6 +228,7 @@ def test_a_model_that_another_command_trains_is_refused(tmp_path: Path) -> None:
     assert job.record() is None
 
 
+@pytest.mark.slow  # eight seconds: three processes
 def test_a_stop_lets_the_models_save(tmp_path: Path) -> None:
     """Claim: SIGTERM ends the command with 130 and its models after the step they are in, leaving
     checkpoints. Oracle: the folder.
