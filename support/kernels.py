@@ -122,6 +122,11 @@ def probabilities(q: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     return scores.softmax(-1)
 
 
+def softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
+    """The gradient by the scores of p = softmax(scores): p * (dp - (p * dp).sum(-1))."""
+    return torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+
+
 class BlockedAttention(torch.autograd.Function):
     """model.plain_attend on a CPU, a block of rows at a time against the keys that it may see.
 
@@ -151,7 +156,7 @@ class BlockedAttention(torch.autograd.Function):
                 torch.bmm(p, values[:, seen], out=out[:, block])
                 kept.append(p if p.shape[-1] <= limit else None)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.T, ctx.tables, ctx.plan = T, tables, plan
+        ctx.T, ctx.P, ctx.tables, ctx.plan = T, P, tables, plan
         return by_token(out, T).to(dtype)
 
     @staticmethod
@@ -160,7 +165,7 @@ class BlockedAttention(torch.autograd.Function):
         next_kept = iter(kept)
         cos, sin, cos_keys, sin_keys = ctx.tables
         scale = q.shape[-1] ** -0.5
-        P = q.shape[1] // ctx.T
+        P = ctx.P
         dout = by_key_head(grads[0], len(q)).flatten(1, 2)
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for tokens, blocks in ctx.plan:
@@ -173,7 +178,7 @@ class BlockedAttention(torch.autograd.Function):
                     p = probabilities(q_block, keys[:, seen], bias)
                 dvalues[:, seen].baddbmm_(p.mT, dout_block)
                 dp = torch.bmm(dout_block, values[:, seen].mT)
-                dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+                dscores = softmax_backward(dp, p)
                 dkeys[:, seen].baddbmm_(dscores.mT, q_block, alpha=scale)
                 dq[:, block].baddbmm_(dscores, keys[:, seen], alpha=scale)
             dk[:, tokens] = dkeys  # earlier spans' included
