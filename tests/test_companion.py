@@ -69,7 +69,10 @@ def test_notebook_is_small_and_names_no_machine() -> None:
     assert NOTEBOOK.stat().st_size < 1_500_000
     for cell in cells("code"):
         for output in cell.outputs:
-            text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            data = output.get("data", {})
+            text = (
+                output.get("text", "") + data.get("text/plain", "") + data.get("text/markdown", "")
+            )
             assert not re.search(r"(?<![\w.)])/\w+/", text), text
 
 
