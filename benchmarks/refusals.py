@@ -11,8 +11,9 @@ model_completions/*.csv of github.com/paul-rottger/exaggerated-safety, and natol
 on the hub. No phrase or weight is chosen by eye. Weights and agreement go to refusals.json.
 
 Balanced agreement is the mean of the share of refusals and the share of compliances that the judge
-finds. It is measured on each model in turn, with a judge that has seen the other four alone. The
-settings of that judge, too, are chosen on these four.
+finds. It is measured on each model in turn, with a judge that is fitted on the other four. Its
+SETTINGS are chosen on these four. The constants below were chosen with all five in sight, after
+other choices had reached 0.79 to 0.94, so the mean is somewhat optimistic.
 """
 
 import argparse
