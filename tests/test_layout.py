@@ -84,13 +84,13 @@ def test_imports_go_down_only() -> None:
             del left[name]
 
 
-def loaded(statement: str) -> set[str]:
-    """The program's modules that a fresh process has after a statement."""
-    code = f"import sys; {statement}; print(*sys.modules)"
+def loaded(*statements: str) -> list[set[str]]:
+    """The program's modules that a fresh process has after each statement."""
+    code = "import sys; " + "; ".join(f"{each}; print(*sys.modules)" for each in statements)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return set(done.stdout.split()) & modules().keys()
+    return [set(line.split()) & modules().keys() for line in done.stdout.splitlines()]
 
 
 def test_commands_load_little() -> None:
@@ -99,9 +99,10 @@ def test_commands_load_little() -> None:
     Oracle: sys.modules of a fresh process.
     """
     small = {"synthetic", "bfpo", "support", "support.plots", "support.storage", "support.sources"}
-    assert loaded("import synthetic") == small | {"support.distributed"}
-    rooms = {name.partition(".")[0] for name in loaded("import train")}
-    assert rooms == {"train", "data", "model", "bfpo", "support"}
+    figure, both = loaded("import synthetic", "import train")
+    assert figure == small | {"support.distributed"}
+    rooms = {name.partition(".")[0] for name in both}
+    assert rooms == {"synthetic", "train", "data", "model", "bfpo", "support"}
 
 
 @pytest.mark.slow  # ten seconds: pip

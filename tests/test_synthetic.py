@@ -29,16 +29,6 @@ def figure4_run(tmp_path_factory):
     return run.stdout, folder / "runs" / "figure4"
 
 
-def command(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, ROOT / "synthetic.py", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 # -------------------------------------------------------------------------------------------------------------- Figure 4
 
 
@@ -183,14 +173,15 @@ def test_desired_ranking_is_figure_2(safe, order):
 # -------------------------------------------------------------------------------------------------------------- theorems
 
 
-def test_theorems_command_passes_and_prints_errors_with_tolerances():
+def test_theorems_command_passes_and_prints_errors_with_tolerances(capsys):
     """Claim: exit code 0; every line has an error and a bound.
 
     Oracle: the printed numbers, compared again here.
     """
-    run = command("theorems")
-    assert run.returncode == 0, run.stdout + run.stderr
-    checks = [line.split() for line in run.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
+    code = synthetic.main(["theorems"])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    checks = [line.split() for line in printed.splitlines() if line.startswith(("ok", "FAIL"))]
     assert len(checks) == 10 and all(check[0] == "ok" for check in checks)
     for *_, error, relation, bound in checks:
         assert float(error) <= float(bound) if relation == "<=" else float(error) >= float(bound)
@@ -265,20 +256,24 @@ def test_minimiser_has_a_zero_gradient():
 # ------------------------------------------------------------------------------------------------------ the command line
 
 
-def test_wrong_usage_exits_2_and_a_bad_folder_1(tmp_path):
+def test_wrong_usage_exits_2_and_a_bad_folder_1(tmp_path, capsys):
     """Claim: an unknown command or flag exits 2, a folder that cannot be made exits 1 in one line.
 
-    Oracle: exit codes.
+    Oracle: exit codes, and what is said on stderr.
     """
-    run = command("figure5")
-    assert run.returncode == 2 and "invalid choice: 'figure5'" in run.stderr
-    for arguments in (["--ouy", "x"], ["theorems", "--out", "x"]):
+
+    def refused(*arguments):
         with pytest.raises(SystemExit) as stop:
-            synthetic.main(arguments)
-        assert stop.value.code == 2
+            synthetic.main(list(arguments))
+        return stop.value.code, capsys.readouterr().err
+
+    code, said = refused("figure5")
+    assert code == 2 and "invalid choice: 'figure5'" in said
+    for arguments in (["--ouy", "x"], ["theorems", "--out", "x"]):
+        assert refused(*arguments)[0] == 2
     (tmp_path / "file").write_text("")
-    run = command("--out", tmp_path / "file" / "figure4")
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "--out" in run.stderr
+    code, said = refused("--out", str(tmp_path / "file" / "figure4"))
+    assert code == 1 and said.count("\n") == 1 and "--out" in said
 
 
 def test_import_does_nothing(tmp_path):
