@@ -266,11 +266,11 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 steps of BFPO in one go on one process and one thread: what others are compared with."""
+    """200 steps of BFPO in one go on one process and one thread: what others are compared with."""
     return runs.once(
         tmp_path_factory,
         "whole",
         lambda out: runs.run_here(
-            runs.bfpo(toys, out, "--steps", "60", "--save_every", "10", "--keep", "3")
+            runs.bfpo(toys, out, "--steps", "200", "--save_every", "10", "--keep", "3")
         ),
     )
