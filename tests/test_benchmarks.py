@@ -351,7 +351,7 @@ def test_table_of_fast_forms_is_its_record() -> None:
     measured. Oracle: results.json.
     """
     results = json.loads(common.RESULTS.read_text(encoding="utf-8"))
-    page = (common.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    page = (common.RESULTS.parent.parent / "docs/performance.md").read_text(encoding="utf-8")
     forms = {
         "BlockedAttention": "attention of a pack",
         "SwiGLU": "feed-forward",
@@ -375,7 +375,7 @@ def test_table_of_fast_forms_is_its_record() -> None:
 def test_table_of_scoring_is_its_record() -> None:
     """Claim: the table of score.py's figures is what it measured. Oracle: results.json."""
     record = json.loads(common.RESULTS.read_text(encoding="utf-8"))["score"]
-    page = (common.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    page = (common.RESULTS.parent.parent / "docs/performance.md").read_text(encoding="utf-8")
     for task, figures in record["tasks"].items():
         pairs = list(zip(figures["lm_eval_s"], figures["ours_s"], strict=True))
         ratios = sorted(theirs / ours for theirs, ours in pairs)

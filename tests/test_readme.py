@@ -22,16 +22,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from test_support_memory_plan import PAPER, seven_b
 from test_tasks_judges import save_judge, save_tokenizer
 from test_tasks_questions import ASKED, all_rows
 from torch.distributed.run import get_args_parser
 
+import bfpo
+import data
+import eval as evaluate
 import synthetic
 import train
 from data import SCHEMAS
-from model import Mistral
+from model import Mistral, Pack
 from support import memory_plan
+from support.chat import Chat
 from tasks import questions
 from toy import experiments, language
 
@@ -81,10 +86,11 @@ WALK: dict[str, list[str]] = {
     "python train.py redteam --safety runs/pairs/redteam.jsonl": TRAIN,
     "python train.py --help": [],
     "python data.py PAIRS.jsonl --model DIR": [],
-    "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine --dry_run": TRAIN,
-    "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine": TRAIN,
+    "python train.py sft --model DIR --sft PAIRS.jsonl --out runs/my_sft": TRAIN,
+    "python train.py bfpo --model DIR --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/own --dry_run": TRAIN,
+    "python train.py bfpo --model runs/my_sft/model --safety PAIRS.jsonl --helpfulness ULTRAFEEDBACK.parquet --out runs/mine": TRAIN,
     "python -m support.plots runs/mine": [],
-    "python eval.py pairs PAIRS.jsonl --model runs/mine/model --reference DIR": CPU,
+    "python eval.py pairs PAIRS.jsonl --model runs/mine/model --reference runs/my_sft/model": CPU,
     "python eval.py bench --model DIR --tasks alpaca_eval advbench xstest --judge wildguard:allenai/wildguard --pairwise JUDGE "
     "--out runs/eval/own": TASKS_OF,
     "python eval.py tasks": [],
@@ -409,8 +415,8 @@ def test_requirements_are_installed() -> None:
 def test_flags_named_are_in_a_programs_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Claim: each --flag anywhere in the texts is a flag of train, eval, redteam, data, synthetic
-    or torchrun. Oracle: their --help.
+    """Claim: each --flag anywhere in the texts is a flag of train, eval, redteam, data, synthetic,
+    torchrun or a benchmark. Oracle: their --help, and the benchmarks' text.
     """
     programs = [f"eval.py {command}" for command in ("bench", "compare", "pairs", "prompt")]
     programs += ["train.py", "-m tasks.redteam", "data.py", "synthetic.py figure1"]
@@ -420,6 +426,8 @@ def test_flags_named_are_in_a_programs_help(
     known |= {flag.replace("-", "_").replace("__", "--", 1) for flag in known} | {
         "--shutdown-timeout"
     }  # torch 2.13's
+    for benchmark in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[\w-]+)"', benchmark.read_text(encoding="utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))
     assert {"--fresh", "--labelled", "--replicate"} <= named <= known, named - known
 
@@ -464,13 +472,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_numbers_quoted_are_those_of_the_committed_tables() -> None:
-    """Claim: in a section of docs/, and in a table's row of the README, that points at a table in
-    figures/, every number of three decimals is in that table; the search's picks and scores are
+    """Claim: in a section, and in a table's row, that points at a table in figures/, every number of three decimals is in that table; the search's picks and scores are
     those of its record. Oracle: the files that the commands wrote.
     """
     link = r"\]\((?:\.\./)?(figures/\w+\.md)\)"
-    sections = [part for part in TEXT.removeprefix(README).split("\n## ") if re.search(link, part)]
-    rows = [line for line in README.splitlines() if re.search(link, line)]
+    rows = [line for line in TEXT.splitlines() if line.startswith("| ") and re.search(link, line)]
+    prose = "\n".join(line for line in TEXT.splitlines() if line not in rows)
+    sections = [part for part in prose.split("\n## ") if re.search(link, part)]
     for part in [*sections, *rows]:
         (name,) = re.findall(link, part)
         numbers, table = re.findall(r"\d\.\d{3}\b", part), (ROOT / name).read_text(encoding="utf-8")
@@ -600,6 +608,158 @@ def test_example_row_has_the_schemas_columns() -> None:
     """
     schema = SCHEMAS["bfpo"]
     assert list(example()) == ["prompt", *schema.answers, *schema.labels]
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_example_of_each_schema_is_read() -> None:
+    """Claim: docs/data.md has a row of each schema, in their order of recognition but for pairs of
+    one's own, and each row is read as the page says: the unsafe answer is the more helpful one.
+    Oracle: data.SCHEMAS, and the texts of the rows.
+    """
+    rows = [json.loads(block) for block in code_blocks("docs/data.md", "json")]
+    names = [data.find_schema(row, "sft") for row in rows]
+    assert sorted(names) == sorted(SCHEMAS) and names[0] == "bfpo"
+    for name, row in zip(names, rows, strict=True):
+        if name == "messages":
+            assert [turn["role"] for turn in data.read_messages(row, name)] == ["user", "assistant"]
+            continue
+        pair = data.read_pair(row, SCHEMAS[name], "helpful")
+        is_labelled = name != "TRL"
+        assert pair.prompt[-1]["content"] in ("How do I pick a lock?", "Name a red fruit.")
+        assert pair.chosen in ("Push the pins up one by one.", "A cherry.")
+        assert (pair.chosen_safe, pair.rejected_safe) == (not is_labelled, True)
+
+
+def fields(page: str, header: str) -> list[str]:
+    """The first column of a page's table with this header, names apart."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    table = text.split(f"\n| {header} |")[1].split("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+
+
+def test_fields_of_the_log_are_all_described(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: docs/operations.md has each field of log.jsonl, of SFT and of preference pairs, with
+    its unit, and no other; the same of a quadrant. SFT's are the first seven. Oracle: a run's log.
+    """
+    page = "docs/operations.md"
+    described = fields(page, "field of `log.jsonl` | unit | what it is")
+    monkeypatch.chdir(place)
+    logged = []
+    for recipe, source in (("sft", "--sft"), ("bfpo", "--safety")):
+        command = f"python train.py {recipe} --model DIR {source} PAIRS.jsonl --out logged/{recipe}"
+        more = ["--steps", "3", "--batch", "4", "--eval_every", "1", "--held_out", "0.5"]
+        if recipe == "bfpo":
+            more += ["--helpfulness", "ULTRAFEEDBACK.parquet"]
+        assert run(command, [*more, "--cache", "logged/cache", *CPU], monkeypatch) == 0
+        lines = Path(f"logged/{recipe}/log.jsonl").read_text(encoding="utf-8").splitlines()
+        logged.append([json.loads(line) for line in lines])
+    sft, pairs = logged
+    assert {key for row in sft for key in row} == {*described[:7], "held_out", "held_out_loss"}
+    assert {key for row in pairs for key in row} == set(described) and len(set(described)) == 14
+    quadrant = fields(page, "field of a quadrant | unit | what it is")
+    held_out = [row["held_out"]["safety"] for row in pairs if "held_out" in row]
+    assert held_out and all(list(view) == quadrant for view in held_out[0].values())
+    of_step = next(iter(pairs[0]["quadrants"].values()))
+    assert list(of_step) == [*quadrant, *train.CHANGES]
+
+
+def test_fields_of_a_report_are_all_described(place: Path, tmp_path: Path) -> None:
+    """Claim: docs/evaluation.md has each field of report.json and of a standing, and no other.
+    Oracle: the report of two models on two rows.
+    """
+    command = ["bench", "--model", str(place / "DIR"), "--reference", str(place / "DIR")]
+    command += ["--tasks", f"own={place / 'PROMPTS.txt'}", "--judge", "keyword", *CPU]
+    evaluate.main([*command, "--max_new_tokens", "2", "--out", str(tmp_path / "report")])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    page = "docs/evaluation.md"
+    assert list(report) == fields(page, "field of `report.json` | what it is")
+    standing = report["tasks"]["own"]
+    own = {"metric", "others"}
+    assert standing.keys() - own == set(fields(page, "field of a standing | what it is"))
+
+
+def test_code_of_ones_own_trainer_runs() -> None:
+    """Claim: the README's four lines give BFPO's loss of tensors. Oracle: Figure 3's targets."""
+    names = {
+        "chosen_safe": torch.tensor([1, 1, 0, 0]),
+        "rejected_safe": torch.tensor([1, 0, 1, 0]),
+        "policy_chosen": torch.zeros(4),
+        "policy_rejected": torch.zeros(4),
+        "ref_chosen": torch.zeros(4),
+        "ref_rejected": torch.zeros(4),
+    }
+    exec(code_blocks("README.md", "python")[0], names)
+    targets = torch.tensor([0.5, 1.0, -1.0, -0.5]) / 0.01
+    assert torch.allclose(names["loss"], (targets**2).mean())
+
+
+@pytest.mark.slow
+def test_trl_trainer_takes_our_loss(place: Path, tmp_path: Path) -> None:
+    """Claim: the README's subclass trains in TRL, and its loss is that of this program on the same
+    pairs, before and after steps. Oracle: bfpo_loss of this program's log-probabilities.
+    """
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig
+
+    names: dict[str, Any] = {}
+    first, second = code_blocks("README.md", "python")
+    exec(first.splitlines()[0] + "\n" + second, names)
+    pairs = [dict(zip(example(), row.values(), strict=True)) for row in own_pairs()[:8]]
+    for row in pairs:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+        for name in ("chosen", "rejected"):
+            row[name] = [{"role": "assistant", "content": row[name]}]
+    tokenizer = AutoTokenizer.from_pretrained(place / "DIR")
+    tokenizer.chat_template = Chat(place / "DIR").template
+    settings = DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        beta=0.25,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        max_steps=3,
+        logging_steps=1,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    load = AutoModelForCausalLM.from_pretrained
+    trainer = names["BFPOTrainer"](
+        model=load(place / "DIR", dtype=torch.float32),
+        ref_model=load(place / "DIR", dtype=torch.float32),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        data_collator=names["LabelledPairs"](pad_token_id=tokenizer.pad_token_id or 0),
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    chosen_safe = torch.tensor([row["chosen_safe"] for row in pairs])
+    rejected_safe = torch.tensor([row["rejected_safe"] for row in pairs])
+    g = bfpo.label(chosen_safe, rejected_safe)
+    at_start = bfpo.bfpo_loss(torch.zeros(8), g, 0.25).mean().item()
+    assert losses[0] == pytest.approx(at_start, rel=1e-4)  # transformers rounds what it logs
+    assert losses[2] < losses[0]
+    with torch.no_grad():
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        after = trainer._compute_loss(trainer.model.eval(), batch, False).item()
+    trainer.model.save_pretrained(tmp_path / "after")
+    tokenizer.save_pretrained(tmp_path / "after")
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pack = Pack.build([[row[key] for key in keys] for row in trainer.train_dataset])
+    h = torch.zeros(8)
+    for sign, folder in ((1, tmp_path / "after"), (-1, place / "DIR")):
+        with torch.no_grad():
+            chosen, rejected = Mistral.from_pretrained(folder).logprobs(pack).view(2, 8)
+        h += sign * (chosen - rejected)
+    assert after == pytest.approx(bfpo.bfpo_loss(h, g, 0.25).mean().item(), rel=1e-4)
 
 
 def test_settings_quoted_are_the_codes() -> None:

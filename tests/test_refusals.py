@@ -156,9 +156,9 @@ def test_answers_to_label_are_drawn_evenly_and_blind(
 
 
 def test_table_of_agreement_is_its_record() -> None:
-    """Claim: the table of benchmarks/README.md is the committed record's. Oracle: refusals.json."""
+    """Claim: the table of docs/results.md is the committed record's. Oracle: refusals.json."""
     kept = json.loads(refusals.WEIGHTS.read_text(encoding="utf-8"))
-    page = (refusals.WEIGHTS.parent / "README.md").read_text(encoding="utf-8")
+    page = (refusals.WEIGHTS.parent.parent / "docs/results.md").read_text(encoding="utf-8")
     for model, entry in kept["left_out"].items():
         cells = [f"{share:.3f}" for share in entry["judge"].values()]
         row = f"| `{model}` | {cells[2]} | {cells[0]} | {cells[1]} | {cells[3]} | "
