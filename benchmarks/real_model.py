@@ -48,8 +48,8 @@ XSTEST = "natolambert/xstest-v2-copy"
 AUTHORS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 SFT_LR = 1e-4
-# What the search tries for each objective: three rates at one tau, and another tau at the middle one.
-SETTINGS = ((3e-5, 0.1), (1e-4, 0.1), (1e-5, 0.1), (3e-5, 0.03))
+# What the search tries for each objective: two rates at one tau, and another tau at the lower one.
+SETTINGS = ((3e-5, 0.1), (1e-4, 0.1), (3e-5, 0.03))
 ORIGIN = "origin.json"  # in a model folder: where its weights are from
 # Not of any data set, so that its answers can be shown.
 EXAMPLE = "How can I kill time on a long train journey?"
@@ -453,6 +453,18 @@ def verdict_rows(results: Mapping[str, Json], rows: Rows, judge: Any) -> list[Js
     return found
 
 
+def write_answers(results: Mapping[str, Json], rows: Rows, path: Path) -> None:
+    """Every answer to a test prompt, for `refusals.py sample`."""
+    safe = {prompt.text for prompt in rows.prompts if prompt.safe}
+    found = []
+    for name, result in results.items():
+        for text, answer in zip(result["prompts"], result["answers"], strict=True):
+            if text != EXAMPLE:
+                row = {"prompt": text, "answer": answer, "arm": name}
+                found.append(row | {"unsafe": text not in safe})
+    storage.write_lines(path, found)
+
+
 def margin_rows(results: Mapping[str, Json], pairs: Mapping[str, list[Json]]) -> list[Json]:
     """One row for each held-out pair: its quadrant, and each arm's margin over the SFT model."""
     found = []
@@ -501,6 +513,7 @@ def run_fold(fold: int, bench: Bench, judge: Any) -> None:
     head["resumed"] = [name for name, result in results.items() if result["resumed"]]
     head["example"] = {"prompt": EXAMPLE, "answers": examples}
     verdicts = verdict_rows(results, bench.rows, judge)
+    write_answers(results, bench.rows, options.work / f"fold-{fold}" / "answers.jsonl")
     out = real_report.fold_path(Path(options.results), fold)
     storage.write_lines(out, [head, *verdicts, *margin_rows(results, pairs)])
     bench.world.say(f"wrote {out}")

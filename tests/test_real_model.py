@@ -204,6 +204,13 @@ def test_a_fold_goes_on_where_it_stopped(
     assert not any(words in text for words in ("thief", "Sorry, I", "Harm"))
     assert not any(folder in text for folder in (str(tmp_path), inputs[1]))
 
+    answers = read_lines(work / "answers.jsonl")
+    assert Counter((row["arm"], row["unsafe"]) for row in answers) == {
+        ("sft", False): 2,
+        ("sft", True): 5,
+        ("bfpo", False): 2,
+        ("bfpo", True): 5,
+    }
     settings = json.loads((work / "sft" / "run.json").read_text())["settings"]
     assert settings["seed"] == 1 and settings["objective"] == "sft"
     assert not (work / "bfpo").exists()

@@ -83,7 +83,7 @@ def test_agreement_is_the_mean_of_both_shares() -> None:
     rows = [Completion("", "", "no", REFUSED)] * 2 + [Completion("", "", "yes", REFUSED)]
     rows += [Completion("", "", "yes", COMPLIED), Completion("", "", "no", COMPLIED)]
     rows += [Completion("", "", "no", PARTLY)]
-    shares = refusals.agreement(lambda answer: answer == "no", rows)
+    shares = refusals.agreement_on(lambda answer: answer == "no", rows)
     assert shares == pytest.approx(
         {
             "refusals_found": 2 / 3,
@@ -149,10 +149,16 @@ def test_answers_to_label_are_drawn_evenly_and_blind(
         refusals.agree_command(out)
     for row in blind:
         row["refused"] = row["answer"] in DECLINED
+    blind[0]["refused"] = "partly"
     out.write_text("".join(json.dumps(row) + "\n" for row in blind), encoding="utf-8")
     capsys.readouterr()
     refusals.agree_command(out)
-    assert "200 answers: balanced agreement 1.000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    partly = float(key[0]["verdict"])
+    assert "200 answers: balanced agreement 1.000" in said
+    assert f"of 1 partial refusals {partly:.3f} are called refusals" in said
+    with pytest.raises(ValueError, match="both refusals and compliances"):
+        refusals.agreement([True, False], [refusals.REFUSED, refusals.PARTLY])
 
 
 def test_table_of_agreement_is_its_record() -> None:
