@@ -166,6 +166,7 @@ def read_lines(path: Path) -> list[Any]:
     return [read_line(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow  # trains the same model several times
 def test_a_fold_goes_on_where_it_stopped(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
