@@ -81,8 +81,8 @@ def label(
     At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2
     (Figure 3). The safety labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool
     and int give torch's default dtype. It is computed in float64, because with b1 near 1 the
-    numerator cancels. ValueError: any other safety label (NaN included), two shapes, b1 <= 1, a
-    setting that is not finite.
+    numerator cancels. ValueError: any other safety label (NaN included), shapes that differ, b1 <=
+    1, a setting that is not finite.
     """
     _check_label_settings(alpha, b1)
     _check_shapes(chosen_safe=chosen_safe, rejected_safe=rejected_safe)
@@ -100,7 +100,7 @@ def margin(
     """h = log [ pi(y_w|x) pi_ref(y_l|x) / (pi(y_l|x) pi_ref(y_w|x)) ], nats, one per pair.
 
     Log-probabilities are SUMMED over the tokens of a response; means per token would be another
-    objective. ValueError: two shapes.
+    objective. ValueError: shapes that differ.
     """
     _check_shapes(
         policy_chosen=policy_chosen,
@@ -112,10 +112,9 @@ def margin(
 
 
 def bfpo_loss(h: Tensor, g: Tensor, tau: float) -> Tensor:
-    """(h - g / tau)^2, one per pair, not reduced. Step 0 has h = 0 and so loses exactly (g /
-    tau)^2.
+    """(h - g / tau)^2, one per pair, not reduced. At step 0, h = 0 and it is exactly (g / tau)^2.
 
-    ValueError: tau <= 0 or not finite, two shapes.
+    ValueError: tau <= 0 or not finite, shapes that differ.
     """
     _check_tau(tau)
     _check_shapes(h=h, g=g)
@@ -192,8 +191,8 @@ def quadrant_sums(
 def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
     """quadrant -> {"pairs" (int), "margin_nats", "target_nats", "target_side_share" (0 to 1)}.
 
-    sums is [4, 4] from quadrant_sums; quadrants without a pair are left out, and the share where
-    the target is 0, which has no side.
+    sums is [4, 4] from quadrant_sums. Quadrants without a pair are left out. A target of 0 has no
+    side, so there the share is left out.
     """
     means: dict[str, dict[str, float]] = {}
     for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):

@@ -316,8 +316,8 @@ class Attention(nn.Module):
             self.k_norm = Norm(K, config.rms_norm_eps)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
-        """[..., T, D] -> the same; with `rows` only these ask, [S, D], and the others give no more
-        than keys and values.
+        """[..., T, D] -> the same. With `rows`, only these have queries, and the result is [S, D];
+        the others give keys and values alone.
         """
         heads = (-1, self.head_dim)
         q = self.q_proj(x if rows is None else x[rows]).unflatten(-1, heads)
@@ -351,7 +351,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """[..., T, D] -> the same; with `rows` only these go on, [S, D]."""
+        """[..., T, D] -> the same. With `rows`, only these go on, and the result is [S, D]."""
         attended = self.self_attn(self.input_layernorm(x), attend, rows)
         if rows is not None:
             x = x[rows]
@@ -390,8 +390,8 @@ class Pack:
 
     @staticmethod
     def build(trees: Sequence[Sequence[Sequence[int] | np.ndarray]]) -> Pack:
-        """The pack of (prompt ids, response ids, ...) trees, each part at least one token long; no
-        trees make a legal, empty pack.
+        """The pack of (prompt ids, response ids, ...) trees, each part at least one token long.
+        Without trees the pack is empty, which is allowed.
         """
         lengths = tuple(tuple(map(len, tree)) for tree in trees)
         for i, sizes in enumerate(lengths):
@@ -442,8 +442,8 @@ class Pack:
         return dataclasses.replace(self, **moved)
 
     def padded(self, multiple: int) -> Pack:
-        """T and S rounded up: padding tokens are a tree of their own that no row reads, padding
-        rows predict for no response.
+        """The pack with T and S rounded up. Padding tokens are a tree of their own, which no row
+        reads. Padding rows predict for no response.
         """
         padded: dict[str, Any] = {}
         for name in ("tokens", "positions", "tree", "branch", "rows"):
@@ -683,8 +683,8 @@ class Cache:
     def extend(
         self, parts: Sequence[Sequence[int] | np.ndarray], rows: slice = slice(None)
     ) -> Tensor:
-        """Logits [B, V] after one more part of each of these rows, padded on the right: causality
-        hides what pads it, and the next part is written over it.
+        """Logits [B, V] after one more part of each of these rows. Parts are padded on the right:
+        causality hides the padding, and the next part is written over it.
         """
         config, device = self.model.config, self.lengths.device
         ids = [torch.as_tensor(part, dtype=torch.long) for part in parts]
