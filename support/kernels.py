@@ -1,7 +1,7 @@
 """The fast forms of model.py's formulas: the attention of a pack on a CPU and on a GPU, the
 feed-forward, the norm, and log-probabilities without logits.
 
-Each names the formula that it equals. A test compares the two, and benchmarks/README.md says what
+Each names the formula that it equals. A test compares the two, and docs/performance.md says what
 each saves of a step's time and memory. Imports torch alone.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
