@@ -472,7 +472,7 @@ class Chat:
         conversations, as an answer alone gives other ids; the prompt is the longest common prefix
         of the three, so a token that spans the boundary belongs to the answer. The prompt starts
         with BOS, if there is one, and holds the empty thinking block of a template that writes one.
-        An answer ends with the template's end token. Deviations 1 and 2 (README).
+        An answer ends with the template's end token. Deviations 1 and 2.
         """
         ids = iter(self.encode(chain.from_iterable(map(self._cut, texts))))
         bos = np.array(self.front, dtype=np.int64)
