@@ -10,7 +10,6 @@ Each function takes plain numbers and writes a PNG. matplotlib is imported only 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from support.storage import log_rows, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,10 +68,9 @@ def canvas(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the PNG aside and renames it."""
-    aside = path.with_name(f".{path.stem}.aside{path.suffix}")
-    figure.savefig(aside, dpi=200, facecolor="white")
-    os.replace(aside, path)
+    """Writes the PNG, whole or not at all."""
+    with whole(path) as aside:
+        figure.savefig(aside, format="png", dpi=200, facecolor="white")
 
 
 # --- Figures 4 and 1, the margins over alpha ------------------------------------------------------
@@ -443,91 +443,59 @@ def draw_line(
 
 
 def draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
-    """Each quadrant's margin and its last target.
+    """Each quadrant's margin, with its last target in the legend.
 
-    The margins set the scale. A target within twice their reach is a dashed line. One further away
-    is an arrow at the edge, with its number.
+    The margins set the scale. A target within twice their reach is also a dashed line.
     """
+    targets = {}
     reach = 0.0
     for quadrant, (color, marker, words) in QUADRANT_STYLE.items():
         steps, margins = series(rows, "quadrants", quadrant, "margin_nats")
         if len(steps):
+            targets[color] = series(rows, "quadrants", quadrant, "target_nats")[1][-1]
+            words += f", target {targets[color]:+.4g}"
             draw_line(axes, steps, margins, True, color, marker, words)
             reach = max(reach, np.abs(margins).max())
-
-    far = []
-    for quadrant, (color, marker, words) in QUADRANT_STYLE.items():
-        targets = series(rows, "quadrants", quadrant, "target_nats")[1]
-        if len(targets) and abs(targets[-1]) > 2 * reach:
-            far.append((color, words, targets[-1]))
-        elif len(targets):
-            axes.axhline(targets[-1], color=color, linestyle="--", linewidth=1.3)
-            style: dict[str, Any] = {"color": color, "marker": marker, "clip_on": False}
-            axes.plot([1], [targets[-1]], transform=axes.get_yaxis_transform(), **style)
-    if far:
-        axes.margins(y=0.3)  # room for the arrows above and below
-    for i, (color, words, target) in enumerate(far):
-        x = 0.38 + 0.185 * i
-        edge, tail, side = (1.0, 0.88, "top") if target > 0 else (0.0, 0.12, "bottom")
-        axes.annotate(
-            f"{words}\n{target:+.4g}",
-            (x, edge),
-            (x, tail),
-            xycoords="axes fraction",
-            ha="center",
-            va=side,
-            fontsize=9,
-            arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 2},
-        )
-    title = "margin by safety quadrant (dashed line or arrow: its target)"
-    axes.set(title=title, ylabel="margin h (nats)")
+    for color, target in targets.items():
+        if abs(target) <= 2 * reach:
+            axes.axhline(target, color=color, linestyle="--", linewidth=1.3)
+    axes.set(title="margin by safety quadrant (dashed: its target)", ylabel="margin h (nats)")
 
 
-def draw_panel(
-    axes: Axes, rows: Sequence[Row], title: str, unit: str, lines: Mapping[str, Any]
-) -> None:
-    """One panel of CURVES: a line for each key that the rows have."""
-    for key, style in lines.items():
-        steps, values = series(rows, key)
-        if len(steps):
-            draw_line(axes, steps, values, key not in ("lr", "held_out_loss"), *style)
-    axes.set(title=title, ylabel=unit)
-
-
-def draw_curves(log_rows: Sequence[Row], path: Path) -> None:
+def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """The curves of a run from the rows of its log.jsonl, in panels for the keys that are there.
 
     Preference runs: each quadrant's margin and target, loss, change of the log-probabilities,
-    learning rate. SFT: loss and learning rate. Without a row it says so.
+    learning rate. SFT: loss and learning rate.
     """
-    preference = any("quadrants" in row for row in log_rows)
+    preference = any("quadrants" in row for row in rows)
     loss_unit = "loss per pair" if preference else "loss (nats per token)"
     drawn = []
     for title, unit, lines in CURVES:
-        if any(len(series(log_rows, key)[0]) for key in lines):
+        if any(len(series(rows, key)[0]) for key in lines):
             drawn.append((title, unit or loss_unit, lines))
     count = len(drawn) + preference
-    rows = max(1, math.ceil(count / 2))
-    figure, panels = canvas(12, 3.9 * rows, rows, 2)
+    height = max(1, math.ceil(count / 2))
+    figure, panels = canvas(12, 3.9 * height, height, 2)
     if preference:
-        draw_margins(panels[0], log_rows)
-    for axes, curve in zip(panels[int(preference) :], drawn, strict=False):
-        draw_panel(axes, log_rows, *curve)
+        draw_margins(panels[0], rows)
+    for axes, (title, unit, lines) in zip(panels[int(preference) :], drawn, strict=False):
+        for key, style in lines.items():
+            steps, values = series(rows, key)
+            if len(steps):
+                draw_line(axes, steps, values, key not in ("lr", "held_out_loss"), *style)
+        axes.set(title=title, ylabel=unit)
     for axes in panels[:count]:
         axes.set_xlabel("optimizer step")
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(fontsize=9, edgecolor="none")
     for axes in panels[count:]:
         axes.set_axis_off()
-    if not count:
-        panels[0].text(0.5, 0.5, "no step logged", ha="center", transform=panels[0].transAxes)
     save(figure, path)
 
 
 def main(arguments: Sequence[str]) -> None:
     """curves.png again, or for the first time, from the log.jsonl of a run folder."""
-    from support.storage import log_rows
-
     folder = Path(arguments[0] if len(arguments) == 1 else "")
     if not (folder / "log.jsonl").is_file():
         sys.exit("usage: python -m support.plots RUN, a folder with log.jsonl")
