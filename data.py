@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bfpo import QUADRANTS, label
+from bfpo import QUADRANTS
 from model import Mistral, Pack, find_model
 from support.chat import Chat, Ids, Message, truncate
 from support.distributed import World
@@ -459,29 +459,16 @@ def load_stream(
     """(training rows, held-out rows) of some sources, tokenised once and kept under cache_dir.
 
     settings: those of Options. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of
-    processes may call at once. ValueError: settings out of range, or rows that break their schema:
-    the first ten with file:line, and their number.
+    processes may call at once. ValueError: rows that break their schema, the first ten with
+    file:line, and their number. OSError: the cache cannot be written.
     """
     options = Options(**settings)
     if options.stage == "sft":  # the prompt is the first token
         options = options._replace(prefer="safer", max_prompt=1)
-    if not 1 <= options.max_prompt < options.max_length:
-        raise ValueError(
-            f"max_prompt must be in [1, max_length), got {options.max_prompt} with max_length "
-            f"{options.max_length}"
-        )
-    if not 0 <= options.held_out < 1:
-        raise ValueError(f"held_out must be in [0, 1), got {options.held_out}")
     found = [find_source(source, options.stage) for source in sources]
     identity = [FORMAT, chat.fingerprint, options, [(s.text, s.identity) for s in found]]
     fill = partial(build, sources=found, chat=chat, options=options)
-    try:
-        folder = kept_folder(cache_root(cache_dir), identity, fill)
-    except OSError as error:
-        raise ValueError(
-            f"the token cache must be writable, got {error}; name another: train.py --cache, or "
-            "BFPO_CACHE"
-        ) from error
+    folder = kept_folder(cache_root(cache_dir), identity, fill)
     report = read_object(folder / "report.json")
     size = sum(file.stat().st_size for file in folder.iterdir())
     report["cache"] = {"folder": str(folder), "bytes": size}
@@ -502,10 +489,6 @@ def batch_indices(size: int, batch: int, seed: int, step: int, name: str) -> Ids
     """[batch] rows of step `step` (from 0) of a stream of `size` rows: the next places in an
     endless sequence of permutations, each a new order. A pure function of its arguments.
     """
-    if size < 1 or batch < 1 or step < 0:
-        raise ValueError(
-            f"size and batch must be >= 1 and step >= 0, got {size}, {batch} and {step}"
-        )
     places = range(step * batch, (step + 1) * batch)
     return np.array(
         [_permutation(size, seed, name, place // size)[place % size] for place in places]
@@ -531,8 +514,6 @@ def deal(tokens: Sequence[int], world_size: int, budget: int) -> list[list[list[
     ranks (longest first, each to the rank with the least); a pack holds at most `budget` tokens, or
     one longer tree alone. Ranks may get different numbers of packs, also none.
     """
-    if world_size < 1 or budget < 1:
-        raise ValueError(f"world_size and budget must be >= 1, got {world_size} and {budget}")
     ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
     # Of each rank (tokens left, pack), sorted.
     rooms: list[list[tuple[int, int]]] = [[] for _ in range(world_size)]
@@ -846,48 +827,32 @@ def describe(report: Mapping[str, Any]) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def parse() -> argparse.Namespace:
-    """The command's flags. Exits with 2 for wrong usage."""
+def main() -> None:
+    """The report on some rows, in the recipes' lengths; `train.py --dry_run` has it in any others.
+
+    Exits with 2 for wrong usage, with 1 and a line for bad rows.
+    """
     parser = argparse.ArgumentParser(description="What training would see of these rows.")
     add = parser.add_argument
     add("sources", nargs="+", metavar="FILE", help="NAME[@REVISION][:SPLIT][[START:STOP]]")
     add("--model", required=True, help="folder or hub name of the model whose tokenizer is used")
     add("--sft", action="store_true", help="conversations (of pairs: the safer answers)")
     add("--helpfulness", action="store_true", help="pairs without labels, all safe")
-    add("--prefer", choices=("helpful", "safe"), default="helpful", help="which answer is chosen")
     add("--chat_template", help="zephyr, or a jinja file; default: the model's own, else Zephyr's")
-    add("--max_length", type=int, help="tokens; default 1024, with --sft 2048")
-    add("--max_prompt", type=int, default=512, help="tokens")
-    add("--held_out", type=float, default=0.02, help="share of prompts, without a test split")
     flags = parser.parse_args()
-    if flags.max_length is None:
-        flags.max_length = 2048 if flags.sft else 1024
-    return flags
 
-
-def main() -> None:
-    """The command. Exits with 2 for wrong usage, with 1 and a line for bad rows."""
-    flags = parse()
     try:
         chat = Chat(find_model(flags.model, weights=False), flags.chat_template)
         stream, _ = load_stream(
             flags.sources,
             chat,
             stage="sft" if flags.sft else "pairs",
-            prefer=flags.prefer,
-            max_length=flags.max_length,
-            max_prompt=flags.max_prompt,
-            held_out=flags.held_out,
+            max_length=2048 if flags.sft else 1024,
             labelled=not (flags.sft or flags.helpfulness),
         )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join([*chat.remarks, describe(stream.report)]))
-    if not flags.sft:
-        safe = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
-        targets = zip(QUADRANTS, label(*safe.T).tolist(), strict=True)
-        words = [f"{quadrant} {target:+.2f}" for quadrant, target in targets]
-        print(f"target margins, in 1/tau, at alpha 1/2 and B_1 3: {', '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -1097,21 +1097,6 @@ def test_any_bytes(chat, tmp_path, content, name):
         load_stream([str(tmp_path / name)], chat, cache_dir=tmp_path / "fuzz")
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"max_length": 10, "max_prompt": 10}, "max_prompt"),
-        ({"max_prompt": 0}, "max_prompt"),
-        ({"held_out": 1.0}, "held_out"),
-        ({"held_out": float("nan")}, "held_out"),
-    ],
-)
-def test_wrong_options_are_refused(options, words, chat, tmp_path):
-    """Options out of range: a ValueError that names the option and its value."""
-    with pytest.raises(ValueError, match=words):
-        load_stream([str(write(tmp_path / "a.jsonl", [own(1)]))], chat, **options)
-
-
 # ---------------------------------------------------------------------------------------------------------- cache
 
 
@@ -1251,15 +1236,13 @@ def test_a_cut_or_lost_file_in_the_cache_is_noticed(name, chat, cache, tmp_path,
 
 
 def test_data_folders_may_be_read_only_but_caches_may_not(chat, tmp_path, monkeypatch):
-    """Nothing is written beside the data; a cache that cannot be made is a ValueError that names
-    BFPO_CACHE.
-    """
+    """Nothing is written beside the data; a cache that cannot be made is an OSError that names it."""
     path = write(tmp_path / "d" / "a.jsonl", [own(1)])
     before = sorted(path.parent.iterdir())
     load_stream([str(path)], chat)
     assert sorted(path.parent.iterdir()) == before
     monkeypatch.setenv("BFPO_CACHE", str(path / "below a file"))
-    with pytest.raises(ValueError, match="BFPO_CACHE"):
+    with pytest.raises(NotADirectoryError, match="below a file"):
         load_stream([str(path)], chat)
 
 
@@ -1402,8 +1385,8 @@ def test_report_names_quadrants_without_held_out_pairs(chat, tmp_path):
 
 
 def test_command_line(mistral_tokenizer, tmp_path, monkeypatch, capsys):
-    """python data.py FILE --model DIR [--sft] prints the report, labels and targets; bad data: one
-    line, exit code 1; usage: 2.
+    """python data.py FILE --model DIR [--sft] prints the report; bad data: one line, exit code 1;
+    usage: 2.
     """
     path = write(tmp_path / "a.jsonl", [own(i) for i in range(6)])
 
@@ -1426,13 +1409,8 @@ def test_command_line(mistral_tokenizer, tmp_path, monkeypatch, capsys):
         timeout=120,
     )
     assert good.returncode == 0, good.stderr
-    *lines, targets = good.stdout.splitlines()
-    figure3 = "both_safe +0.50, chosen_safe +1.00, rejected_safe -1.00, both_unsafe -0.50"
-    assert targets.endswith(figure3) and "6 rows read, 6 to train on" in good.stdout
-    assert len(lines) < 19
-    shared = run(str(path), *model, "--held_out", "0.5")
-    held = int(shared.split(" held out")[0].split()[-1])
-    assert held == sum(data.question_hash(f"question {i}") < 2**63 for i in range(6)) > 0
+    assert "6 rows read, 6 to train on" in good.stdout
+    assert len(good.stdout.splitlines()) < 19
     assert "total tokens" in run(str(path), *model, "--sft")
     unlabelled = [
         {"chosen": talk(f"q {i}", "good"), "rejected": talk(f"q {i}", "bad"), "score_chosen": 2.0}
@@ -1513,8 +1491,6 @@ def test_batches_depend_on_seed_name_and_epoch_alone():
     }
     assert len(orders) == 8
     assert batch_indices(10, 10, 42, 0, "safety").tolist() == [7, 5, 8, 0, 6, 4, 1, 2, 9, 3]
-    with pytest.raises(ValueError, match="size"):
-        batch_indices(0, 1, 0, 0, "safety")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
