@@ -460,7 +460,7 @@ def load_stream(
 
     settings: those of Options. cache_dir: by default $BFPO_CACHE or ~/.cache/bfpo. Any number of
     processes may call at once. ValueError: rows that break their schema, the first ten with
-    file:line, and their number. OSError: the cache cannot be written.
+    file:line, and their number; or a cache that cannot be written.
     """
     options = Options(**settings)
     if options.stage == "sft":  # the prompt is the first token
@@ -468,7 +468,13 @@ def load_stream(
     found = [find_source(source, options.stage) for source in sources]
     identity = [FORMAT, chat.fingerprint, options, [(s.text, s.identity) for s in found]]
     fill = partial(build, sources=found, chat=chat, options=options)
-    folder = kept_folder(cache_root(cache_dir), identity, fill)
+    try:
+        folder = kept_folder(cache_root(cache_dir), identity, fill)
+    except OSError as error:
+        raise ValueError(
+            f"the token cache must be writable, got {error}; name another: train.py --cache, or "
+            "BFPO_CACHE"
+        ) from error
     report = read_object(folder / "report.json")
     size = sum(file.stat().st_size for file in folder.iterdir())
     report["cache"] = {"folder": str(folder), "bytes": size}
