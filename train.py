@@ -76,15 +76,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def setting(default: Any, text: str, **bounds: Any) -> Any:
-    """A field with its help, and what it must keep to: least <= value, above < value < below, or
-    one of `choices`.
+    """A field with its help and its bounds, least <= value and above < value < below, or its
+    `choices`.
     """
     return dataclasses.field(default=default, metadata={"help": text, **bounds})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; each is a flag. Defaults are the paper's (§4.2) where it has one."""
+    """The settings of a run; each is a flag. Defaults are the paper's (§4.2) where it gives one."""
 
     recipe: str = "toy"
     # input and output
@@ -94,44 +94,51 @@ class Config:
     dry_run: bool = setting(False, "check all that can be checked; train and write nothing")
     save_every: int = setting(100, "steps between checkpoints", least=1)
     keep: int = setting(2, "checkpoints kept", least=1)
-    eval_every: int = setting(0, "steps between held-out checks; 0 = at the end alone", least=0)
-    log_every: int = setting(10, "steps between printed lines; log.jsonl has all", least=1)
+    eval_every: int = setting(0, "steps between held-out checks; 0 = only at the end", least=0)
+    log_every: int = setting(10, "steps between printed lines; log.jsonl has every step", least=1)
     # data
-    safety: tuple[str, ...] = setting((), "sources of pairs with safety labels; count the steps")
+    safety: tuple[str, ...] = setting((), "sources of pairs with safety labels")
     helpfulness: tuple[str, ...] = setting((), "sources of pairs that are all safe")
     sft: tuple[str, ...] = setting((), "sources of conversations, for the objective sft")
-    held_out: float = setting(0.02, "share held out without a test split", least=0, below=1)
-    prefer: str = setting("helpful", "which answer is chosen", choices=("helpful", "safe"))
-    chat_template: str = setting("", "zephyr or a jinja file; the model's own, else Zephyr's")
-    max_length: int = setting(1024, "tokens of prompt and longer response", least=2)
-    max_prompt: int = setting(512, "tokens that the prompt of a pair too long keeps", least=1)
-    cache: str = setting("", "folder for kept work; $BFPO_CACHE or ~/.cache/bfpo when empty")
+    held_out: float = setting(
+        0.02, "share held out of sources without a test split", least=0, below=1
+    )
+    prefer: str = setting("helpful", "answer that counts as chosen", choices=("helpful", "safe"))
+    chat_template: str = setting(
+        "", "zephyr or a jinja file; default: the model's own, else zephyr"
+    )
+    max_length: int = setting(1024, "most tokens of prompt and longer response", least=2)
+    max_prompt: int = setting(512, "prompt tokens kept of a pair that is too long", least=1)
+    cache: str = setting("", "cache folder; $BFPO_CACHE or ~/.cache/bfpo when empty")
     # objective
-    objective: str = setting("bfpo", "what is minimised", choices=("bfpo", "dpo", "ipo", "sft"))
+    objective: str = setting("bfpo", "the loss", choices=("bfpo", "dpo", "ipo", "sft"))
     tau: float = setting(0.01, "strength of the KL term; the target margin is g / tau", above=0)
-    alpha: float = setting(0.5, "shift of the label")
-    b1: float = setting(3.0, "B_1 of the label", above=1)
-    selective: str = setting("down_proj", "name of the modules that train, or all")
+    alpha: float = setting(0.5, "alpha of the label (Figure 3)")
+    b1: float = setting(3.0, "B_1 of the label (Figure 3)", above=1)
+    selective: str = setting("down_proj", "name of the modules to train, or all")
     # optimizer: AdamW, betas 0.9 and 0.999, eps 1e-8, no weight decay; linear warm-up from 0, then
     # cosine to 0
     batch: int = setting(
-        32, "a step's pairs of each stream, or conversations", least=1, below=2**16
+        32, "pairs of each stream in a step, or conversations", least=1, below=2**16
     )
-    epochs: int = setting(1, "passes over the stream that counts the steps", least=1)
-    steps: int = setting(0, "steps, of the toy recipe's both stages; 0 = by epochs", least=0)
+    epochs: int = setting(1, "passes over the first stream: safety, if given", least=1)
+    steps: int = setting(0, "steps (of each stage in the toy); 0 = by epochs", least=0)
     lr: float = setting(5e-7, "peak learning rate", above=0, below=1)
-    warmup: float = setting(0.1, "share of the steps that warm up from 0", least=0, below=1)
-    clip_norm: float = setting(0.0, "gradient norm to clip at; 0 = off, as the authors", least=0)
+    warmup: float = setting(0.1, "share of the steps used for warm-up from 0", least=0, below=1)
+    clip_norm: float = setting(
+        0.0, "gradient norm to clip at; 0 = off, as in the authors' code", least=0
+    )
     seed: int = setting(42, "order of the data, and everything random in the toy", least=0)
     # system
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "of compute and frozen weights", choices=("auto", *DTYPES))
+    dtype: str = setting("auto", "of computation and frozen weights", choices=("auto", *DTYPES))
     pack_tokens: int = setting(0, "tokens of a pack; 0 = 8192 on a GPU, 1536 on a CPU", least=0)
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass")
-    replicate: int = setting(1, "copies of the sharded model, usually the nodes", least=1)
+    replicate: int = setting(1, "copies of the sharded model, usually one a node", least=1)
 
 
-# They change where and how fast a run happens, not what comes out: they may differ on resuming.
+# Settings that may differ on resuming: they change where and how fast a run happens, and its
+# numbers by rounding alone.
 FREE: frozenset[str] = frozenset()
 FREE |= {"out", "fresh", "dry_run", "save_every", "keep", "eval_every", "log_every", "cache"}
 FREE |= {"device", "pack_tokens", "checkpoint_blocks", "replicate"}
@@ -165,36 +172,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PAIR_STREAMS = {"safety": "pairs", "helpfulness": "pairs"}
 CHANGES = ("chosen_logprob_change_nats", "rejected_logprob_change_nats")  # since step 0
-# What rounding may leave at step 0, in nats for each square root of a scored token. Between two
-# passes over the same packs: equal bits on a CPU, in bfloat16 too; on a GPU the dtype's own error.
+# Limits at step 0, in nats for each square root of a scored token. These are for two passes over
+# the same packs. A CPU repeats its bits, in bfloat16 too; a GPU differs by its rounding error.
 EQUAL_PACKS_NATS = {"cpu": 1e-3, "cuda": 0.03}
-# Between the policy and the kept reference, which saw other packs, as a root mean square over the
-# batch: twice the dtype's error against fp64 on a random 16-layer model (0.03 in bfloat16).
+# These are for the policy and the kept reference, which saw other packs, as a root mean square over
+# the batch. They are twice the dtype's error against fp64 on a random 16-layer model (0.03 in
+# bfloat16).
 OTHER_PACKS_NATS = {"float32": 1e-3, "bfloat16": 0.06}
-REFERENCE_VERSION = 1  # of kept log-probabilities: count up when the same rows would give others
+REFERENCE_VERSION = 1  # of kept log-probabilities: count up when a change of the code alters them
 REFERENCE_ROWS = 4096  # kept at a time: a minute or two of a 7B model on a GPU
-# What fills a GPU; a larger pack makes a CPU hardly faster, and holds more.
+# Enough to fill a GPU. On a CPU larger packs take more memory and are hardly faster.
 PACK_TOKENS = {"cpu": 1536, "cuda": 8192}
-# Other trainers' names for settings, and what there is here.
-ELSEWHERE = {
-    "learning_rate": "--lr",
-    "beta": "--tau",
-    "output_dir": "--out",
-    "num_train_epochs": "--epochs",
-    "max_steps": "--steps",
-    "warmup_ratio": "--warmup",
-    "max_grad_norm": "--clip_norm",
-    "bf16": "--dtype bfloat16",
-    "gradient_checkpointing": "--checkpoint_blocks",
-    "per_device_train_batch_size": "--batch, the pairs of a step over all processes",
-    "gradient_accumulation_steps": "--batch; packs are accumulated as --pack_tokens asks",
-    "report_to": "log.jsonl and curves.png in the run folder, and no tracker",
-    "wandb": "log.jsonl and curves.png in the run folder, and no tracker",
-    "use_peft": "--selective, and no adapters",
-    "lora_r": "--selective, and no adapters",
-}
-
-
 SIGNS = {"least": ">=", "above": ">", "below": "<"}
 HOLDS = {"least": operator.ge, "above": operator.gt, "below": operator.lt}
 
@@ -215,7 +203,7 @@ def check_bounds(config: Config) -> None:
 
 
 def listed(settings: Mapping[str, Any]) -> str:
-    """Settings as one line: name and value, comma by comma."""
+    """Settings as one line of names and values."""
     parts = []
     for name, value in settings.items():
         text = " ".join(value) if isinstance(value, tuple) else value
@@ -224,7 +212,7 @@ def listed(settings: Mapping[str, Any]) -> str:
 
 
 def check(config: Config) -> Config:
-    """The configuration with its folder named. ValueError when settings make no sense together."""
+    """The configuration with `out` filled in. ValueError when settings contradict each other."""
     is_sft = config.objective == "sft"
     pairs = config.safety or config.helpfulness
     if not is_sft:
@@ -237,32 +225,21 @@ def check(config: Config) -> Config:
         raise ValueError(f"chat_template must be zephyr or a jinja file, got {template!r}")
     if config.recipe == "toy":
         if config.model or pairs or config.sft or is_sft:
-            raise ValueError("the toy makes its own model and data; take sft, bfpo or redteam")
+            raise ValueError("the toy makes its own model and data; for yours, take sft or bfpo")
     elif not config.model:
         raise ValueError("no starting model; pass --model FOLDER")
     elif is_sft and (pairs or not config.sft):
-        raise ValueError("the objective sft reads --sft FILE alone, pairs too, as conversations")
-    elif not is_sft and config.sft:
+        raise ValueError("the objective sft takes --sft FILE alone; pairs may be given there too")
+    elif not is_sft and (config.sft or not pairs):
         raise ValueError(
-            f"the objective {config.objective} reads no conversations; leave out --sft, and take "
-            "the recipe bfpo or redteam"
+            f"the objective {config.objective} takes --safety FILE, --helpfulness FILE or both, "
+            "and no --sft"
         )
-    elif not is_sft and not pairs:
-        raise ValueError("no preference pairs; pass --safety FILE, --helpfulness FILE or both")
     return replace(config, out=config.out or f"runs/{config.recipe}")
 
 
-def unknown(flag: str, names: Sequence[str]) -> str:
-    """What to say of a flag that is none: what there is instead, or the nearest one."""
-    instead = ELSEWHERE.get(flag.removeprefix("--").replace("-", "_"))
-    if instead:
-        return f"unknown setting {flag}; here it is {instead}"
-    near = difflib.get_close_matches(flag.removeprefix("--"), names, n=1)
-    return f"unknown setting {flag}" + "".join(f"; did you mean --{name}?" for name in near)
-
-
 def flag_options(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    """What argparse is told of a setting's flag."""
+    """The argparse options of a setting's flag."""
     shown = f"; default {field.default}" if field.default not in ("", (), False) else ""
     text = field.metadata["help"] + shown
     if isinstance(field.default, bool):
@@ -295,18 +272,22 @@ def parse(arguments: Sequence[str]) -> Config:
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **flag_options(field))
     names = ["help", *(field.name for field in fields), *(f"no-{field.name}" for field in fields)]
     for word in arguments:
-        # argparse would take the unknown flag's value for the recipe, and blame that.
+        # argparse would take the unknown flag's value for the recipe, and report that.
         flag = word.split("=")[0]
         if flag.startswith("--") and flag[2:] not in names:
-            parser.error(unknown(flag, names))
+            near = difflib.get_close_matches(flag, [f"--{name}" for name in names], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"unknown setting {flag}{hint}")
     given = vars(parser.parse_args(arguments))
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
-        elif isinstance(value, str):  # a shell leaves the ~ of --out=~/run
+        elif isinstance(value, str):  # a shell does not expand the ~ of --out=~/run
             given[name] = os.path.expanduser(value)
     usual = dict(RECIPES[given["recipe"]])
-    if "safety" in given or "helpfulness" in given:  # own pairs take the place of both kinds
+    if (
+        "safety" in given or "helpfulness" in given
+    ):  # pairs of one's own replace both streams of the recipe
         usual.pop("safety", None)
         usual.pop("helpfulness", None)
     try:
@@ -329,19 +310,19 @@ def shard(model: Mistral, world: World, dtype: torch.dtype) -> None:
     """FSDP2 in place: each block is a unit, the rest is the root. Computes in `dtype`, reduces
     gradients in fp32.
 
-    Stored dtypes are the parameters' own: frozen ones in `dtype`, trained ones in fp32 (the
-    masters), cast when gathered.
+    Frozen parameters are stored in `dtype`, trained ones in fp32 (the masters). Both are cast when
+    they are gathered.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     ignored = set()
     if world.size == 1:
-        # One process has nothing to gather, and what is stored in `dtype` nothing to cast: FSDP2
-        # would copy it twice a pack.
+        # One process gathers nothing, and what is stored in `dtype` needs no cast. FSDP2 would copy
+        # it all the same, twice a pack.
         ignored = {p for p in model.parameters() if p.dtype == dtype}
     for block in model.model.layers:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=ignored)
-    # By default the root stays whole after a forward. Weights that are then read into its shards,
-    # as on resuming after the reference pass, would be seen by no later forward and no export.
+    # By default the root stays gathered after a forward. Weights that are read into its shards
+    # later, as on resuming after the reference pass, would be ignored by forward and export.
     fully_shard(
         model,
         mesh=world.mesh,
@@ -419,17 +400,18 @@ def open_streams(
         if len(rows) < config.batch:
             copies = math.ceil(config.batch / len(rows))
             world.say(
-                f"WARNING: {name} has {len(rows)} rows, and a step draws {config.batch} of them: a "
-                f"row is in it up to {copies} times"
+                f"WARNING: {name} has {len(rows)} rows, and a step draws {config.batch}: a row may "
+                f"be in it {copies} times"
             )
     return training, {name: rows for name, rows in held.items() if len(rows)}
 
 
 def rows_used(config: Config, name: str, stream: Stream) -> list[int] | None:
-    """The rows of a stream that a run of --steps draws, in order; None if it may draw all."""
+    """The rows of a stream that a run of --steps draws, sorted; None if it may draw all."""
     draws = config.steps * config.batch
     if not config.steps or draws >= len(stream):
         return None
+    # The first batch of that many rows has the rows of all the run's batches.
     return sorted(batch_indices(len(stream), draws, config.seed, 0, name).tolist())
 
 
@@ -447,8 +429,8 @@ def reference_logprobs(
     policy's own code path. used: the rows that the run draws, if not all; the others get NaN.
 
     Kept under a hash of weights, data (which covers tokenizer, chat format and lengths), dtype and
-    device: a run that differs only in objective, tau, alpha, b1, lr or seed reuses it (with --steps
-    another seed draws other rows). Deviation 4: no second model in memory. ValueError names the
+    device. A run that differs only in objective, tau, alpha, b1, lr or seed reuses it; with --steps
+    also the seed must be the same. No second model is in memory (deviation 4). ValueError names the
     rows whose log-probability is not finite.
     """
 
@@ -463,7 +445,7 @@ def reference_logprobs(
         if bad := not_finite(logprobs, name, stream, chat, rows):
             raise ValueError(
                 f"the starting weights {config.model} give rows a log-probability that is not "
-                f"finite: {in_words(bad)}; take other weights, or leave these rows out"
+                f"finite: {in_words(bad)}; use other weights, or remove these rows"
             )
         return logprobs.tolist()
 
@@ -474,20 +456,17 @@ def reference_logprobs(
     what = f"reference of {name} pairs"
     kept = storage.kept_parts(store, identity, len(numbers), REFERENCE_ROWS, make, world, what)
     read = len(kept) - computed
-    world.say(f"{what}: {read:,} rows read, {computed:,} computed; kept in {store}")
-    logprobs = torch.tensor(kept, dtype=torch.float32)
-    if used is None:
-        return logprobs
-    whole = torch.full((len(stream), 2), math.nan)
-    whole[torch.tensor(used)] = logprobs
-    return whole
+    world.say(f"{what}: {read:,} rows from the cache {store}, {computed:,} computed")
+    logprobs = torch.full((len(stream), 2), math.nan)
+    logprobs[torch.tensor(numbers)] = torch.tensor(kept, dtype=torch.float32)
+    return logprobs
 
 
 # --- a step of Algorithm 1 ------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear from 0 over ceil(warmup * steps) steps, then a cosine to 0 at `steps`.
+    """Linear from 0 over ceil(warmup * steps) steps, then a cosine, which would reach 0 at `steps`.
 
     Steps count from 0.
     """
@@ -499,11 +478,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 @dataclass
 class Outcome:
-    """What one rank's packs gave in a step, on the CPU: for the sums, the gate and the log."""
+    """What one rank's packs gave in a step, moved to the CPU for the sums, the gate and the log."""
 
     items: Tensor  # [N] rows, pack by pack
     loss: Tensor  # [N]
-    change: Tensor  # [N, responses] log-probability minus the reference's; of sft itself
+    change: Tensor  # [N, 2] log-probability minus the reference's; SFT: [N, 1], itself
 
 
 def own_packs(config: Config, rows: Rows, items: Tensor, world: World) -> list[Tensor]:
@@ -515,17 +494,18 @@ def own_packs(config: Config, rows: Rows, items: Tensor, world: World) -> list[T
 def forward_backward(
     model: Mistral, config: Config, rows: Rows, items: Tensor, world: World
 ) -> Outcome:
-    """Add the gradient of the step's loss to the trained parameters. Every rank brings its share of
-    `items`, the global batch.
+    """Add the gradient of the step's loss to the trained parameters. Each rank computes its share
+    of `items`, the global batch.
     """
     is_sft = config.objective == "sft"
-    # FSDP averages gradients over the ranks; the loss is a mean over the global batch, of each
-    # stream's pairs or of all scored tokens.
+    # FSDP averages gradients over the ranks. The loss adds the means of the streams' pairs; SFT's
+    # is the mean over all scored tokens.
     scale = world.size / (rows.scored[items].sum().item() if is_sft else config.batch)
     packs = own_packs(config, rows, items, world)
     own = torch.cat(packs)
     if not is_sft:
-        # To the device before any pack, and the results off it after the last: no pack waits.
+        # Copied to the device before the first pack, as results are copied back after the last, so
+        # that no pack waits for a copy.
         sizes = [len(pack) for pack in packs]
         # Algorithm 1: the label, Figure 3
         g = label(rows.chosen_safe[own], rows.rejected_safe[own], config.alpha, config.b1)
@@ -543,7 +523,8 @@ def forward_backward(
             policy = logprobs_R.reshape(2, -1)  # Algorithm 1: log pi(y_w|x), log pi(y_l|x)
             reference = reference_of_pack[n].T
             h_N = margin(*policy, *reference)  # Algorithm 1: h
-            loss_N = pair_loss(config.objective, h_N, g_of_pack[n], config.tau)  # (h - g / tau)^2
+            # BFPO: (h - g / tau)^2
+            loss_N = pair_loss(config.objective, h_N, g_of_pack[n], config.tau)
             change = (policy - reference).T
         (loss_N.sum() * scale).backward()  # type: ignore[no-untyped-call]
         losses.append(loss_N.detach())
@@ -560,8 +541,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 def step_figures(
     config: Config, rows: Rows, items: Tensor, outcome: Outcome, world: World
 ) -> dict[str, Any]:
-    """The step's losses, log-probability changes since step 0 and quadrants, over all ranks. One
-    all-reduce, on the CPU.
+    """The step's losses, changes of log-probabilities over the reference, and quadrants, over all
+    ranks. One all-reduce, on the CPU.
     """
     loss = outcome.loss.double()
     change = outcome.change.double()
@@ -607,12 +588,12 @@ def gate(
     loss: float,
     world: World,
 ) -> None:
-    """At step 0 pi = pi_ref: h must be 0, and the loss what the objective gives there.
+    """At step 0 the policy is the reference: h must be 0, and the loss that of h = 0.
 
-    Two passes of one model differ by rounding alone, and by next to none in equal packs. The kept
-    reference saw other packs, so the policy is also held against a pass over the step's own.
-    ValueError: a reference of other weights, another chat format, or a model that is not
-    deterministic. It comes before any update.
+    The kept reference saw other packs, and so differs by rounding. Therefore the policy is also
+    compared with a second pass over the step's own packs, which hardly differs. ValueError, before
+    any update: the reference is of other weights or of another chat format, or the model is not
+    deterministic.
     """
     policy = outcome.change + rows.reference[outcome.items]
     again = repeated(model, config, rows, items, world)
@@ -628,7 +609,7 @@ def gate(
     g = label(rows.chosen_safe[items], rows.rejected_safe[items], config.alpha, config.b1)
     at_zero = pair_loss(config.objective, torch.zeros_like(g), g, config.tau)
     expected = at_zero.mean().item() * len(rows.names)
-    drift = 0.0  # of a pair's loss, by as much margin as was seen
+    drift = 0.0  # most change of a pair's loss by a margin of +-max |h|
     for reach in (nats, -nats):
         moved = pair_loss(config.objective, torch.full_like(g, reach), g, config.tau)
         drift = max(drift, (moved - at_zero).abs().max().item())
@@ -637,24 +618,24 @@ def gate(
     equal_share = equal / EQUAL_PACKS_NATS[world.device.type]
     other_share = other / OTHER_PACKS_NATS[config.dtype]
     words = (
-        f"max |h| {nats:.2g} nats ({other_share:.1%} of what rounding may leave, "
-        f"{equal_share:.1%} in equal packs), loss {loss:.6g}, {expected:.6g} expected at h = 0"
+        f"max |h| {nats:.2g} nats; error at {other_share:.1%} of its limit, in equal packs at "
+        f"{equal_share:.1%}; loss {loss:.6g}, {expected:.6g} expected at h = 0"
     )
     if not (equal_share <= 1 and other_share <= 1 and is_expected):
         raise ValueError(
-            f"step 0: the policy is not the reference: {words}; remove the reference cache and "
-            "start again with --fresh"
+            f"step 0: the policy is not the reference: {words}; delete "
+            f"{cache_root(config.cache) / 'reference'} and start again with --fresh"
         )
     world.say(f"step-0 gate: {words}")
 
 
 def memory_gib(device: torch.device) -> float:
-    """GiB that this process holds: peak allocated on a GPU; anonymous resident memory on a CPU (0
-    where unknown).
+    """GiB that this process holds: the most allocated on a GPU, anonymous resident memory on a CPU;
+    0 if unknown.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")  # Linux; mapped files do not count, as in ru_maxrss they do
+    status = Path("/proc/self/status")  # Linux; unlike ru_maxrss, it leaves out mapped files
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
 
@@ -669,18 +650,18 @@ def train_step(
     rows: Rows,
     world: World,
 ) -> dict[str, Any]:
-    """One step of Algorithm 1; returns its row of log.jsonl. ValueError, before the weights change:
-    a loss or gradient that is not finite, or a step 0 whose policy is not the reference.
+    """One step of Algorithm 1; returns its row of log.jsonl. ValueError, before the weights change,
+    if the loss or the gradient is not finite, or if step 0 fails the gate.
     """
     began = time.monotonic()
-    items = rows.draw(config.batch, config.seed, step)  # safety pairs, and helpfulness pairs
+    items = rows.draw(config.batch, config.seed, step)  # of each stream
     outcome = forward_backward(model, config, rows, items, world)  # the loss and its gradient
     norm = gradient_norm(trained.values())
     rate = learning_rate(step, steps, config.lr, config.warmup)
     row = {"step": step, "lr": rate, "grad_norm": norm.item()}
     row |= step_figures(config, rows, items, outcome, world)
     if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-        remedy = "The starting weights or --tau give it; nothing was trained"
+        remedy = "The starting weights or --tau cause it; nothing was trained"
         if step:
             remedy = "Lower --lr, and start over with --fresh"
         raise ValueError(
@@ -712,11 +693,11 @@ def held_out_figures(
     chat: Chat,
     world: World,
 ) -> tuple[dict[str, Any], float | None]:
-    """Of the held-out rows: (by stream its loss a token, or its quadrants' margins; the loss of
-    all, None without rows).
+    """Of the held-out rows: ({stream: its quadrants' margins, or SFT's loss per token}, the sum of
+    the streams' losses, None without rows).
 
-    A row whose log-probability is not finite counts in no margin and leaves the loss None;
-    "not_finite" of its stream names it.
+    Rows whose log-probability is not finite are left out of the margins and make the loss None.
+    "not_finite" of their stream names them.
     """
     figures: dict[str, Any] = {}
     losses = []
@@ -749,31 +730,32 @@ def say_held_out(figures: dict[str, Any], world: World) -> None:
         if name != "sft":
             world.say(f"held-out {name}:\n{quadrant_table(view)}")
         elif view["loss"] is not None:
-            world.say(f"held-out {name}: loss {view['loss']:.4f} a token")
+            world.say(f"held-out {name}: loss {view['loss']:.4f} per token")
 
 
 def must_be_finite(figures: dict[str, Any]) -> None:
-    """ValueError names the held-out rows to which the exported model gives no finite
-    log-probability.
+    """ValueError if the exported model gives held-out rows a log-probability that is not finite; it
+    names them.
     """
     bad = [title for view in figures.values() for title in view.get("not_finite", [])]
     if bad:
         raise ValueError(
             "the model is written, but gives held-out rows a log-probability that is not finite: "
-            f"{in_words(bad)}; its training diverged: lower --lr, and start over with --fresh"
+            f"{in_words(bad)}; training has probably diverged: lower --lr, and start over with "
+            "--fresh"
         )
 
 
 def adam_state(optimizer: torch.optim.AdamW, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds: {name: tensor} of the trained weights and their moments.
 
-    The moments are made here, as zeros. The first step would make them too late for a checkpoint to
-    be read into them.
+    The moments are made here, as zeros, so that a checkpoint can be read into them. AdamW would
+    make them at its first step.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        on_cpu = torch.zeros(())  # on a GPU each would be waited for
+        on_cpu = torch.zeros(())  # on a GPU, AdamW would wait for each
         optimizer.state[parameter] = {**moments, "step": on_cpu}
         tensors[f"weight.{name}"] = parameter.detach()
         tensors |= {f"{key}.{name}": value for key, value in moments.items()}
@@ -791,7 +773,7 @@ def optimize(
 ) -> None:
     """Algorithm 1: from the newest checkpoint, or the start, to the last step.
 
-    Exits after a SIGTERM or Ctrl-C.
+    After SIGTERM or Ctrl-C it finishes the step, saves a checkpoint and exits.
     """
     world = folder.world
     checkpoints = folder.path / "checkpoints"
@@ -805,7 +787,7 @@ def optimize(
     if first:
         world.say(f"resuming after step {first} of {steps}")
     if config.objective != "sft":
-        world.say("h: mean margin -> BFPO's target in nats, by (chosen answer)/(rejected answer)")
+        world.say("below, h is the mean margin -> BFPO's target, in nats, by safety quadrant")
     folder.start_log(first, steps, config.log_every)
 
     with StopRequest() as stop:
@@ -823,7 +805,7 @@ def optimize(
             if stopping:
                 world.say(
                     f"stopped after step {done} of {steps}; the same command, without --fresh, "
-                    "goes on from here"
+                    "resumes from here"
                 )
                 sys.exit(128 + stopping)
 
@@ -834,18 +816,20 @@ def optimize(
 def count_changed(
     trained: dict[str, Tensor], start: dict[str, Any], config: Config, world: World
 ) -> int:
-    """How many of the trained values are others than the starting weights' once both are in the
-    exported dtype.
+    """How many of the trained values differ from the starting weights once both are in the exported
+    dtype.
 
-    start: a safetensors slice by name. Each rank compares its shards, one tensor at a time. Says
-    the share, and warns of a small one.
+    start: a safetensors slice by name. Each rank compares its shards, one tensor at a time. Prints
+    the share, and warns if it is small.
     """
     dtype = DTYPES[config.dtype]
     changed = 0
     for name, parameter in trained.items():
         local, before = part_like(parameter.detach(), start[name])
         changed += int((local.to(dtype) != before.to(local.device, dtype)).sum())
-    changed = int(world.sum(torch.tensor(changed))) // config.replicate  # every replica has counted
+    changed = (
+        int(world.sum(torch.tensor(changed))) // config.replicate
+    )  # each replica counted the same values
     total = sum(parameter.numel() for parameter in trained.values())
     world.say(
         f"{changed:,} of {total:,} trained values ({changed / total:.1%}) differ from the starting "
@@ -860,34 +844,13 @@ def count_changed(
 
 
 def step_of(config: Config, streams: dict[str, Stream], steps: int, ranks: int) -> memory_plan.Step:
-    """What the data makes of a step on each rank, from the rows that the first steps draw."""
+    """The work of a step on each rank, by the rows that the first steps draw."""
     rows = Rows(streams, {})
     drawn = []
     for step in range(min(steps, memory_plan.STEPS_LOOKED_AT)):
         drawn.append(rows.draw(config.batch, config.seed, step).numpy())
     lengths = np.concatenate([stream.lengths for stream in streams.values()])
     return memory_plan.step_of(lengths, drawn, ranks)
-
-
-def load_of(
-    config: Config,
-    model: ModelConfig,
-    trained: frozenset[str],
-    step: memory_plan.Step,
-    world: World,
-) -> memory_plan.Load:
-    """All that the memory of a rank depends on."""
-    load = memory_plan.Load(
-        model.shapes(),
-        model.num_attention_heads,
-        trained,
-        DTYPES[config.dtype],
-        world.device.type,
-        shards=world.size // config.replicate,
-        processes=world.size,
-        checkpoint_blocks=config.checkpoint_blocks,
-    )
-    return step.with_budget(load, config.pack_tokens)
 
 
 def announce(
@@ -898,9 +861,19 @@ def announce(
     steps: int,
     world: World,
 ) -> None:
-    """Print the plan of a run. What does not fit is a warning, in a dry run a ValueError."""
+    """Print the plan of a run. If it does not fit, warn; in a dry run, raise ValueError."""
     step = step_of(config, streams, steps, world.size)
-    load = load_of(config, model, trained, step, world)
+    load = memory_plan.Load(
+        model.shapes(),
+        model.num_attention_heads,
+        trained,
+        DTYPES[config.dtype],
+        world.device.type,
+        shards=world.size // config.replicate,
+        processes=world.size,
+        checkpoint_blocks=config.checkpoint_blocks,
+    )
+    load = step.with_budget(load, config.pack_tokens)
     rows = sum(map(len, streams.values()))
     tokens = sum(int(stream.lengths.sum()) for stream in streams.values())
     cache_bytes = sum(stream.report["cache"]["bytes"] for stream in streams.values())
@@ -909,7 +882,7 @@ def announce(
         sum(stream.lengths.sum(1).mean() for stream in streams.values()) * config.batch,
         tokens if config.objective != "sft" else 0,
         memory_plan.disk_bytes(model.shapes(), trained, config.keep, load.dtype),
-        cache_bytes + 40 * rows,  # two log-probabilities in words
+        cache_bytes + 40 * rows,  # two log-probabilities as text
     )
     plan = partial(memory_plan.describe, load, step, config.pack_tokens, work, world.device)
     text, short = world.from_main(plan)
@@ -921,13 +894,13 @@ def announce(
 
 
 def open_model(config: Config, folder: RunFolder) -> tuple[Path, Chat, ModelConfig]:
-    """The starting model's folder, chat format and architecture, its weights' headers checked."""
+    """The starting model's folder, chat format and architecture. Headers of weights are checked."""
     if config.model == RECIPES["bfpo"]["model"] and not Path(config.model).is_dir():
         raise ValueError(
             f"the recipe bfpo starts from {config.model}, which is not there; run the recipe sft "
             "first, or pass --model"
         )
-    # Before weights are fetched, or the first source's rows tokenised.
+    # Sources are checked before weights are fetched or rows tokenised.
     for text in (*config.safety, *config.helpfulness, *config.sft):
         find_source(text, "sft" if config.sft else "pairs")
     source = find_model(config.model)
@@ -941,8 +914,8 @@ def open_model(config: Config, folder: RunFolder) -> tuple[Path, Chat, ModelConf
 
 
 def settled(config: Config, world: World) -> Config:
-    """The configuration with the device's own dtype and pack size in the place of auto and 0. It
-    is settled first, so that a run cannot go on in another precision on another device.
+    """The configuration with the device's own dtype and pack size in the place of auto and 0. This
+    comes first, so that resuming on another device cannot change the precision.
     """
     auto = str(world.dtype).removeprefix("torch.")
     return replace(
@@ -958,25 +931,25 @@ class Prepared(NamedTuple):
     source: Path  # the starting model's folder
     chat: Chat
     architecture: ModelConfig
-    streams: dict[str, Stream]  # of training rows, by name; the first counts the steps
+    streams: dict[str, Stream]  # of training rows, by name; the first one's length sets the steps
     held: dict[str, Stream]  # of held-out rows
     steps: int
 
 
 def prepare(config: Config, folder: RunFolder) -> Prepared:
-    """Open model and data, and print the plan. All that can be checked is checked here, before the
-    folder is touched.
+    """Open model and data, and print the plan. Model, data, memory and disk are checked here,
+    before anything is written.
     """
     world = folder.world
     source, chat, architecture = open_model(config, folder)
     names = frozenset(name for name in architecture.shapes() if trains(config, name))
     if not names:
         raise ValueError(
-            f"selective {config.selective} names no tensor of {source}; pass another, or all (a "
-            "tied head is embed_tokens)"
+            f"{source} has no module named {config.selective}; pass --selective with another name, "
+            "or all (a tied head is called embed_tokens)"
         )
     streams, held = open_streams(config, chat, world)
-    # What fills no batch is left out.
+    # Rows that do not fill a last batch are left out.
     steps = config.steps or config.epochs * len(next(iter(streams.values()))) // config.batch
     if steps == 1 and config.warmup:
         raise ValueError(
@@ -989,19 +962,9 @@ def prepare(config: Config, folder: RunFolder) -> Prepared:
     return Prepared(source, chat, architecture, streams, held, steps)
 
 
-def say_dry_run(config: Config, folder: RunFolder, steps: int) -> None:
-    """What the same command would do without --dry_run."""
-    resumes = not config.fresh and (folder.path / "run.json").exists()
-    left = "what is left of " if resumes else ""
-    folder.world.say(
-        f"dry run: nothing was trained, nothing written to {folder.path}; without --dry_run, "
-        f"{left}{steps} steps"
-    )
-
-
 def record(config: Config, made: Prepared, weights: str, folder: RunFolder) -> None:
-    """Make the run folder, or go on with the run there: run.json, with sums of what the run reads,
-    data.json, the streams' reports, and hashes of their questions.
+    """Make the run folder, or open that of an unfinished run. Write run.json with sums of what the
+    run reads, data.json with the streams' reports, and hashes of their questions.
     """
     inputs = {"weights": weights}
     inputs |= {name: stream.fingerprint for name, stream in made.streams.items()}
@@ -1028,7 +991,9 @@ def export(
     model.save_pretrained(folder.path / "model", dtype, made.source, made.chat.template, ends)
     start = stored_weights(made.architecture, made.source)
     changed = count_changed(trained, start, config, world)
-    world.from_main(lambda: plots.draw_curves(folder.rows(), folder.path / "curves.png"))
+    world.from_main(
+        lambda: plots.draw_curves(storage.log_rows(folder.log), folder.path / "curves.png")
+    )
     result = {
         "steps": made.steps,
         "held_out": figures,
@@ -1038,17 +1003,16 @@ def export(
     }
     folder.finish(result)
     say_held_out(figures, world)
-    world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, checkpoints/")
+    world.say(f"wrote {folder.path}: model/, log.jsonl, curves.png, done.json, checkpoints/")
     return result
 
 
 def run(config: Config, world: World) -> dict[str, Any]:
-    """One run from its folder, data and model to the exported model; returns what done.json holds,
-    {} from a dry run.
+    """One run, from reading the data to the exported model. Returns what done.json holds, {} from a
+    dry run.
 
-    A finished run returns at once; an unfinished one goes on. ValueError for bad input, before the
-    run folder is written, and from the loop when the policy of step 0 is not the reference, or a
-    loss is not finite.
+    A finished run returns at once; an unfinished one resumes. ValueError: bad input, before the run
+    folder is written; later a step 0 that fails the gate, or values that are not finite.
     """
     config = settled(config, world)
     folder = RunFolder(Path(config.out), world)
@@ -1067,7 +1031,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
 
     made = prepare(config, folder)
     if config.dry_run:
-        say_dry_run(config, folder, made.steps)
+        world.say(f"dry run of {made.steps} steps: nothing was trained or written")
         return {}
 
     model, trained = build(config, made.source, world)
@@ -1106,7 +1070,7 @@ def toy_stages(config: Config, folder: Path) -> tuple[Config, Config]:
 
 
 def try_toy(config: Config, world: World) -> None:
-    """Both stages' dry runs, on data and a random model in a folder that is removed again."""
+    """Dry runs of both stages, on data and a random model in a folder that is then removed."""
     from toy import recipe
 
     folder = Path(world.from_main(tempfile.mkdtemp))
@@ -1116,18 +1080,18 @@ def try_toy(config: Config, world: World) -> None:
         run(sft, world)
         run(replace(preference, model=str(folder / "start")), world)
     finally:
-        if world.is_main:  # by no collective: a stop finds the ranks in different ones
+        if world.is_main:  # no collective here: when stopped, ranks may wait in different ones
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_toy(config: Config, pairs: int) -> None:
-    """ValueError for what the second stage would refuse after the first is trained."""
+    """ValueError for what the second stage would refuse only after the first has trained."""
     steps = config.steps or config.epochs * pairs // config.batch
     if config.batch > pairs or (steps == 1 and config.warmup):
         raise ValueError(
-            f"the toy run has {pairs} pairs of each kind, and the learning rate of a single step "
-            f"is 0: it takes 2 or more, got --batch {config.batch}, --epochs {config.epochs} and "
-            f"--steps {config.steps}"
+            f"the toy has {pairs} pairs of each kind, and takes a --batch of at most that and 2 "
+            f"steps or more, got --batch {config.batch}, --epochs {config.epochs} and --steps "
+            f"{config.steps}"
         )
 
 
@@ -1152,7 +1116,7 @@ def run_toy(config: Config, world: World) -> dict[str, Any]:
     if config.dry_run:
         try_toy(config, world)
         return {}
-    if config.fresh:  # what a stage refuses is said before an earlier run is set aside
+    if config.fresh:  # the errors of a stage come before an earlier run is set aside
         with contextlib.redirect_stdout(io.StringIO()):
             try_toy(config, world)
     folder.create(settings, {}, config.fresh)
@@ -1167,7 +1131,7 @@ def run_toy(config: Config, world: World) -> dict[str, Any]:
     )
     run(sft, world)
     folder.drop_earlier()
-    world.say(f"[3/4] {name}: {config.selective} only, on safety and helpfulness pairs")
+    world.say(f"[3/4] {name}: training {config.selective}, on safety and helpfulness pairs")
     run(preference, world)
 
     world.say("[4/4] answers to held-out requests, judged exactly")

@@ -39,12 +39,6 @@ from support.sources import cache_root, local_path, sha256
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
-QUADRANT_LABELS = {  # chosen answer/rejected answer
-    "both_safe": "safe/safe",
-    "chosen_safe": "safe/unsafe",
-    "rejected_safe": "unsafe/safe",
-    "both_unsafe": "unsafe/unsafe",
-}
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Of a rank's checkpoint; the writer holds a file's bytes in memory twice beside the tensors.
 CHECKPOINT_FILE_BYTES = 2**28
@@ -441,17 +435,20 @@ def write_safetensors(
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def causes(error: api.CheckpointException) -> str:
-    """What the ranks' saving or loading died of, in words.
-
-    An interrupt among it, which torch wraps too, is raised as itself.
+@contextlib.contextmanager
+def checkpoint_errors(what: str) -> Iterator[None]:
+    """torch's CheckpointException, which is no Exception and would pass every handler, as an
+    OSError. An interrupt, which torch wraps too, is raised as itself.
     """
-    words = []
-    for rank, (cause, _) in error.failures.items():
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        words.append(f"rank {rank}: {str(cause).partition(chr(10))[0]}")
-    return "; ".join(words)
+    try:
+        yield
+    except api.CheckpointException as error:
+        causes = []
+        for rank, (cause, _) in error.failures.items():
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            causes.append(f"rank {rank}: {str(cause).partition(chr(10))[0]}")
+        raise OSError(f"{what}: {'; '.join(causes)}") from error
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -494,16 +491,11 @@ def save_checkpoint(
 
     with contextlib.ExitStack() as saving:  # on rank 0 it ends with the folder's rename
         aside = world.from_main(begin)
-        try:
-            writer = hf_storage.HuggingFaceStorageWriter(
-                str(aside), file_numbers(tensors), save_distributed=True
-            )
+        writer = hf_storage.HuggingFaceStorageWriter(
+            str(aside), file_numbers(tensors), save_distributed=True
+        )
+        with checkpoint_errors(f"{target} could not be written; the earlier ones are whole"):
             state_dict_saver.save(tensors, storage_writer=writer)
-        except api.CheckpointException as error:  # no Exception: it would pass every handler
-            raise OSError(
-                f"checkpoint {target} could not be written ({causes(error)}); the earlier ones are "
-                "whole"
-            ) from error
         files = world.from_main(lambda: sorted(aside.glob("*.safetensors")))
         sums = sha256_all(files, world, range(world.size))
         manifest = {"step": step, "processes": world.size, "sha256": sums}
@@ -518,16 +510,11 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int
     files = [path / name for name in sums or ()]
     if not sums or sha256_all(files, world, range(world.size)) != sums:
         return None
-    try:
+    # Some tensors may be filled by then: the checkpoint before it is no help.
+    remedy = "run again, or delete it if it is of another model"
+    with checkpoint_errors(f"{path} is whole, but could not be read; {remedy}"):
         reader = hf_storage.HuggingFaceStorageReader(str(path))
         state_dict_loader.load(tensors, storage_reader=reader)
-    except (
-        api.CheckpointException
-    ) as error:  # some tensors may be filled: the one before is no help
-        raise OSError(
-            f"checkpoint {path} is whole, but could not be read ({causes(error)}); run again, or "
-            "delete it if it is of another model"
-        ) from error
     return int(manifest["step"])
 
 
@@ -590,8 +577,7 @@ def step_line(row: Mapping[str, Any]) -> str:
             parts.append(f"{name} {row[f'{name}_loss']:.4g}")
     margins = []
     for quadrant, view in row.get("quadrants", {}).items():
-        margin = f"{view['margin_nats']:+.1f}->{view['target_nats']:+.1f}"
-        margins.append(f"{QUADRANT_LABELS[quadrant]} {margin}")
+        margins.append(f"{quadrant} {view['margin_nats']:+.1f}->{view['target_nats']:+.1f}")
     if margins:
         parts.append(f"h {', '.join(margins)}")
     parts.append(f"lr {row['lr']:.2g}  {row['rows_per_s']:.3g} rows/s")
@@ -840,12 +826,8 @@ class RunFolder:
         self.steps = steps
         self.print_every = print_every
         self.printed = (step, time.monotonic())  # the step last printed, and when
-        rows = [row for row in self.rows() if row["step"] < step]
+        rows = [row for row in log_rows(self.log) if row["step"] < step]
         self.world.from_main(lambda: write_lines(self.log, rows))
-
-    def rows(self) -> list[Json]:
-        """What log.jsonl holds, damaged lines left out."""
-        return log_rows(self.log)
 
     def write_row(self, row: Json) -> None:
         """A row to log.jsonl, on rank 0."""

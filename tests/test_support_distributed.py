@@ -340,7 +340,7 @@ def test_stopped_run_saves_says_so_and_goes_on(
     wait_until(lambda: (out / "log.jsonl").exists() and len(log_of(out)) >= 3, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "goes on from here" in output
+    assert process.returncode == 128 + number and "resumes from here" in output
     assert (
         len(log_of(out)) == int(next((out / "checkpoints").glob("step-*")).name[-8:])
         and not (out / "done.json").exists()
@@ -701,7 +701,7 @@ def test_run_folder_survives_a_kill_while_it_is_made(world: World, tmp_path: Pat
         with pytest.raises(ValueError, match=r"run\.json must"):
             folder.check({"tau": 1}, frozenset(), fresh=False)
     (folder.path / "log.jsonl").write_bytes(b'{"step": 0}\n[1]\n{}\n\xff\xfe\n{"step": 1}\n{"st')
-    assert [row["step"] for row in folder.rows()] == [0, 1]
+    assert [row["step"] for row in storage.log_rows(folder.log)] == [0, 1]
     folder.create({"tau": 2}, {}, fresh=True)
     folder.drop_earlier()
     assert folder.check({"tau": 2}, frozenset(), fresh=False) is None and not list(
