@@ -794,7 +794,7 @@ def test_plan_of_7b_is_the_plans_arithmetic() -> None:
     assert (
         f"pairs of {round(PAPER.share / 64)} tokens on average, {PAPER.longest:,} at most" in FLAT
     )
-    table = rows_of("| GPUs | memory of each, by the plan (not measured) | time |")
+    table = rows_of("| GPUs | estimated memory of each (not measured) | time |")
     for row, (processes, shards) in zip(table, ((1, 1), (4, 4), (8, 4)), strict=True):
         step = replace(PAPER, share=math.ceil(PAPER.share / processes))
         load = step.with_budget(seven_b(shards), train.PACK_TOKENS["cuda"])
