@@ -35,7 +35,7 @@ from bfpo import QUADRANTS
 from model import Mistral, Pack, find_model
 from support.chat import Chat, Ids, Message, truncate
 from support.distributed import World
-from support.sources import Row, Source, boolean, cache_root, checked, find_source, text
+from support.sources import Row, Source, boolean, cache_root, checked, file_rows, find_source, text
 from support.storage import kept_folder, read_object, write_json
 
 FORMAT = 10  # of kept arrays: count up when the same rows would give other arrays or counts
@@ -334,7 +334,7 @@ def read_items(
     after the first there are no more items.
     """
     count, rows = source.rows()
-    tests = source.test_rows(HELD_OUT_ROWS) if options.held_out else []
+    tests = list(islice(file_rows(source.test), HELD_OUT_ROWS)) if options.held_out else []
     title = f"tokenising {source.text}"
     total = count + len(tests)
     wait = 0.1 if sys.stderr.isatty() else 10.0  # seconds, between two lines of progress
@@ -823,10 +823,7 @@ def describe(report: Mapping[str, Any]) -> str:
     lines.append("first row, scored tokens between [[ and ]]:")
     lines += [f"  | {line}" for line in report["example"]]
     cache = report["cache"]
-    lines.append(
-        f"token cache: {cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB; delete it at will, or "
-        "move it and name its new folder: train.py --cache, or BFPO_CACHE"
-    )
+    lines.append(f"token cache: {cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB")
     return "\n".join(lines)
 
 

@@ -45,8 +45,9 @@ from data import (
 from support import distributed, storage
 from support.chat import Chat
 from support.distributed import World
+from support.storage import digest
 from tasks import alpaca, judges, metrics, questions, report
-from tasks.judges import Case, Examiner, Judge, Labelled, LanguageModel, digest
+from tasks.judges import Case, Examiner, Judge, Labelled, LanguageModel
 from tasks.metrics import Question, Request, Terms
 from tasks.questions import PROTOCOLS, TASKS, Entry, Protocol, Task
 

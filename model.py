@@ -508,19 +508,12 @@ def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
     name = str(path_or_hub_name)
     if Path(name).is_dir():
         return Path(name)
-    repository, _, revision = name.partition("@")
-    try:
-        settings = ["config.json", "adapter_config.json", *COMPANIONS]
-        folder = snapshot(repository, revision, settings)
-        if weights:
-            Config.read(folder)  # before the gigabytes
-            snapshot(repository, folder.name, [storage.INDEX, "model.safetensors"])
-            snapshot(repository, folder.name, storage.weight_files(folder))
-    except OSError as error:
-        raise ValueError(
-            "model must be a folder here or a Hugging Face repository that can be read, got "
-            f"{name!r}: {error}"
-        ) from error
+    folder = snapshot(name, ["config.json", "adapter_config.json", *COMPANIONS])
+    if weights:
+        Config.read(folder)  # before the gigabytes
+        pinned = f"{name.partition('@')[0]}@{folder.name}"
+        snapshot(pinned, [storage.INDEX, "model.safetensors"])
+        snapshot(pinned, storage.weight_files(folder))
     return folder
 
 

@@ -12,7 +12,6 @@ whatever tokenizer.json says.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import reprlib
@@ -29,7 +28,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
-from support.storage import read_object
+from support.storage import digest, read_object
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -235,7 +234,7 @@ class Chat:
         depends_on = [self.tokenizer.to_str(), self.template, self.named]
         if "strftime_now" in self.template:
             depends_on.append(str(self.now.date()))
-        self.fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+        self.fingerprint = digest(depends_on)
 
     def _know_controls(self, folder: Path) -> None:
         """Finds the control tokens and makes the encoder in which only templates can write them.

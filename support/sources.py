@@ -251,18 +251,15 @@ class Source(NamedTuple):
         kept = range(count)[slice(*bounds)]
         return len(kept), islice(file_rows(self.files), kept.start, kept.stop)
 
-    def test_rows(self, most: int) -> list[tuple[str, Any]]:
-        """read_rows of the first `most` of the test split."""
-        return list(islice(file_rows(self.test), most))
 
-
-def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "model") -> Path:
-    """The folder of a hub repository's files that match, as huggingface_hub keeps it (its cache,
-    offline mode and token); its name is the commit. revision "": the newest. kind: model or
-    dataset. OSError says in a line why it cannot be had.
+def snapshot(name: str, patterns: list[str], kind: str = "model") -> Path:
+    """The folder of those files of a hub repository, NAME[@REVISION], that match, as
+    huggingface_hub keeps it (its cache, offline mode and token); its name is the commit. kind:
+    model or dataset. ValueError says in a line why it cannot be had.
     """
     import huggingface_hub
 
+    repository, _, revision = name.partition("@")
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -270,18 +267,10 @@ def snapshot(repository: str, revision: str, patterns: list[str], kind: str = "m
             )
         )
     except Exception as error:  # its own errors, and its transport's, which depends on the version
-        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _hub_data(name: str, patterns: list[str]) -> Path:
-    """As snapshot, of the data set NAME[@REVISION]. ValueError says why it cannot be had."""
-    repository, _, revision = name.partition("@")
-    try:
-        return snapshot(repository, revision, patterns, "dataset")
-    except OSError as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"{name} must be a local path or a hub data set within reach (name, revision, "
-            f"network, HF_TOKEN); {error}"
+            f"{name} must be a local path or a hub {kind} within reach (name, revision, network, "
+            f"HF_TOKEN); {reason}"
         ) from error
 
 
@@ -294,7 +283,7 @@ def _from_hub(name: str, split: str | None) -> Path:
     patterns = HUB_PATTERNS
     if split:
         patterns = [f"*{split}*", f"*{split.replace('train', 'test')}*"]
-    return _hub_data(name, patterns)
+    return snapshot(name, patterns, "dataset")
 
 
 def parquet_copy(name: str, config: str, split: str) -> Path:
@@ -302,7 +291,7 @@ def parquet_copy(name: str, config: str, split: str) -> Path:
     set, whatever its own form. ValueError says why it cannot be had.
     """
     patterns = [f"{config}/{split}/*.parquet"]
-    return _hub_data(f"{name}@refs/convert/parquet", patterns) / config / split
+    return snapshot(f"{name}@refs/convert/parquet", patterns, "dataset") / config / split
 
 
 def sha256(path: Path) -> str:

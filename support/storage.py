@@ -87,6 +87,11 @@ def undamaged(path: Path, *keys: str) -> Json:
     return {}
 
 
+def digest(value: Any) -> str:
+    """The sha256 sum, in hex, of a value's JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def sha256_all(paths: Sequence[Path], world: World, readers: range) -> dict[str, str]:
     """{file name: sha256} of the files that are there, sorted. `readers`, the ranks that see the
     same files as this one, share the reading.
@@ -112,7 +117,7 @@ def weights_sha256(folder: Path, world: World) -> str:
     first = world.rank - launched("LOCAL_RANK", 0)
     node = range(first, first + launched("LOCAL_WORLD_SIZE", 1))
     sums = sha256_all([folder / name for name in names], world, node)
-    return world.same(f"the model {folder}", hashlib.sha256(json.dumps(sums).encode()).hexdigest())
+    return world.same(f"the model {folder}", digest(sums))
 
 
 def discard(path: Path) -> None:
@@ -206,7 +211,7 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 def key_of(identity: Any) -> str:
     """The name under which work is kept: a sum over all that it depends on, as JSON."""
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return digest(identity)[:32]
 
 
 def has_all_files(folder: Path) -> bool:
@@ -242,16 +247,12 @@ def kept_folder(root: Path, identity: Any, make: Callable[[Path], None]) -> Path
     return folder
 
 
-def sum_of_rows(rows: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
 def read_part(path: Path, what: str) -> list[Any] | None:
     """The rows that a part keeps; None if there is none, or a damaged one, which is named."""
     if not path.exists():
         return None
     part = undamaged(path, "sha256", "rows")
-    if part and part["sha256"] == sum_of_rows(part["rows"]):
+    if part and part["sha256"] == digest(part["rows"]):
         return list(part["rows"])
     print(f"{what}: {path} is damaged; computing it again", flush=True)
     path.unlink()
@@ -265,7 +266,7 @@ def keep_part(path: Path, rows: list[Any], what: str) -> list[Any]:
         if others is not None:
             return others
         rows = json.loads(json.dumps(rows, allow_nan=False))  # as a later run reads them
-        write_text(path, json.dumps({"sha256": sum_of_rows(rows), "rows": rows}) + "\n")
+        write_text(path, json.dumps({"sha256": digest(rows), "rows": rows}) + "\n")
     return rows
 
 
@@ -283,18 +284,12 @@ def kept_parts(
     key = key_of(identity)
     rows: list[Any] = []
 
-    def find() -> list[Any] | None:
-        found = read_part(part, what)
-        if found is None:  # what cannot be written is said before the work
-            store.mkdir(parents=True, exist_ok=True)
-            open(store / ".lock", "a").close()
-        return found
-
+    world.from_main(lambda: store.mkdir(parents=True, exist_ok=True))
     quiet = not world.is_main or count <= size
     with tqdm(total=count, desc=what, unit="row", disable=quiet, leave=False) as progress:
         while len(rows) < count:
             part = store / f"{key}-{len(rows)}.json"
-            new = world.from_main(find)
+            new = world.from_main(functools.partial(read_part, part, what))
             if new is None:
                 made = make(range(len(rows), min(len(rows) + size, count)))
                 new = world.from_main(functools.partial(keep_part, part, made, what))

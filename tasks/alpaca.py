@@ -14,7 +14,8 @@ import numpy as np
 
 from support import storage
 from support.distributed import World
-from tasks.judges import Contest, Examiner, digest, file_name
+from support.storage import digest
+from tasks.judges import Contest, Examiner, file_name
 from tasks.metrics import Array, Request, Terms
 
 CHUNK = 64  # rows judged between two writes to disk

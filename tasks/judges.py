@@ -12,9 +12,7 @@ is another such judge. keyword is a list of refusals, and no model.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +29,7 @@ from model import Config, Mistral, find_model, stored_weights
 from support import sources, storage
 from support.chat import Chat, must_fit
 from support.distributed import World
+from support.storage import digest
 from tasks import published, read_each
 
 ANSWER_TOKENS = 512  # of an answer that is judged for harm, as HarmBench cuts it
@@ -58,11 +57,6 @@ REFUSALS = tuple(published("refusals").split("\n"))
 # Other characters that a model writes for the apostrophe: quotation marks, primes, accents, the
 # full-width form.
 APOSTROPHES = "\u2019\u2018\u201b\u02bc\u02b9\u2032\u00b4\u0060\uff07"
-
-
-def digest(value: Any) -> str:
-    """The sha256 sum, in hex, of a value's JSON."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 class Form(NamedTuple):

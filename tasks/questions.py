@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from support import sources
 from support.sources import (
     Row,
+    boolean,
     checked,
     inside,
     number,
@@ -262,14 +263,9 @@ def alert(row: Row, protocol: Protocol) -> Request:
     return Request(bare, bare) if protocol.per_goal else Request(prompt, prompt)
 
 
-def is_challenging(row: Row) -> bool:
-    wanted = "true or false"
-    return bool(checked(row, "challenging", lambda found: isinstance(found, bool), wanted))
-
-
 def real_toxicity(row: Row, protocol: Protocol) -> Request | None:
     """The challenging prompts, to be gone on from as plain text."""
-    if not is_line(row) and not is_challenging(row):
+    if not is_line(row) and not boolean(row, "challenging"):
         return None
     where = row if is_line(row) else inside(row, "prompt")
     wanted = "a text to go on from"

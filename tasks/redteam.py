@@ -116,18 +116,6 @@ def order(
     return better
 
 
-def count_pairs(pairs: Sequence[Row], done: Sequence[Row]) -> dict[str, int]:
-    """How many pairs have an order, and how many of their answers are safe."""
-    safe = [pair["is_modelout1_safe"] + pair["is_modelout2_safe"] for pair in done]
-    return {
-        "beyond_the_pairwise_judges_context": len(pairs) - len(done),
-        "pairs": len(done),
-        "both_safe": safe.count(2),
-        "one_safe": safe.count(1),
-        "both_unsafe": safe.count(0),
-    }
-
-
 def write_pairs(
     folder: Path,
     pairs: Sequence[Row],
@@ -135,12 +123,21 @@ def write_pairs(
     counts: dict[str, int],
     setup: Mapping[str, Any],
 ) -> None:
-    """redteam.jsonl of the pairs that have an order, and report.json."""
+    """redteam.jsonl of the pairs that have an order, and report.json, with their number and how
+    many of their answers are safe.
+    """
     done = []
     for pair, which in zip(pairs, better, strict=True):
         if which:
             done.append({**pair, "better_modelout": which})
-    counts |= count_pairs(pairs, done)
+    safe = [pair["is_modelout1_safe"] + pair["is_modelout2_safe"] for pair in done]
+    counts |= {
+        "beyond_the_pairwise_judges_context": len(pairs) - len(done),
+        "pairs": len(done),
+        "both_safe": safe.count(2),
+        "one_safe": safe.count(1),
+        "both_unsafe": safe.count(0),
+    }
     report = {"counts": counts, "setup": setup, **storage.surroundings()}
     storage.write_lines(folder / "redteam.jsonl", done)
     storage.write_json(folder / "report.json", report)

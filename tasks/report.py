@@ -231,17 +231,13 @@ def side_by_side(reports: Mapping[str, Report]) -> list[str]:
         names |= dict.fromkeys([*report["averages"], *report["tasks"]])
         for what, value in conditions(report):
             values.setdefault(what, set()).add(value)
-    rows: dict[str, list[str]] = {}
-    shown = 22
+    rows = {"": list(reports)}
     for name in names:
         rows[name] = [cell(report, name) for report in reports.values()]
-        shown = max(shown, *map(len, rows[name]))
-    while len({folder[-shown:] for folder in reports}) < len(reports):
-        shown += 1  # so many of a path's last characters that the heads differ
-    rows = {"": [folder[-shown:] for folder in reports], **rows}
+    width = 2 + max(len(text) for row in rows.values() for text in row)
     lines = []
     for name, row in rows.items():
-        texts = [f"{text:>{shown + 2}}" for text in row]
+        texts = [f"{text:>{width}}" for text in row]
         lines.append(f"{name:<26}" + "".join(texts))
     return lines + [f"not alike: {what}" for what in values if len(values[what]) > 1]
 
@@ -255,8 +251,6 @@ def compare(folders: Sequence[str], out: str | None) -> str:
     remedy = "reports are made by eval.py bench"
     reports: dict[str, Report] = {}
     for folder in folders:
-        if not Path(folder).is_dir():
-            raise ValueError(f"compare takes folders of reports, got {folder}")
         reports[folder] = storage.read_object(Path(folder) / "report.json", *keys, remedy=remedy)
     lines = side_by_side(reports)
     points = []

@@ -740,7 +740,7 @@ def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_to
     assert hub.downloads() == files
     for line, name in zip(unknown, ("owner/none", "owner/set@v9", "owner/secret"), strict=True):
         assert line.startswith(
-            f"ValueError {name} must be a local path or a hub data set within reach"
+            f"ValueError {name} must be a local path or a hub dataset within reach"
         )
     offline, other = run(half, "owner/other", HF_HUB_OFFLINE="1")
     assert hub.downloads() == []

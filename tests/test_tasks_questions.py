@@ -757,7 +757,7 @@ def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
         ),
         (
             "realtoxicityprompts",
-            {"challenging": "True", "prompt": {"text": "x"}},
+            {"challenging": "very", "prompt": {"text": "x"}},
             "challenging must be true or false",
         ),
     ],
