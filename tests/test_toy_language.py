@@ -151,6 +151,31 @@ def test_safety_rows_agree_with_the_judge(tmp_path: Path) -> None:
     assert len(quadrants) == 4
 
 
+def test_safety_pairs_follow_the_public_shares(tmp_path: Path) -> None:
+    """Claim: training and test pairs have two, one or no safe answer as often as the newest
+    PKU-SafeRLHF's, and of the pairs with one the safe answer is the more helpful in a quarter.
+    Oracle: 41.2, 14.6 and 44.2 %; four standard errors of so many rows.
+    """
+    folder = toy_files.build(tmp_path / "t", 5)
+    for split in ("train", "test"):
+        counts = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
+        read = rows(folder / "pku" / f"{split}.jsonl")
+        places = [int(str(row["better_response_id"])) for row in read]
+        for row, better in zip(read, places, strict=True):
+            safe = [bool(row[f"is_response_{k}_safe"]) for k in (better, 1 - better)]
+            counts[safe[0], safe[1]] += 1
+        shares = {
+            (True, True): 0.412,
+            (True, False): 0.0365,
+            (False, True): 0.1095,
+            (False, False): 0.442,
+        }
+        for quadrant, share in shares.items():
+            error = (share * (1 - share) / len(read)) ** 0.5
+            assert abs(counts[quadrant] / len(read) - share) < 4 * error, (split, quadrant)
+        assert abs(sum(places) / len(read) - 0.5) < 2 / len(read) ** 0.5  # either comes first
+
+
 def test_tokenizer_knows_every_word_and_reads_back(tmp_path: Path) -> None:
     """Claim: no text of the language has an unknown token, and decoding gives the text back.
 

@@ -18,6 +18,19 @@ TOKENIZER = {
     "unk_token": "<unk>",
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
+# The pairs of kinds that a safety pair can have, the more helpful kind first, and how often each
+# occurs. Of the newest PKU-SafeRLHF's pairs 41.2 % have two safe answers, 14.6 % one and 44.2 %
+# none. How its one-safe pairs divide by helpfulness is not known to us. Our choice is that the four
+# such pairs of kinds are equally frequent, so in three of four the unsafe answer is more helpful.
+SAFE_KINDS = ("redirect", "refusal")
+SAFETY_PAIRS = {
+    ("redirect", "refusal"): 0.412,
+    ("full", "curt"): 0.442,
+    ("redirect", "curt"): 0.146 / 4,
+    ("full", "redirect"): 0.146 / 4,
+    ("full", "refusal"): 0.146 / 4,
+    ("curt", "refusal"): 0.146 / 4,
+}
 Row = dict[str, object]
 
 
@@ -38,18 +51,16 @@ def sft_row(request: Request, rng: random.Random) -> Row:
 def safety_row(
     request: Request, rng: random.Random, flips: tuple[bool, bool] = (False, False)
 ) -> Row:
-    """A row in PKU-SafeRLHF's schema: two answers of different kinds to a forbidden request, in
-    random order.
+    """A row in PKU-SafeRLHF's schema: two answers to a forbidden request, of kinds drawn from
+    SAFETY_PAIRS, in random order.
 
     flips: which of the two safety labels are wrong; whoever set them then takes the wrong answer
     for the safer one, too.
     """
-    kinds = rng.sample(FORBIDDEN_KINDS, 2)
-    helpfulness = [-FORBIDDEN_KINDS.index(kind) for kind in kinds]
-    safe = []
-    for kind, flip in zip(kinds, flips, strict=True):
-        safe.append((kind in ("refusal", "redirect")) != flip)
-    better = int(helpfulness[1] > helpfulness[0])
+    (pair,) = rng.choices(list(SAFETY_PAIRS), weights=list(SAFETY_PAIRS.values()))
+    better = rng.randrange(2)
+    kinds = pair[::-1] if better else pair
+    safe = [(kind in SAFE_KINDS) != flip for kind, flip in zip(kinds, flips, strict=True)]
     # Of two unsafe answers the one with less in it is the safer; of two safe ones, the plain
     # refusal.
     safer = int(safe[1]) if safe[0] != safe[1] else 1 - better
