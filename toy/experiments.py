@@ -498,16 +498,16 @@ def typical(records: Sequence[Mapping[str, Any]], forbidden: bool) -> int:
 def figure1(options: argparse.Namespace) -> None:
     """Figures 1 and 5: the paper's four models and IPO on the mix, from the same SFT models."""
     settings = picks(options)
-    claims = [  # what the paper's Figures 1 and 5 show, and IPO beside them
-        Claim("(a) is more helpful than SFT", "helpful", "dpo_helpful", "sft"),
-        Claim("(a) is harmful: less harmless than (d)", "harmless", "bfpo", "dpo_helpful"),
-        Claim("(b) is more harmless than SFT", "harmless", "dpo_safe", "sft"),
-        Claim("(b) is unhelpful: less helpful than (d)", "helpful", "bfpo", "dpo_safe"),
-        Claim(
-            "(d) is at least as harmless as (b), within 0.05", "harmless", "bfpo", "dpo_safe", 0.05
-        ),
-        Claim("(d) is more helpful than (c)", "helpful", "bfpo", "dpo_mix"),
-        Claim("(d) is more harmless than (c)", "harmless", "bfpo", "dpo_mix"),
+    claims = [  # the caption of the paper's Figure 1, and then what it says nothing of
+        Claim("Fig. 1, (a) is harmful: less harmless than SFT", "harmless", "sft", "dpo_helpful"),
+        Claim("Fig. 1, (b) is unhelpful: less helpful than SFT", "helpful", "sft", "dpo_safe"),
+        Claim("Fig. 1, (c) may be harmful: less harmless than (d)", "harmless", "bfpo", "dpo_mix"),
+        Claim("Fig. 1, (c) may be unhelpful: less helpful than (d)", "helpful", "bfpo", "dpo_mix"),
+        Claim("Fig. 1, (d) is not harmful: more harmless than SFT", "harmless", "bfpo", "sft"),
+        Claim("Fig. 1, (d) is not unhelpful: more helpful than SFT", "helpful", "bfpo", "sft"),
+        Claim("(d) is more harmless than (a)", "harmless", "bfpo", "dpo_helpful"),
+        Claim("(d) is more helpful than (b)", "helpful", "bfpo", "dpo_safe"),
+        Claim("(d) is as harmless as (b), within 0.05", "harmless", "bfpo", "dpo_safe", 0.05),
         Claim("(d) is more helpful than (e)", "helpful", "bfpo", "ipo_mix"),
         Claim("(d) is more harmless than (e)", "harmless", "bfpo", "ipo_mix"),
     ]
