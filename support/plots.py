@@ -247,20 +247,14 @@ def alpha(
     trained_at: Sequence[float],
     margins: Mapping[str, Mapping[str, Sequence[float]]],
     pairs: Mapping[str, tuple[str, str]],
-    edges: Mapping[str, float],
 ) -> None:
     """The margin of the more helpful over the less helpful of two answers with one label, by alpha.
 
     margins: quadrant -> {"target", "optimum": one value for each of alphas, "trained": one for each
-    of trained_at}, all in nats x tau. pairs: quadrant -> the two answers' names. edges: words ->
-    alpha, upright lines.
+    of trained_at}, all in nats x tau. pairs: quadrant -> the two answers' names.
     """
     figure, (axes,) = canvas(8.0, 5.2, 1, 1)
     axes.axhline(0, color=GREY, linewidth=1)
-    for words, place in edges.items():
-        axes.axvline(place, color=GREY, linewidth=1, linestyle=":")
-        bottom = axes.get_xaxis_transform()
-        axes.annotate(words, (place, 0.02), (3, 0), bottom, "offset points", fontsize=9)
     for quadrant, lines in margins.items():
         color, marker, words = QUADRANT_STYLE[quadrant]
         name = f"{words}, {' over '.join(pairs[quadrant])}"

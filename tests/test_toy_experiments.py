@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import synthetic
+from bfpo import population_reward
 from toy import experiments, language
 from toy import files as toy_files
 from toy.experiments import Job, Variant
@@ -96,19 +98,74 @@ def test_example_request_is_the_typical_one() -> None:
     assert experiments.typical(records, forbidden=True) == 5  # 1, 1, 2/3
 
 
-def test_alpha_breaks_the_order_where_it_should() -> None:
-    """Claim: among the toy's forbidden answers E = 1/2 and the optimum's orders break at E/2 and (1
-    + E)/2; the pair targets' signs at 0 and 1. Oracle: those closed forms; the curves are straight,
-    so two points give the crossing. 1e-6: fp32 preferences.
+# --- the exact optimum ----------------------------------------------------------------------------
+
+
+def test_exact_optimum_is_the_closed_form_where_pi_ref_draws_the_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Claim: with equally frequent pairs BFPO's optimum over the four answers to a forbidden
+    request is form 1's, for every alpha and B_1. Oracle: bfpo.population_reward, up to a constant.
+    1e-6: preferences of fp32.
     """
-    places = (-1.0, 2.0)
-    for name, edge, target_edge in (("both_unsafe", 0.25, 0.0), ("both_safe", 0.75, 1.0)):
-        margins = experiments.alpha_margins(places)[name]
-        assert experiments.crossing(places, margins["optimum"]) == pytest.approx(edge, abs=1e-6)
-        assert experiments.crossing(places, margins["target"]) == pytest.approx(
-            target_edge, abs=1e-6
+    monkeypatch.setattr(experiments, "SHARE_N", torch.ones(6).double() / 6)
+    preference_AA = torch.ones(4, 4).triu(1) + 0.5 * torch.eye(4)
+    safe_A = torch.tensor([0.0, 1.0, 0.0, 1.0])  # full, redirect, curt, refusal
+    for alpha, b1 in ((0.5, 3.0), (-1.0, 3.0), (1.25, 2.0)):
+        exact_A = torch.tensor(list(experiments.forbidden_reward("bfpo", alpha, b1).values()))
+        closed_A = population_reward(preference_AA, safe_A, alpha, b1)
+        assert (exact_A - exact_A.mean()).tolist() == pytest.approx(
+            (closed_A - closed_A.mean()).tolist(), abs=1e-6
         )
-    assert math.isnan(experiments.crossing((0.0, 1.0), (1.0, 2.0)))
+
+
+@pytest.mark.parametrize(("objective", "unsafe", "across"), [("bfpo", -1, 1.0), ("ipo", 1, 0.5)])
+def test_exact_optimum_follows_the_toys_pairs(objective: str, unsafe: int, across: float) -> None:
+    """Claim: both objectives put redirect over refusal alike; BFPO puts curt over full, IPO full
+    over curt; the mean safe answer leads by the target of a safe and an unsafe one.
+
+    Oracle: by hand. By symmetry the margin d of two answers with one label minimises S (d - 1/2)^2
+    + 4 c (d/2)^2, where S is the share of their pair and c that of each pair with one safe answer.
+    """
+    reward = experiments.forbidden_reward(objective)
+    c = 0.146 / 4
+    redirect = 0.5 * 0.412 / (0.412 + c)
+    full = 0.5 * 0.442 / (0.442 + c) * unsafe
+    assert reward["redirect"] - reward["refusal"] == pytest.approx(redirect)
+    assert reward["full"] - reward["curt"] == pytest.approx(full)
+    safe = reward["redirect"] + reward["refusal"]
+    assert (safe - reward["full"] - reward["curt"]) / 2 == pytest.approx(across)
+
+
+def test_exact_scores_begin_at_the_sft_data_and_end_at_the_best_answer(tmp_path: Path) -> None:
+    """Claim: for a huge tau the optimum's scores are those of SFT's conversations; for a small one
+    it is wholly helpful and harmless; half of BFPO's tau asks for IPO's helpfulness.
+
+    Oracle: the judge on the files. 6800 rows: four standard errors are 0.021 and 0.036.
+    """
+    data = toy_files.build(tmp_path / "data", 9)
+    asked = {}
+    for forbidden in (False, True):
+        asked.update({request.text: request for request in language.requests(forbidden)})
+    pairs = []
+    for line in (data / "ultrachat/train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        pairs.append((row["prompt"], row["messages"][1]["content"]))
+    for line in (data / "pku/train.jsonl").read_text().splitlines()[:800]:
+        row = json.loads(line)
+        pairs.append((row["prompt"], row[f"response_{row['safer_response_id']}"]))
+    scores: dict[bool, list[float]] = {False: [], True: []}
+    for prompt, answer in pairs:
+        verdict = language.judge(asked[prompt], answer)
+        forbidden = asked[prompt].forbidden
+        scores[forbidden].append(verdict.harmless if forbidden else verdict.helpful)
+    helpful, harmless = experiments.exact_scores("bfpo", 1e6)
+    assert helpful == pytest.approx(np.mean(scores[False]), abs=0.021)
+    assert harmless == pytest.approx(np.mean(scores[True]), abs=0.036)
+    assert experiments.exact_scores("bfpo", 0.01) == pytest.approx((1.0, 1.0), abs=1e-6)
+    bfpo = experiments.exact_scores("bfpo", 0.125)
+    ipo = experiments.exact_scores("ipo", 0.125)
+    assert bfpo[0] == ipo[0] and bfpo[1] > ipo[1]
 
 
 # --- the runs -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
                                      BFPO; IPO on the mix
     python synthetic.py tradeoff     alpha, tau and B_1 swept (Proposition 3.3)
     python synthetic.py noise        wrong safety labels: BFPO, DPO and IPO on the naive mix
-    python synthetic.py ablations    selective fine-tuning and the buffer
+    python synthetic.py ablations    selective fine-tuning, the buffer, and half of tau
 
 Each writes to runs/<command>. Every model is a run of train.py's own `run`, from one SFT model a
 seed, in a process with one thread; `toy_scores` of toy/recipe.py judges it. The runs lie in one
@@ -25,7 +25,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, pairwise, product
+from itertools import chain, product
 from multiprocessing import connection
 from operator import itemgetter
 from pathlib import Path
@@ -39,7 +39,7 @@ from support import distributed, plots
 from support.storage import read_object, surroundings, write_json, write_text
 from toy import files as toy_files
 from toy import language, recipe
-from toy.files import HELD
+from toy.files import HELD, PAIRS
 from toy.recipe import toy_scores
 
 # The record of the search that the other commands take their settings from.
@@ -65,9 +65,9 @@ class Model(NamedTuple):
     look: int  # of plots.LOOKS
 
 
-# The paper's four (Figure 1), IPO, and the paper's two ablations. `prefer: safe` puts the safe one
-# of a safe and an unsafe answer first; of two safe and of two unsafe ones the more helpful. How the
-# paper orders the pairs of its baselines is not known to us.
+# The paper's four (Figure 1), IPO, the paper's two ablations, and two with other targets. `prefer:
+# safe` puts the safe one of a safe and an unsafe answer first; of two safe and of two unsafe ones
+# the more helpful. How the paper orders the pairs of its baselines is not known to us.
 DPO_SAFE = {"objective": "dpo", "helpfulness": (), "prefer": "safe"}
 MODELS = {
     "sft": Model("SFT", {}, 0, 0),
@@ -77,10 +77,11 @@ MODELS = {
     "bfpo": Model("(d) BFPO", {"objective": "bfpo"}, 8000, 0),
     "ipo_mix": Model("(e) IPO, naive mix", {"objective": "ipo", "prefer": "safe"}, 8000, 4),
     "all_weights": Model("BFPO, all weights", {"objective": "bfpo", "selective": "all"}, 8000, 5),
-    "no_buffer": Model("BFPO, no buffer", {"objective": "bfpo", "helpfulness": ()}, 4000, 4),
+    "no_buffer": Model("BFPO, no buffer", {"objective": "bfpo", "helpfulness": ()}, 4000, 2),
+    "bfpo_strong": Model("BFPO, half of its tau", {"objective": "bfpo"}, 8000, 1),
+    "ipo_weak": Model("IPO, twice its tau", {"objective": "ipo", "prefer": "safe"}, 8000, 3),
 }
 SEARCHED = ("dpo_helpful", "dpo_safe", "dpo_mix", "bfpo", "ipo_mix")
-ABLATIONS = ("all_weights", "no_buffer")  # at BFPO's own settings: one thing changes
 
 # --- the models -----------------------------------------------------------------------------------
 
@@ -235,6 +236,55 @@ def run_all(jobs: Sequence[Job], workers: int) -> Records:
     return records
 
 
+# --- the exact optimum ----------------------------------------------------------------------------
+
+KINDS = language.FORBIDDEN_KINDS
+SAFE_A = torch.tensor([kind in toy_files.SAFE_KINDS for kind in KINDS])
+MORE = [KINDS.index(more) for more, _ in toy_files.SAFETY_PAIRS]
+LESS = [KINDS.index(less) for _, less in toy_files.SAFETY_PAIRS]
+SHARE_N = torch.tensor(list(toy_files.SAFETY_PAIRS.values()), dtype=torch.float64)
+# The two pairs of KINDS with one label each, (more helpful, less helpful).
+SAME_LABEL = {"both_safe": ("redirect", "refusal"), "both_unsafe": ("full", "curt")}
+
+
+def forbidden_reward(objective: str, alpha: float = 0.5, b1: float = 3.0) -> dict[str, float]:
+    """tau log(pi*/pi_ref) of KINDS under BFPO, or IPO with `prefer: safe`, up to a constant.
+
+    The least-squares solution of reward[more] - reward[less] = g over the safety pairs. Only where
+    pi_ref draws both answers of a pair is population_reward its closed form.
+    """
+    more_N = SAFE_A[MORE]
+    less_N = SAFE_A[LESS]
+    g_N = label(more_N.double(), less_N.double(), alpha, b1)
+    if objective == "ipo":  # -1/2 where the safe answer is the less helpful one
+        g_N = torch.where(less_N & ~more_N, -0.5, 0.5).double()
+    actions_AA = torch.eye(len(KINDS), dtype=torch.float64)
+    root_N = SHARE_N.sqrt()
+    weighted_NA = root_N[:, None] * (actions_AA[MORE] - actions_AA[LESS])
+    reward_A = torch.linalg.pinv(weighted_NA) @ (root_N * g_N)
+    return dict(zip(KINDS, reward_A.tolist(), strict=True))
+
+
+def exact_scores(objective: str, tau: float, **of_label: Any) -> tuple[float, float]:
+    """(helpful, harmless) of pi*, with the kinds of answers in SFT's conversations as pi_ref.
+
+    2000 conversations answer forbidden requests; 800 are the safer answers of safety pairs.
+    """
+    count = len(language.BENIGN_KINDS)
+    preference_AA = torch.ones(count, count).triu(1) + 0.5 * torch.eye(count)
+    benign_A = population_reward(preference_AA, torch.ones(count), **of_label) / tau
+    benign_A += torch.tensor(toy_files.SFT_BENIGN).log()
+    steps_A = torch.tensor([language.STEPS_GIVEN.get(kind, 0) for kind in language.BENIGN_KINDS])
+
+    rows_A = 2000 * torch.tensor(toy_files.SFT_FORBIDDEN) / sum(toy_files.SFT_FORBIDDEN)
+    for i, j, share in zip(MORE, LESS, SHARE_N, strict=True):
+        rows_A[i if SAFE_A[i] > SAFE_A[j] else j] += 800 * share
+    reward_A = torch.tensor(list(forbidden_reward(objective, **of_label).values()))
+    forbidden_A = rows_A.log() + reward_A / tau
+    helpful = benign_A.softmax(0) @ steps_A.double() / 4
+    return helpful.item(), forbidden_A.softmax(0)[SAFE_A].sum().item()
+
+
 # --- what several seeds say -----------------------------------------------------------------------
 
 
@@ -314,10 +364,15 @@ class Variant(NamedTuple):
         helpful = f"{point.helpful:.3f} +- {point.helpful_bar[1]:.3f}"
         harmless = f"{point.harmless:.3f} +- {point.harmless_bar[1]:.3f}"
         note = "every weight, from random"
+        exact = "-"
         if self.model != "sft":
+            _, own, pairs, _ = MODELS[self.model]
             parts = [f"{key} {value:g}" for key, value in self.settings.items()]
-            note = ", ".join([f"{MODELS[self.model].pairs} pairs", *parts])
-        return f"| {name} | {helpful} | {harmless} | {note} |"
+            note = ", ".join([f"{pairs} pairs", *parts])
+            if own["objective"] != "dpo" and pairs == 2 * PAIRS and not self.flipped:
+                settings = {key: value for key, value in self.settings.items() if key != "lr"}
+                exact = "{:.3f} / {:.3f}".format(*exact_scores(own["objective"], **settings))
+        return f"| {name} | {helpful} | {harmless} | {exact} | {note} |"
 
 
 def picture_note(seeds: Sequence[int], variants: Sequence[Variant]) -> str:
@@ -343,13 +398,17 @@ def write_tables(
     bars = f"mean of {len(seeds)} seeds; +-: half of its 95 % interval"
     if len(seeds) == 1:
         bars = "one seed; +-: two standard errors over requests"
-    lines = [f"# {title}", "", "| model | helpful | harmless | settings |", "|---|---|---|---|"]
-    lines += [
+    lines = [
+        f"# {title}",
+        "",
+        "| model | helpful | harmless | exact optimum | settings |",
+        "|---|---|---|---|---|",
         *rows,
         "",
         f"Helpful: share of the right steps over {HELD} benign test requests; harmless: share of "
         f"{HELD} forbidden ones answered without a forbidden step. Seeds "
-        f"{', '.join(map(str, seeds))}; {bars}.",
+        f"{', '.join(map(str, seeds))}; {bars}. Exact optimum: helpful / harmless of the policy "
+        "with the least loss, for BFPO and IPO on right labels.",
         "",
     ]
     if claims:
@@ -545,63 +604,61 @@ def noise(options: argparse.Namespace) -> None:
 
 
 def ablations(options: argparse.Namespace) -> None:
-    """BFPO with every weight trained, and without the helpfulness stream, all else at BFPO's
-    settings.
+    """BFPO with every weight trained, without helpfulness pairs, at half of its tau; IPO at two.
+
+    BFPO asks for 1/(2 tau) between two safe answers and 1/tau between a safe and an unsafe one, IPO
+    for 1/(2 tau) between both. With half of BFPO's tau IPO asks twice as much of two safe ones.
     """
-    settings = picks(options)["bfpo"]
-    variants = {key: Variant(MODELS[key].title, key, settings) for key in ("bfpo", *ABLATIONS)}
-    claims = []
-    for score in SCORES:
-        text = (
-            f"training down_proj alone is at least as {score} as training all weights, within 0.05"
-        )
-        claims.append(Claim(text, score, "bfpo", "all_weights", 0.05))
-    claims.append(Claim("the buffer makes BFPO more helpful", "helpful", "bfpo", "no_buffer"))
-    text = "the buffer costs no harmlessness, within 0.05"
-    claims.append(Claim(text, "harmless", "bfpo", "no_buffer", 0.05))
-    compare(options, "ablations.png", "BFPO, and BFPO with one part changed", variants, claims)
+    bfpo = picks(options)["bfpo"]
+    ipo = picks(options)["ipo_mix"]
+    settings = {"bfpo": bfpo, "all_weights": bfpo, "no_buffer": bfpo}
+    settings |= {"bfpo_strong": bfpo | {"tau": bfpo["tau"] / 2}}
+    settings |= {"ipo_mix": ipo, "ipo_weak": ipo | {"tau": ipo["tau"] * 2}}
+    variants = {key: Variant(MODELS[key].title, key, own) for key, own in settings.items()}
+    text = "training down_proj alone is as {} as training all weights, within 0.05"
+    claims = [Claim(text.format(s), s, "bfpo", "all_weights", 0.05) for s in SCORES]
+    claims += [
+        Claim("the buffer makes BFPO more helpful", "helpful", "bfpo", "no_buffer"),
+        Claim("the buffer does no harm, within 0.05", "harmless", "bfpo", "no_buffer", 0.05),
+        Claim("half of tau makes BFPO more helpful", "helpful", "bfpo_strong", "bfpo"),
+        Claim("half of tau does no harm, within 0.05", "harmless", "bfpo_strong", "bfpo", 0.05),
+        Claim("half of tau reaches (e), within 0.05", "helpful", "bfpo_strong", "ipo_mix", 0.05),
+    ]
+    title = "BFPO, and BFPO with one part changed; IPO"
+    compare(options, "ablations.png", title, variants, claims)
+
+    lines = ["Margins of the exact optimum in units of 1/tau, from the toy's own safety pairs:", ""]
+    for objective in ("bfpo", "ipo"):
+        reward = forbidden_reward(objective)
+        cells = []
+        for more, less in (*SAME_LABEL.values(), ("redirect", "full"), ("refusal", "full")):
+            cells.append(f"{more} over {less} {reward[more] - reward[less]:+.2f}")
+        lines.append(f"- {objective.upper()}: {', '.join(cells)}")
+    print("\n".join(lines))
+    table = options.out / "table.md"
+    write_text(table, "\n".join([table.read_text(encoding="utf-8"), *lines, ""]))
 
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 TAU_FACTORS = (0.5, 1.0, 2.0)
 B1S = (2.0, 3.0, 6.0)
-# Of the toy's four answers to a forbidden request the two pairs with one label each, (more helpful,
-# less helpful).
-SAME_LABEL = {"both_safe": ("redirect", "refusal"), "both_unsafe": ("full", "curt")}
-SAFE_KINDS = [kind not in language.STEPS_GIVEN for kind in language.FORBIDDEN_KINDS]
 
 
 def alpha_margins(alphas: Sequence[float]) -> dict[str, dict[str, list[float]]]:
-    """tau h of SAME_LABEL over alpha: the target of such a pair, and the exact optimum of the four
-    answers, drawn equally often.
-    """
-    kinds = language.FORBIDDEN_KINDS
-    preference_AA = torch.ones(len(kinds), len(kinds)).triu(1) + 0.5 * torch.eye(len(kinds))
-    safe_A = torch.tensor(SAFE_KINDS)
-    rewards = [population_reward(preference_AA, safe_A, alpha) for alpha in alphas]
+    """tau h of SAME_LABEL over alpha: the target of such a pair, and the exact optimum."""
+    rewards = [forbidden_reward("bfpo", alpha) for alpha in alphas]
     margins: dict[str, dict[str, list[float]]] = {}
     for quadrant, (more, less) in SAME_LABEL.items():
-        i = kinds.index(more)
-        j = kinds.index(less)
+        safe = SAFE_A[KINDS.index(more)]
         margins[quadrant] = {
-            "target": [label(safe_A[i], safe_A[j], alpha).item() for alpha in alphas],
-            "optimum": [(reward_A[i] - reward_A[j]).item() for reward_A in rewards],
+            "target": [label(safe, safe, alpha).item() for alpha in alphas],
+            "optimum": [reward[more] - reward[less] for reward in rewards],
         }
     return margins
 
 
-def crossing(places: Sequence[float], values: Sequence[float]) -> float:
-    """Where the straight lines through the values first cross zero; nan if they do not."""
-    for (a, x), (b, y) in pairwise(zip(places, values, strict=True)):
-        if x * y <= 0 and x != y:
-            return a + (b - a) * x / (x - y)
-    return math.nan
-
-
 def tradeoff(options: argparse.Namespace) -> None:
-    """alpha, tau and B_1 swept one at a time; and where alpha breaks an order, on paper and in the
-    trained models.
-    """
+    """alpha, tau and B_1 swept one at a time; and margins over alpha, on paper and trained."""
     base = picks(options)["bfpo"]
     usual = {"alpha": train.Config.alpha, "b1": train.Config.b1}
     taus = [base["tau"] * factor for factor in TAU_FACTORS]
@@ -615,30 +672,13 @@ def tradeoff(options: argparse.Namespace) -> None:
 
     alphas = [-0.5, *ALPHAS, 1.5]
     margins = alpha_margins(alphas)
-    lines = [
-        "alpha from which the more helpful of two answers with one label gains less over the "
-        "reference than the other (h < 0):",
-        "",
-    ]
     for quadrant, of_alpha in margins.items():
-        trained = []
+        of_alpha["trained"] = []
         for alpha in ALPHAS:
             held = [records[job]["held_out"]["safety"] for job in jobs[f"alpha {alpha:g}"]]
-            trained.append(
-                statistics.fmean(base["tau"] * view[quadrant]["margin_nats"] for view in held)
-            )
-        cells = [f"{name} {crossing(alphas, values):.2f}" for name, values in of_alpha.items()]
-        cells.append(f"trained {crossing(ALPHAS, trained):.2f}")
-        lines.append(f"- {' over '.join(SAME_LABEL[quadrant])}: {', '.join(cells)}")
-        of_alpha["trained"] = trained
-    share = statistics.fmean(SAFE_KINDS)
-    edges = {"E/2": share / 2, "(1 + E)/2": (1 + share) / 2}
-    derived = ", ".join(f"{words} = {place:g}" for words, place in edges.items())
-    lines.append(f"- derived: {derived}; pair targets change sign at 0 and 1")
-    print("\n".join(lines))
-    table = options.out / "table.md"
-    write_text(table, "\n".join([table.read_text(encoding="utf-8"), *lines, ""]))
-    plots.alpha(options.out / "alpha.png", alphas, ALPHAS, margins, SAME_LABEL, edges)
+            nats = statistics.fmean(view[quadrant]["margin_nats"] for view in held)
+            of_alpha["trained"].append(base["tau"] * nats)
+    plots.alpha(options.out / "alpha.png", alphas, ALPHAS, margins, SAME_LABEL)
 
 
 COMMANDS = {

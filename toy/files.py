@@ -18,6 +18,9 @@ TOKENIZER = {
     "unk_token": "<unk>",
     "tokenizer_class": "PreTrainedTokenizerFast",
 }
+# How often the conversations of SFT have each kind of answer.
+SFT_BENIGN = (8, 4, 6, 1, 1)
+SFT_FORBIDDEN = (3, 1, 3, 1)
 # The pairs of kinds that a safety pair can have, the more helpful kind first, and how often each
 # occurs. Of the newest PKU-SafeRLHF's pairs 41.2 % have two safe answers, 14.6 % one and 44.2 %
 # none. How its one-safe pairs divide by helpfulness is not known to us. Our choice is that the four
@@ -40,9 +43,9 @@ def sft_row(request: Request, rng: random.Random) -> Row:
     It complies with most forbidden requests and is often curt with benign ones.
     """
     if request.forbidden:
-        kind = rng.choices(FORBIDDEN_KINDS, weights=(3, 1, 3, 1))[0]
+        kind = rng.choices(FORBIDDEN_KINDS, weights=SFT_FORBIDDEN)[0]
     else:
-        kind = rng.choices(BENIGN_KINDS, weights=(8, 4, 6, 1, 1))[0]
+        kind = rng.choices(BENIGN_KINDS, weights=SFT_BENIGN)[0]
     turns = [("user", request.text), ("assistant", answer(request, kind, rng))]
     messages = [{"content": content, "role": role} for role, content in turns]
     return {"prompt": request.text, "messages": messages}
