@@ -473,10 +473,7 @@ def compare(
 def picks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """model -> the learning rate and tau that the search settled on. ValueError: no such record."""
     remedy = "run `python synthetic.py search` and pass its search.json with --record"
-    found: dict[str, dict[str, float]] = read_object(options.record, "picks", remedy=remedy)[
-        "picks"
-    ]
-    return found
+    return dict(read_object(options.record, "picks", remedy=remedy)["picks"])
 
 
 def criterion(run: Mapping[str, Any]) -> float:
@@ -491,6 +488,22 @@ def neighbours(pick: Mapping[str, Any]) -> list[tuple[float, float]]:
     ]
 
 
+def try_settings(
+    options: argparse.Namespace, untried: Mapping[str, Sequence[tuple[float, float]]]
+) -> list[dict[str, Any]]:
+    """Both scores, over seeds, of each model at its learning rates and tau."""
+    jobs = {}
+    for model, places in untried.items():
+        for lr, tau in places:
+            jobs[model, lr, tau] = Variant("", model, {"lr": lr, "tau": tau}).jobs(options)
+    records = run_all(list(chain(*jobs.values())), options.jobs)
+    runs = []
+    for (model, lr, tau), group in jobs.items():
+        scores = scores_of([records[job] for job in group])
+        runs.append({"model": model, "lr": lr, "tau": tau, **scores})
+    return runs
+
+
 def search(options: argparse.Namespace) -> None:
     """Every objective's learning rate and tau, by moving to the best neighbour until none is
     better; two seeds, scored on validation requests; writes search.json.
@@ -502,19 +515,13 @@ def search(options: argparse.Namespace) -> None:
     purpose is one of the two: each may gain on its own axis what it does not lose on the other.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    tried: dict[str, dict[tuple[float, float], Any]] = {model: {} for model in SEARCHED}
-    picked: dict[str, Mapping[str, Any]] = dict.fromkeys(SEARCHED, START)
+    runs: list[dict[str, Any]] = []
+    picked: dict[str, Mapping[str, Any]] = {}
     untried = {model: neighbours(START) for model in SEARCHED}
     for _ in range(ROUNDS):
-        jobs = {}
-        for model, places in untried.items():
-            for lr, tau in places:
-                jobs[model, lr, tau] = Variant("", model, {"lr": lr, "tau": tau}).jobs(options)
-        records = run_all(list(chain(*jobs.values())), options.jobs)
-        for (model, lr, tau), group in jobs.items():
-            scores = scores_of([records[job] for job in group])
-            tried[model][lr, tau] = {"model": model, "lr": lr, "tau": tau, **scores}
-        for model, own in tried.items():
+        runs += try_settings(options, untried)
+        for model in SEARCHED:
+            own = {(run["lr"], run["tau"]): run for run in runs if run["model"] == model}
             picked[model] = max(own.values(), key=criterion)  # of equals the one tried first
             untried[model] = [place for place in neighbours(picked[model]) if place not in own]
         if not any(untried.values()):
@@ -522,8 +529,7 @@ def search(options: argparse.Namespace) -> None:
 
     for model, run in picked.items():
         edge = ", on the edge of what was tried" if untried[model] else ""
-        settings = f"lr {run['lr']:g}, tau {run['tau']:g}"
-        print(f"{MODELS[model].title}: {settings}, worse seed {criterion(run):.3f}{edge}")
+        print(f"{MODELS[model].title}: lr {run['lr']:g}, tau {run['tau']:g}{edge}")
     where = surroundings()
     record = {
         "criterion": "mean of helpful and harmless on the validation requests of the worse seed",
@@ -532,7 +538,7 @@ def search(options: argparse.Namespace) -> None:
         "rounds": ROUNDS,
         "picks": {model: {"lr": best["lr"], "tau": best["tau"]} for model, best in picked.items()},
         "on_the_edge_of_the_grid": untried,
-        "runs": list(chain(*(own.values() for own in tried.values()))),
+        "runs": runs,
         **{key: where[key] for key in ("versions", "hardware", "started")},
     }
     write_json(options.out / "search.json", record)
