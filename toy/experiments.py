@@ -483,9 +483,7 @@ def criterion(run: Mapping[str, Any]) -> float:
 
 def neighbours(pick: Mapping[str, Any]) -> list[tuple[float, float]]:
     """A pick's learning rate and tau, then half, once and twice the one with each of the other."""
-    return [
-        (pick["lr"] * by_lr, pick["tau"] * by_tau) for by_lr, by_tau in product(FACTORS, FACTORS)
-    ]
+    return [(pick["lr"] * a, pick["tau"] * b) for a, b in product(FACTORS, FACTORS)]
 
 
 def try_settings(
