@@ -431,7 +431,7 @@ def write_safetensors(
 
 
 @contextlib.contextmanager
-def checkpoint_errors(what: str) -> Iterator[None]:
+def checkpoint_errors(what: str, remedy: str) -> Iterator[None]:
     """torch's CheckpointException, which is no Exception and would pass every handler, as an
     OSError. An interrupt, which torch wraps too, is raised as itself.
     """
@@ -443,7 +443,7 @@ def checkpoint_errors(what: str) -> Iterator[None]:
             if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
             causes.append(f"rank {rank}: {str(cause).partition(chr(10))[0]}")
-        raise OSError(f"{what}: {'; '.join(causes)}") from error
+        raise OSError(f"{what} ({'; '.join(causes)}); {remedy}") from error
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -489,7 +489,7 @@ def save_checkpoint(
         writer = hf_storage.HuggingFaceStorageWriter(
             str(aside), file_numbers(tensors), save_distributed=True
         )
-        with checkpoint_errors(f"{target} could not be written; the earlier ones are whole"):
+        with checkpoint_errors(f"{target} could not be written", "the earlier ones are whole"):
             state_dict_saver.save(tensors, storage_writer=writer)
         files = world.from_main(lambda: sorted(aside.glob("*.safetensors")))
         sums = sha256_all(files, world, range(world.size))
@@ -507,7 +507,7 @@ def read_checkpoint(path: Path, tensors: dict[str, Tensor], world: World) -> int
         return None
     # Some tensors may be filled by then: the checkpoint before it is no help.
     remedy = "run again, or delete it if it is of another model"
-    with checkpoint_errors(f"{path} is whole, but could not be read; {remedy}"):
+    with checkpoint_errors(f"{path} is whole, but could not be read", remedy):
         reader = hf_storage.HuggingFaceStorageReader(str(path))
         state_dict_loader.load(tensors, storage_reader=reader)
     return int(manifest["step"])

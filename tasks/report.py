@@ -251,6 +251,8 @@ def compare(folders: Sequence[str], out: str | None) -> str:
     remedy = "reports are made by eval.py bench"
     reports: dict[str, Report] = {}
     for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"compare takes folders of reports, got {folder}")
         reports[folder] = storage.read_object(Path(folder) / "report.json", *keys, remedy=remedy)
     lines = side_by_side(reports)
     points = []

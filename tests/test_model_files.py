@@ -486,6 +486,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow  # five fresh processes
 def test_models_come_from_the_hub(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
