@@ -462,6 +462,17 @@ def draw_margins(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set(title="margin by safety quadrant (dashed: its target)", ylabel="margin h (nats)")
 
 
+def draw_panel(
+    axes: Axes, rows: Sequence[Row], title: str, unit: str, lines: Mapping[str, Any]
+) -> None:
+    """One panel of CURVES: a line for each key that the rows have."""
+    for key, style in lines.items():
+        steps, values = series(rows, key)
+        if len(steps):
+            draw_line(axes, steps, values, key not in ("lr", "held_out_loss"), *style)
+    axes.set(title=title, ylabel=unit)
+
+
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
     """The curves of a run from the rows of its log.jsonl, in panels for the keys that are there.
 
@@ -479,12 +490,8 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     figure, panels = canvas(12, 3.9 * height, height, 2)
     if preference:
         draw_margins(panels[0], rows)
-    for axes, (title, unit, lines) in zip(panels[int(preference) :], drawn, strict=False):
-        for key, style in lines.items():
-            steps, values = series(rows, key)
-            if len(steps):
-                draw_line(axes, steps, values, key not in ("lr", "held_out_loss"), *style)
-        axes.set(title=title, ylabel=unit)
+    for axes, curve in zip(panels[int(preference) :], drawn, strict=False):
+        draw_panel(axes, rows, *curve)
     for axes in panels[:count]:
         axes.set_xlabel("optimizer step")
         if len(axes.get_legend_handles_labels()[1]) > 1:
