@@ -623,8 +623,8 @@ def gate(
     )
     if not (equal_share <= 1 and other_share <= 1 and is_expected):
         raise ValueError(
-            f"step 0: the policy is not the reference: {words}; delete "
-            f"{cache_root(config.cache) / 'reference'} and start again with --fresh"
+            f"step 0: the policy is not the reference: {words}; delete the folder reference of the "
+            "cache, and start again with --fresh"
         )
     world.say(f"step-0 gate: {words}")
 
