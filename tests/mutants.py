@@ -38,7 +38,14 @@ TESTS = {  # subject -> the tests that must notice
     "guards": ["-k", "finite or json or gate or rounds_away or clipping", "tests/test_train.py"],
     "optimizer": ["-k", "adamw", "tests/test_train.py"],
     "reference": ["-k", "reused", "tests/test_train.py"],
-    "kept": ["tests/test_support_storage.py", "tests/test_data.py", "-k", "kept or part or cache"],
+    "kept": [
+        "tests/test_support_storage.py",
+        "tests/test_data.py",
+        "-k",
+        "kept or part or cache",
+        "-m",
+        "",  # slow ones too
+    ],
     "ranks": ["-k", "processes", "tests/test_support_distributed.py"],
     "truncation": ["tests/test_support_chat.py", "tests/test_data.py", "-k", "truncat"],
     "chat": [
@@ -48,7 +55,7 @@ TESTS = {  # subject -> the tests that must notice
         " or recorded",
     ],
     "tasks": ["tests/test_tasks_questions.py"],
-    "report": ["tests/test_eval.py"],
+    "report": ["tests/test_eval.py", "-m", ""],
 }
 MUTANTS = [
     # the label, the losses, the metrics, the optimum

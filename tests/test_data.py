@@ -717,6 +717,7 @@ for source in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow  # a fresh process for each state of the hub
 def test_hub_data_set_with_revision_cache_and_offline_mode(chat, hub, mistral_tokenizer):
     """A data set of a local server that answers like the hub: only the split's files are fetched,
     once; the second time and offline they come from huggingface_hub's cache; unknown names and

@@ -111,6 +111,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 # --- whole evaluations ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # three evaluations, one of them on two processes
 def test_a_killed_evaluation_goes_on_on_two_processes(place: Path, tmp_path: Path) -> None:
     """Claim: after SIGKILL amid the answers the same command, on two processes, ends with the files
     and scores of a run left alone on one. Oracle: that run; answers equal, log-probabilities to
