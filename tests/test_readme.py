@@ -6,6 +6,7 @@ use: a local folder called mistralai/Mistral-7B-v0.1 goes before the hub's repos
 makes a run short is added (WALK).
 """
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -390,6 +391,67 @@ def test_toy_recipe_takes_other_settings(
     monkeypatch.chdir(tmp_path)
     assert run(command, more, monkeypatch) == 0
     assert (tmp_path / command.split()[-1] / "done.json").is_file() == (more != ["--dry_run"])
+
+
+BENCHMARK_TEXT = FLAT + " ".join(
+    (ROOT / "benchmarks/README.md").read_text(encoding="utf-8").split()
+)
+BENCHMARKS = sorted(set(re.findall(r"`(python benchmarks/[^`]+)`", BENCHMARK_TEXT)))
+
+
+def start_benchmark(command: str, more: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a benchmark in this process, with its own folder on the path, as Python has
+    it.
+    """
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return run(command, more, monkeypatch)
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_benchmark_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: each command line of a benchmark in the texts is one that the benchmark takes, so that
+    a flag that is gone or misspelt is found. Oracle: its own parser, after which it is stopped.
+    """
+
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, *arguments: Any) -> argparse.Namespace:
+        parse(self, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        start_benchmark(command.replace("FILE ...", "FILE"), [], monkeypatch)
+
+
+SIZES = {"hidden": 64, "inner": 64, "layers": 1, "heads": 1, "prompts": 2, "new": 4}
+SHORT = {  # benchmark -> what shortens it
+    "where": ["--size=4M"],
+    "generate": [f"--{name}={value}" for name, value in SIZES.items()],
+}
+
+
+@pytest.mark.slow  # half a minute
+@pytest.mark.parametrize("name", SHORT)
+def test_short_benchmarks_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: the benchmarks of a few minutes run to their end and print figures. Oracle: the exit
+    code and the output.
+    """
+    threads = torch.get_num_threads()
+    assert f"python benchmarks/{name}.py --write" in BENCHMARKS
+    try:
+        assert (
+            start_benchmark(f"python benchmarks/{name}.py --rounds 1", SHORT[name], monkeypatch)
+            == 0
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert re.search(r"\d\.\d", capsys.readouterr().out)
 
 
 def test_requirements_are_installed() -> None:
