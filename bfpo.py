@@ -1,31 +1,32 @@
 """Bi-Factorial Preference Optimization (ICLR 2025, arXiv:2408.15313).
 
-Label, loss, safety quadrants and exact optimum.
-
-The paper's §3 on tensors, without a model or a trainer. `python synthetic.py` draws Figure 4 with
-it, and `python synthetic.py theorems` holds its closed forms against a numerical minimiser.
+Label, loss, safety quadrants and exact optimum: the paper's §3 on plain tensors, without a model or
+a trainer. Of a pair, y_w is the more HELPFUL answer, whether or not it is safe. `python
+synthetic.py` draws Figure 4 with this file, and `python synthetic.py theorems` compares its closed
+forms with a numerical minimiser.
 
 paper symbol                   identifier                  shape  range or unit       authors' code
-y_w, y_l                       chosen, rejected                   more, less HELPFUL  same names
+y_w, y_l                       chosen, rejected                                       same names
 log pi(y_w|x), log pi(y_l|x)   policy_chosen, _rejected    N      nats, token sum     policy_*_logps
 the same under pi_ref          ref_chosen, _rejected       N      nats, token sum     reference_*
 h                              h; margin_nats              N      nats                logits
 I, I': I_safe of y_w, of y_l   chosen_safe, rejected_safe  N      1 safe, 0 unsafe    safe_factor_*
 B_3(B_1 I - I' + B_2) - alpha  g                           N      nats x tau          safe_factor
-g / tau                        target_nats                 N      nats; h of loss 0
+g / tau                        target_nats                 N      nats; the target h
 B_1                            b1                                 > 1; paper 3        b1
-B_2                            left out                           paper 0             left out
+B_2                            no parameter                       fixed at paper's 0  none
 B_3                            1 / (b1 - 1)                       paper 1/2           b3
 alpha                          alpha                              finite; paper 1/2   alpha
-tau                            tau                                > 0; paper 0.01, 1  beta
+tau                            tau                                > 0; paper 0.01     beta
 pi_ref(y)                      reference_A                 A      > 0, sums to 1
 p(y, y')                       preference_AA               A, A   P(y beats y')
 p(y) = E_y'~pi_ref p(y, y')    helpful_A                   A      0 to 1
-I_safe(y), E_safe = E I_safe   safe_A, safe_share          A      0 or 1, 0 to 1
+I_safe(y)                      safe_A                      A      0 or 1
+E_safe = E_y~pi_ref I_safe(y)  safe_share                         0 to 1
 """
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
-# F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: Q quadrants,
-# C columns.
+# F feed-forward, H query heads, G key/value heads, K head size, A actions. In this file also: Q
+# quadrants, C columns.
 
 from __future__ import annotations
 
@@ -35,14 +36,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Figure 3, in this order everywhere. "chosen_safe" means that only the chosen answer is safe.
+# The four cases of Figure 3, in this order in all of the code. The quadrant "chosen_safe" has pairs
+# of which only the chosen answer is safe. The tensor chosen_safe says of every pair whether its
+# chosen answer is safe.
 QUADRANTS = ("both_safe", "chosen_safe", "rejected_safe", "both_unsafe")
 
 
 def _check_tau(tau: float) -> None:
     if not (math.isfinite(tau) and tau > 0):
         raise ValueError(
-            f"tau must be finite and > 0, got {tau}; pass 0.01 for a language model, 1 for §3.4"
+            f"tau must be finite and > 0, got {tau}; the paper has 0.01 for language models"
         )
 
 
@@ -54,10 +57,10 @@ def _check_label_settings(alpha: float, b1: float) -> None:
 
 
 def _check_shapes(**tensors: Tensor) -> None:
-    """[N] against [N, 1] would broadcast to [N, N] pairs and train on them in silence."""
+    """ValueError when shapes differ: [N] and [N, 1] would broadcast to [N, N] without an error."""
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"one shape is needed, got {shapes}; pass one value per pair in each")
+        raise ValueError(f"shapes must be equal, got {shapes}; pass one value per pair in each")
 
 
 def _as_indicator(labels: Tensor, name: str) -> Tensor:
@@ -79,18 +82,18 @@ def label(
     """g = (b1 I_safe(y_w) - I_safe(y_l)) / (b1 - 1) - alpha, a float tensor of the labels' shape.
 
     At the defaults: both safe +1/2, only chosen safe +1, only rejected safe -1, both unsafe -1/2
-    (Figure 3). The safety labels are bool, int or float tensors of 1 (safe) and 0 (unsafe); bool
-    and int give torch's default dtype. It is computed in float64, because with b1 near 1 the
-    numerator cancels. ValueError: any other safety label (NaN included), shapes that differ, b1 <=
-    1, a setting that is not finite.
+    (Figure 3). With the paper's tau of 0.01 the margins asked for are +50, +100, -100 and -50 nats.
+    These signs hold for 0 < alpha < 1. The safety labels are bool, int or float tensors of 1 (safe)
+    and 0 (unsafe). The result has their dtype, or torch's default for bool and int. g is computed
+    in float64, because its numerator cancels when b1 is near 1. ValueError: a label other than 0 or
+    1, shapes that differ, b1 <= 1, alpha or b1 not finite.
     """
     _check_label_settings(alpha, b1)
     _check_shapes(chosen_safe=chosen_safe, rejected_safe=rejected_safe)
     s_w = _as_indicator(chosen_safe, "chosen_safe")
     s_l = _as_indicator(rejected_safe, "rejected_safe")
-    g = (b1 * s_w.double() - s_l.double()) / (
-        b1 - 1
-    ) - alpha  # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1)
+    # Figure 3, with B_2 = 0 and B_3 = 1 / (b1 - 1): two safe answers have 1 - alpha for every b1.
+    g = (b1 * s_w.double() - s_l.double()) / (b1 - 1) - alpha
     return g.to(torch.promote_types(s_w.dtype, s_l.dtype))
 
 
@@ -99,7 +102,7 @@ def margin(
 ) -> Tensor:
     """h = log [ pi(y_w|x) pi_ref(y_l|x) / (pi(y_l|x) pi_ref(y_w|x)) ], nats, one per pair.
 
-    Log-probabilities are SUMMED over the tokens of a response; means per token would be another
+    Log-probabilities are SUMMED over the tokens of a response. Averages would make it another
     objective. ValueError: shapes that differ.
     """
     _check_shapes(
@@ -108,12 +111,14 @@ def margin(
         ref_chosen=ref_chosen,
         ref_rejected=ref_rejected,
     )
-    return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)  # close values first
+    # Nearly equal values are subtracted first, which loses least precision.
+    return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
 
 
 def bfpo_loss(h: Tensor, g: Tensor, tau: float) -> Tensor:
-    """(h - g / tau)^2, one per pair, not reduced. At step 0, h = 0 and it is exactly (g / tau)^2.
+    """(h - g / tau)^2, one per pair, not reduced.
 
+    Training begins with the policy at the reference, so h = 0 and the loss is exactly (g / tau)^2.
     ValueError: tau <= 0 or not finite, shapes that differ.
     """
     _check_tau(tau)
@@ -122,9 +127,9 @@ def bfpo_loss(h: Tensor, g: Tensor, tau: float) -> Tensor:
 
 
 def ipo_loss(h: Tensor, tau: float) -> Tensor:
-    """(h - 1 / (2 tau))^2, one per pair: BFPO where both answers are safe and alpha = 1/2, bit for
-    bit if b1 = 3.
+    """(h - 1 / (2 tau))^2, one per pair.
 
+    It equals BFPO's loss where both answers are safe and alpha = 1/2, bit for bit if b1 = 3.
     ValueError: tau <= 0 or not finite.
     """
     return bfpo_loss(h, torch.full_like(h, 0.5), tau)  # IPO, arXiv:2310.12036; Lemmas B.2 and B.3
@@ -139,31 +144,31 @@ def dpo_loss(h: Tensor, tau: float) -> Tensor:
 def pair_loss(objective: str, h: Tensor, g: Tensor, tau: float) -> Tensor:
     """The loss named "bfpo", "ipo" or "dpo", one per pair; only BFPO's depends on g.
 
-    KeyError: another name; ValueError: as in each.
+    KeyError: another name. ValueError: as in the loss of that name.
     """
     if objective == "bfpo":
-        return bfpo_loss(h, g, tau)  # Theorem 3.2
+        return bfpo_loss(h, g, tau)
     return {"ipo": ipo_loss, "dpo": dpo_loss}[objective](h, tau)
 
 
 # --- the four quadrants, Figure 3 -----------------------------------------------------------------
-# The training log has their figures for every step; `python train.py` and `python eval.py pairs`
-# print them for held-out pairs:
+# The training log has each quadrant's figures for every step. `python train.py` and `python eval.py
+# pairs` print them for held-out pairs. For example, with tau = 0.25:
 #
 #     quadrant           pairs    margin    target  on target side
 #     both_safe            212     +1.31      +2.0           75.5%
 
 
 def check_targets(objective: str, alpha: float, b1: float, tau: float, pairs: int = 1) -> None:
-    """ValueError when fp32 cannot hold a quadrant's target g / tau, or the loss at h = 0 of so many
-    pairs.
+    """ValueError when fp32 cannot hold a quadrant's target g / tau, or the sum of the losses of
+    `pairs` pairs at h = 0.
     """
     g = label(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0]), alpha, b1)
     losses = pair_loss(objective, torch.zeros(4), g, tau)
     if not (torch.isfinite(g / tau).all() and torch.isfinite(losses * pairs).all()):
         raise ValueError(
             f"targets g / tau and their squares must be finite in fp32, got alpha {alpha}, b1 {b1} "
-            f"and tau {tau}; take values nearer to the usual 0.5, 3 and 0.01"
+            f"and tau {tau}; use values closer to alpha 0.5, b1 3 and tau 0.01"
         )
 
 
@@ -172,37 +177,41 @@ def quadrant_sums(
 ) -> Tensor:
     """Sums over each quadrant's pairs, float64 [4, 4]; additive over packs, ranks and batches.
 
-    Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), pairs with h on the
-    target's side: h and g have one sign. Two of the four quadrants ask for h < 0, so a share of h >
-    0, as the authors' accuracy is, would count their failures (deviation 5). h = 0 is on no side. A
-    pair whose h is not finite is left out. All inputs are 1-D over pairs. ValueError: as label's.
+    Rows: QUADRANTS. Columns: pairs, sum of h (nats), sum of g / tau (nats), and pairs whose h has
+    the sign of g, and so is on the target's side. The authors' accuracy counts every pair with h >
+    0, also where g < 0 (deviation 5). h = 0 is on neither side. A pair whose h is not finite is
+    left out. All inputs are [N]. ValueError: as in label.
     """
     h = h.detach().double()
     g = label(chosen_safe, rejected_safe, alpha, b1).double()
     s_w = chosen_safe.bool()
     s_l = rejected_safe.bool()
-    masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])  # deviation 6
+    # Masks, where the authors' code indexes with 0 and 1 (deviation 6).
+    masks_QN = torch.stack([s_w & s_l, s_w & ~s_l, ~s_w & s_l, ~s_w & ~s_l])
     on_target_side = (h.sign() * g.sign() > 0).double()
     columns_NC = torch.stack([torch.ones_like(h), h, g / tau, on_target_side], dim=-1)
     counts_QN = masks_QN & h.isfinite()
-    return torch.where(counts_QN[..., None], columns_NC, 0.0).sum(1)  # mask * x spreads a NaN
+    # A product with the mask would spread a NaN, as NaN * 0 is NaN.
+    return torch.where(counts_QN[..., None], columns_NC, 0.0).sum(1)
 
 
 def quadrant_means(sums: Tensor) -> dict[str, dict[str, float]]:
     """quadrant -> {"pairs" (int), "margin_nats", "target_nats", "target_side_share" (0 to 1)}.
 
     sums is [4, 4] from quadrant_sums. Quadrants without a pair are left out. A target of 0 has no
-    side, so there the share is left out.
+    side, so its quadrant has no share.
     """
     means: dict[str, dict[str, float]] = {}
-    for quadrant, (pairs, h, target, on_target_side) in zip(QUADRANTS, sums.tolist(), strict=True):
+    for quadrant, row in zip(QUADRANTS, sums.tolist(), strict=True):
+        pairs, h_sum, target_sum, on_target_side = row
         if pairs:
             means[quadrant] = {
                 "pairs": int(pairs),
-                "margin_nats": h / pairs,
-                "target_nats": target / pairs,
+                "margin_nats": h_sum / pairs,
+                "target_nats": target_sum / pairs,
             }
-            means[quadrant] |= {"target_side_share": on_target_side / pairs} if target else {}
+            if target_sum:
+                means[quadrant]["target_side_share"] = on_target_side / pairs
     return means
 
 
@@ -215,11 +224,11 @@ def preference_view(
     b1: float,
     tau: float,
 ) -> dict[str, dict[str, float]]:
-    """quadrant_means of a stream's pairs by their summed log-probabilities [n, 2] (chosen,
-    rejected) under policy and reference.
+    """quadrant_means of pairs whose summed log-probabilities under the policy and the reference are
+    given, each [N, 2] (chosen, rejected).
 
-    The target is BFPO's whatever the model was trained on, so models of different objectives can be
-    set side by side.
+    The targets are always BFPO's, whichever objective trained the policy, so that models can be
+    compared.
     """
     change = (policy - reference).double()
     return quadrant_means(
@@ -228,7 +237,7 @@ def preference_view(
 
 
 def quadrant_table(view: Mapping[str, Mapping[str, float]]) -> str:
-    """quadrant_means in lines, as above."""
+    """quadrant_means as text, like the example above quadrant_sums."""
     lines = [f"{'quadrant':<16}{'pairs':>8}{'margin':>10}{'target':>10}{'on target side':>16}"]
     for name in QUADRANTS:
         if name in view:
@@ -241,19 +250,19 @@ def quadrant_table(view: Mapping[str, Mapping[str, float]]) -> str:
 
 
 # --- the exact optimum on a finite action set -----------------------------------------------------
-# Pairs (y, y') come from pi_ref x pi_ref and y is chosen with probability p(y, y'). A zero
-# derivative of E (h - g / tau)^2 means
+# Pairs (y, y') are drawn from pi_ref x pi_ref, and y is the more helpful one with probability
+# p(y, y'). The population loss is E (h - g / tau)^2. Where its derivative by log pi is zero,
 #     tau log(pi*/pi_ref)(y) = E_y'[ p(y, y') g(y, y') - p(y', y) g(y', y) ] + constant.
-# With that right side as the reward, pi* maximises E_pi[reward] - tau KL(pi || pi_ref): supervised
-# learning solves the RLHF problem (Theorems 3.2 and B.4, whose wording was not at hand);
-# `python synthetic.py theorems` checks both.
+# Call the right side the reward. Then pi* also maximises E_pi[reward] - tau KL(pi || pi_ref), so
+# supervised learning solves the RLHF problem (Theorems 3.2 and B.4, whose wording was not at hand).
+# `python synthetic.py theorems` checks the equation and the maximiser.
 
 
 def _action_set(
     preference_AA: Tensor, safe_A: Tensor, reference_A: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in float64, checked to 1e-6 so that fp32 input passes; no reference means the
-    uniform one.
+    """The arguments in float64, with the uniform reference in place of None. ValueError: sums that
+    are off by more than 1e-6, which fp32 input is not, or wrong shapes.
     """
     preference_AA = preference_AA.double()
     safe_A = _as_indicator(safe_A, "safe_A").double()
@@ -265,19 +274,20 @@ def _action_set(
             "preference_AA, safe_A, reference_A must be [A, A], [A], [A] with A > 0, got "
             f"{shapes[0]}, {shapes[1]}, {shapes[2]}; give each action one entry"
         )
-    least = preference_AA.min().item()
+    least_preference = preference_AA.min().item()
     mirror_error = (preference_AA + preference_AA.T - 1).abs().max().item()
-    if not (least >= 0 and mirror_error <= 1e-6):
+    if not (least_preference >= 0 and mirror_error <= 1e-6):
         raise ValueError(
             "preference_AA must be >= 0 with p(y, y') + p(y', y) = 1, got a minimum of "
-            f"{least:.3g} and an error of {mirror_error:.3g}; use 1/2 on the diagonal"
+            f"{least_preference:.3g} and an error of {mirror_error:.3g}; put 1/2 on the diagonal"
         )
-    least = reference_A.min().item()
+    least_reference = reference_A.min().item()
     total = reference_A.sum().item()
-    if not (least > 0 and abs(total - 1) <= 1e-6):
+    if not (least_reference > 0 and abs(total - 1) <= 1e-6):
         raise ValueError(
-            f"reference_A must be > 0 and sum to 1, got a minimum of {least:.3g} and a sum of "
-            f"{total:.6g}; leave out actions that pi_ref never takes and divide by the sum"
+            "reference_A must be > 0 and sum to 1, got a minimum of "
+            f"{least_reference:.3g} and a sum of {total:.6g}; leave out actions that pi_ref never "
+            "takes, then divide by the sum"
         )
     return preference_AA, safe_A, reference_A
 
@@ -289,24 +299,23 @@ def population_reward(
     b1: float = 3.0,
     reference_A: Tensor | None = None,
 ) -> Tensor:
-    """tau log(pi*/pi_ref) of the exact minimiser up to a constant, float64 [A]: form 1, for every
-    action set.
+    """tau log(pi*/pi_ref) of the exact minimiser, up to a constant, float64 [A]. This form 1 holds
+    for every action set. joint_reward is form 2.
 
         [ s (1 + (b1 - 1) p(y)) + (b1 - 1) E_y'[ s(y') p(y, y') ] ] / (b1 - 1) - 2 alpha p(y)
 
     with s = I_safe(y).
 
     preference_AA [A, A] >= 0 with p + p^T = 1; safe_A [A] of 1 and 0; reference_A [A] > 0 with sum
-    1, or None for the uniform one. ValueError: one of these broken, b1 <= 1, a setting that is not
+    1, or None for the uniform one. ValueError: arguments that are not so, b1 <= 1, alpha or b1 not
     finite.
     """
     _check_label_settings(alpha, b1)
     preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
     helpful_A = preference_AA @ reference_A
     beats_safe_A = preference_AA @ (reference_A * safe_A)
-    return (safe_A * (1 + (b1 - 1) * helpful_A) + (b1 - 1) * beats_safe_A) / (
-        b1 - 1
-    ) - 2 * alpha * helpful_A
+    scaled_A = safe_A * (1 + (b1 - 1) * helpful_A) + (b1 - 1) * beats_safe_A
+    return scaled_A / (b1 - 1) - 2 * alpha * helpful_A
 
 
 def joint_reward(
@@ -316,21 +325,20 @@ def joint_reward(
     b1: float = 3.0,
     reference_A: Tensor | None = None,
 ) -> Tensor:
-    """(I_safe(y) + E_safe - 2 alpha) (p(y) + 1 / (b1 - 1)), float64 [A]: form 2, the paper's joint
-    reward.
+    """(I_safe(y) + E_safe - 2 alpha) (p(y) + 1 / (b1 - 1)), float64 [A]: form 2, for independent
+    labels.
 
-    b1 = 3 and alpha = 0 give (r_safe + E_safe)(r_help + 1/2). It is population_reward plus a
-    constant where E_y'[ s(y') p(y, y') ] is E_safe p(y) plus a constant, as when safety and
-    helpfulness are independent under pi_ref, and not otherwise. Arguments and errors as in
-    population_reward.
+    With b1 = 3 and alpha = 0 it is the paper's joint reward (r_safe + E_safe)(r_help + 1/2), where
+    r_safe = I_safe and r_help = p. It differs from population_reward by a constant if and only if
+    E_y'[ s(y') p(y, y') ] differs from E_safe p(y) by a constant. Independence of safety and
+    helpfulness under pi_ref is enough. Arguments and errors as in population_reward.
     """
     _check_label_settings(alpha, b1)
     preference_AA, safe_A, reference_A = _action_set(preference_AA, safe_A, reference_A)
     helpful_A = preference_AA @ reference_A
     safe_share = reference_A @ safe_A
-    return (safe_A + safe_share - 2 * alpha) * (
-        helpful_A + 1 / (b1 - 1)
-    )  # Theorem 3.2; alpha: Prop. 3.3
+    # Theorem 3.2; the shift by alpha: Prop. 3.3
+    return (safe_A + safe_share - 2 * alpha) * (helpful_A + 1 / (b1 - 1))
 
 
 def optimum(
@@ -341,14 +349,14 @@ def optimum(
     b1: float = 3.0,
     reference_A: Tensor | None = None,
 ) -> Tensor:
-    """pi* = pi_ref exp(population_reward / tau) / Z, float64 [A]: the population loss's exact
-    minimiser.
+    """pi* = pi_ref exp(population_reward / tau) / Z, float64 [A]: the exact minimiser of the
+    population loss, in the form of Theorem 3.1.
 
     Arguments and errors as in population_reward, and ValueError for tau <= 0 or not finite.
     """
     _check_tau(tau)
     reward_A = population_reward(preference_AA, safe_A, alpha, b1, reference_A)
-    log_reference_A = (
-        torch.zeros_like(reward_A) if reference_A is None else reference_A.double().log()
-    )
-    return torch.softmax(log_reference_A + reward_A / tau, dim=0)  # Theorem 3.1, after IPO
+    log_optimum_A = reward_A / tau
+    if reference_A is not None:  # the uniform one adds a constant, which softmax drops
+        log_optimum_A = reference_A.double().log() + log_optimum_A
+    return torch.softmax(log_optimum_A, dim=0)  # Theorem 3.1, as in IPO, arXiv:2310.12036

@@ -1,17 +1,18 @@
-"""The language model: scores preference pairs, generates, reads and writes the ecosystem's
+"""The language model. It scores preference pairs, generates, and reads and writes Hugging Face
 checkpoints of Mistral, Llama, Qwen2 and Qwen3.
 
     model = Mistral.from_pretrained("mistralai/Mistral-7B-v0.1", torch.bfloat16, device="cuda")
     pack = Pack.build([(prompt_ids, chosen_ids, rejected_ids), ...]).to("cuda")
-    chosen, rejected = model.logprobs(pack).chunk(2)  # log pi(y|x): the terms of the margin h
+    chosen, rejected = model.logprobs(pack).chunk(2)  # log pi(y|x) of each answer
 
-It knows nothing of labels or of training. Parameters carry the checkpoint's names, so a state dict
-is a checkpoint. support/kernels.py has faster forms of some formulas here.
+Labels and training are elsewhere. Parameters carry the checkpoint's names, so a state dict is a
+checkpoint. The formulas of norm, SwiGLU, rotation and log-probability, and faster forms of
+attention in a pack, are in support/kernels.py.
 """
 # mypy: allow-untyped-calls, disable-error-code="no-any-return"
 # Dimension key: N pairs, R responses (2N, chosen first), T tokens of a pack, V vocabulary, D width,
-# F feed-forward, H query heads, G key/value heads, K head size, A actions. Here also: S scored
-# rows, B sequences of a batch, P query heads of a key head (H/G).
+# F feed-forward, H query heads, G key/value heads, K head size, A actions. In this file also: S
+# scored rows, B sequences of a batch, P query heads of a key head (H/G).
 
 from __future__ import annotations
 
@@ -38,13 +39,13 @@ from support import kernels, storage
 from support.kernels import Attend, Sees, Turns, rotated
 from support.sources import snapshot
 
-# No fp32 logit overflows when it is divided by this temperature; 0 is greedy.
+# The least temperature above 0, which is greedy.
 LEAST_TEMPERATURE = 1e-6
-PREFILL_ROWS = 8  # prompts of neighbouring length that generation pads to one width
+PREFILL_ROWS = 8  # prompts of similar length that generation pads and runs together
 FLEX_BLOCK = 128  # on a GPU packs are padded to whole FlexAttention blocks
 SHARD_BYTES = 5 * 10**9
 
-# What a server needs beside weights and config.json, copied from the source folder.
+# What a server needs besides weights and config.json, copied from the source folder.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -67,7 +68,9 @@ class Family:
     qkv_bias: bool = False  # a bias on the projections to q, k and v
     qk_norm: bool = False  # a norm on every head of q and of k, before they are rotated
     window: bool = False  # may have a sliding window
-    absent: Mapping[str, Any] = field(default_factory=dict)  # what absent entries stand for
+    absent: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # values for entries that config.json lacks
 
 
 MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
@@ -93,7 +96,8 @@ READS = (
 )
 
 # Entries of config.json that change the computation, with the values that this file implements.
-# Absent and null are fine too. All other entries are ignored.
+# Absent and null are fine too. An entry that neither this table, `not_implemented` nor Config names
+# is ignored.
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu", "swish"),
@@ -113,8 +117,8 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 
 
 def rope_entries(raw: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of rotary positions. It may say it twice: by rope_theta and
-    rope_scaling, and by rope_parameters.
+    """The rotary settings of config.json, which may stand in it twice: as rope_theta and
+    rope_scaling, and as rope_parameters. ValueError: the two differ.
     """
     rope = {"rope_theta": raw.get("rope_theta")}
     for spelling in ("rope_scaling", "rope_parameters"):
@@ -131,7 +135,7 @@ def rope_entries(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def not_implemented(entries: dict[str, Any]) -> list[str]:
-    """The entries that ask for another computation."""
+    """The entries that ask for something this file does not implement."""
     refused = []
     for name, value in entries.items():
         if value is not None and value not in IMPLEMENTED.get(name, (value,)):
@@ -155,9 +159,9 @@ class Config:
     head_dim: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # of type llama3
+    rope_scaling: dict[str, Any] | None = None  # the parameters of type llama3
     sliding_window: int | None = None  # a token sees this many positions, its own included
-    max_position_embeddings: int = 32768  # the longest text of servers and of eval.py
+    max_position_embeddings: int = 32768  # servers and eval.py take no longer text
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -184,10 +188,10 @@ class Config:
         check("model_type", self.model_type in FAMILIES, f"one of {', '.join(FAMILIES)}")
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         check("num_attention_heads", grouped, "a multiple of num_key_value_heads")
-        check("head_dim", self.head_dim % 2 == 0, "even, as positions rotate pairs")
+        check("head_dim", self.head_dim % 2 == 0, "even, as its dimensions are rotated in pairs")
         window = self.sliding_window
         fine = type(window) is int and window >= 1 and self.family.window
-        check("sliding_window", window is None or fine, "null, or an integer >= 1 in a mistral")
+        check("sliding_window", window is None or fine, "null, or an integer >= 1 (mistral only)")
         check("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false")
 
     @property
@@ -204,7 +208,7 @@ class Config:
     def read(folder: Path) -> Config:
         """The Config of a checkpoint folder.
 
-        ValueError names every entry of config.json that asks for another computation.
+        ValueError names every entry of config.json that asks for something not implemented here.
         """
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
@@ -219,9 +223,9 @@ class Config:
             if refused := not_implemented(raw | rope):
                 raise ValueError(f"it asks for {', '.join(refused)}; {READS}")
             if missing := [name for name in ("model_type", *names[:5]) if raw.get(name) is None]:
-                raise ValueError(f"it must be there and give {', '.join(missing)}")
+                raise ValueError(f"it must have {', '.join(missing)}")
 
-            # Absent entries are what transformers takes them for.
+            # Absent entries get the values that transformers gives them.
             family = FAMILIES[raw["model_type"]]
             entries = {"rms_norm_eps": 1e-6} | dict(family.absent)
             entries |= {name: raw[name] for name in names if name in raw}
@@ -230,7 +234,7 @@ class Config:
             if rope.get("rope_type") == "llama3":
                 scaling = {name: rope.get(name) for name in LLAMA3}
                 entries["rope_scaling"] = {"rope_type": "llama3"} | scaling
-            if not family.window:  # the others may name one, and do not use it
+            if not family.window:  # other families may set a window, but do not use it
                 entries["sliding_window"] = None
             heads = raw["num_attention_heads"]
             if entries.get("num_key_value_heads") is None:
@@ -246,16 +250,18 @@ class Config:
 
 
 def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, 1, K/2] of rotated(x [..., T, heads, K]) by positions [..., T], in fp32.
+    """cos and sin [..., T, 1, K/2], fp32, with which `rotated` turns x [..., T, heads, K] to
+    positions [..., T].
 
-    They are made here: to_empty would lose a buffer, and FSDP2 would cast an argument of a block.
+    They are computed for each call. As a buffer to_empty would lose them, and as an argument of a
+    block FSDP2 would cast them.
     """
     K = config.head_dim
     exponent = torch.arange(0, K, 2, device=positions.device).float() / K
-    frequency = 1 / config.rope_theta**exponent  # theta^-x rounds otherwise than in training
+    frequency = 1 / config.rope_theta**exponent  # theta**-x rounds differently than transformers
     if config.rope_scaling:
-        # Llama 3.1. Angles that turn often within the original text stay, and those that turn
-        # seldom are divided by the factor. In between, the two are blended.
+        # Llama 3.1. A frequency that turns often within the original context length stays. One that
+        # turns seldom is divided by the factor. In between, the two are blended.
         factor, low, high, original = (config.rope_scaling[name] for name in LLAMA3)
         turns = original / (2 * math.pi / frequency)
         blend = ((turns - low) / (high - low)).clamp(0, 1)
@@ -272,8 +278,8 @@ def in_reach(i: Tensor, j: Tensor, window: int | None) -> Tensor:
 
 
 def plain_attend(mask: Tensor | None, turns: Turns, key_turns: Turns) -> Attend:
-    """Attention by one dense mask [queries, keys], or without one causal; `turns` are the angles of
-    the queries, `key_turns` those of the keys.
+    """Attention under a dense mask [queries, keys]; None means causal. `turns` are cos and sin of
+    the queries' positions, `key_turns` those of the keys'.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -292,11 +298,11 @@ class Norm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)  # type: ignore[arg-type]  # given
+        return kernels.rms_norm(x, self.weight, self.eps)  # type: ignore[arg-type]  # eps is set
 
 
 class Attention(nn.Module):
-    """Projections to and from heads. Who sees whom, and at which angles, is in `attend`."""
+    """Projections to and from heads. `attend` rotates q and k, and knows which token sees which."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -316,8 +322,8 @@ class Attention(nn.Module):
             self.k_norm = Norm(K, config.rms_norm_eps)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None) -> Tensor:
-        """[..., T, D] -> the same. With `rows`, only these have queries, and the result is [S, D];
-        the others give keys and values alone.
+        """[..., T, D] -> the same. With `rows`, only these tokens have queries, and the result is
+        [S, D]. Every token has keys and values.
         """
         heads = (-1, self.head_dim)
         q = self.q_proj(x if rows is None else x[rows]).unflatten(-1, heads)
@@ -341,7 +347,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normed stream and added to it."""
+    """Attention, then feed-forward. Each reads the normed residual stream, and its output is added
+    to the residual stream.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -351,7 +359,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """[..., T, D] -> the same. With `rows`, only these go on, and the result is [S, D]."""
+        """[..., T, D] -> the same; with `rows`, these tokens' part of it alone, [S, D]."""
         attended = self.self_attn(self.input_layernorm(x), attend, rows)
         if rows is not None:
             x = x[rows]
@@ -364,19 +372,21 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees of a prompt and its responses (two: a preference pair; one: a conversation) as one flat
-    row, without padding.
+    """Trees of a prompt and its responses as one flat sequence, without padding. A preference pair
+    is a prompt with two responses, a conversation a prompt with one.
 
     The pairs (prompt 5 6, chosen 7 8 9, rejected 7 4) and (prompt 3, chosen 2, rejected 8 2) are
 
         tokens     5 6 | 7 8 9 | 7 4 | 3 | 2 | 8 2
         positions  0 1 | 2 3 4 | 2 3 | 0 | 1 | 1 2      both responses continue the prompt
         tree       0 0 | 0 0 0 | 0 0 | 1 | 1 | 1 1
-        branch     0 0 | 1 1 1 | 2 2 | 0 | 1 | 2 2    0 = prompt
+        branch     0 0 | 1 1 1 | 2 2 | 0 | 1 | 2 2      0 is the prompt
 
-    A row predicts the next token of its path: rows 1 2 3, 1 5, 7, 7 9 predict targets 7 8 9, 7 4,
-    2, 8 2 of response 0 0 0, 2 2, 1, 3 3. Responses count branch by branch: every chosen one, then
-    every rejected one.
+    A scored row is the place of a token from which the next token of a response is predicted:
+
+        rows       1 2 3 | 1 5 | 7 | 7 9
+        targets    7 8 9 | 7 4 | 2 | 8 2
+        response   0 0 0 | 2 2 | 1 | 3 3      all chosen ones come first, then all rejected ones
     """
 
     tokens: Tensor  # [T], like positions, tree and branch
@@ -401,7 +411,7 @@ class Pack:
                     f"got lengths {sizes}"
                 )
 
-        number: dict[tuple[int, int], int] = {}  # of each response: branch by branch
+        number: dict[tuple[int, int], int] = {}  # (tree, branch) -> response
         for b in range(1, max(map(len, trees), default=0)):
             for i, tree in enumerate(trees):
                 if b < len(tree):
@@ -409,7 +419,7 @@ class Pack:
 
         columns = [column.name for column in dataclasses.fields(Pack)[:-1]]
         parts = {name: [np.zeros(0, np.int64)] for name in columns}
-        start = 0  # of a part in the pack
+        start = 0  # place in the pack of the part's first token
         for i, tree in enumerate(trees):
             prompt_end = start + len(tree[0])
             for b, ids in enumerate(tree):
@@ -430,8 +440,8 @@ class Pack:
         return Pack(lengths=lengths, **whole)
 
     def to(self, device: torch.device | str) -> Pack:
-        """The pack, made on a CPU, on `device`: to a GPU from pinned memory, so that it is copied
-        without waiting.
+        """A copy on `device` of a pack that is on a CPU. To a GPU it goes through pinned memory, so
+        that the CPU need not wait.
         """
         moved = {}
         for column in dataclasses.fields(self)[:-1]:
@@ -442,8 +452,8 @@ class Pack:
         return dataclasses.replace(self, **moved)
 
     def padded(self, multiple: int) -> Pack:
-        """The pack with T and S rounded up. Padding tokens are a tree of their own, which no row
-        reads. Padding rows predict for no response.
+        """The pack with T and S rounded up. Padding tokens form a tree of their own, which no other
+        token sees. The caller drops the padding rows, which have no targets.
         """
         padded: dict[str, Any] = {}
         for name in ("tokens", "positions", "tree", "branch", "rows"):
@@ -453,8 +463,8 @@ class Pack:
 
 
 def visible(pack: Pack, window: int | None) -> Sees:
-    """Who sees whom in a pack, as FlexAttention's mask_mod (batch, head, query token, key token) ->
-    bool: the one definition.
+    """Which token of a pack sees which, as FlexAttention's mask_mod (batch, head, query token, key
+    token) -> bool. Every form of attention in a pack uses this function.
 
     Token i sees token j of its own tree if j is in the prompt or in i's own response, is not after
     i, and is fewer than `window` positions back. The tree of prompt a, chosen b, rejected c:
@@ -465,7 +475,7 @@ def visible(pack: Pack, window: int | None) -> Sees:
         c x . x
     """
     positions, tree, branch = pack.positions, pack.tree, pack.branch
-    # A tensor, since compiled FlexAttention misreads a number that may change.
+    # A tensor, because compiled FlexAttention gets a Python number wrong when it changes.
     oldest = positions - (2**40 if window is None else window)
 
     def mask_mod(_batch: Any, _head: Any, i: Any, j: Any) -> Tensor:
@@ -476,10 +486,11 @@ def visible(pack: Pack, window: int | None) -> Sees:
 
 
 def pack_attend(pack: Pack, config: Config, scored: bool) -> Attend:
-    """Attention of a pack, for all layers: the queries are the scored rows, or all tokens.
+    """Attention of a pack, for every layer. The queries are the scored rows if `scored`, else all
+    tokens.
 
-    It is plain_attend with the mask that `visible` defines, in a faster form where the device has
-    one.
+    It computes what plain_attend computes with the mask of `visible`, in a faster form where the
+    device has one.
     """
     device, window = pack.tokens.device, config.sliding_window
     tokens = torch.arange(len(pack.tokens), device=device)
@@ -499,11 +510,11 @@ def pack_attend(pack: Pack, config: Config, scored: bool) -> Attend:
 
 
 def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
-    """The folder of a model: the path, or huggingface_hub's snapshot (its cache, offline mode and
-    token) of ORG/NAME or ORG/NAME@REVISION.
+    """The folder of a model: the path itself, or the local copy of ORG/NAME or ORG/NAME@REVISION
+    that huggingface_hub makes. Its cache, offline mode and token apply.
 
-    No more is fetched than this file reads: the `weights` only if config.json describes a model
-    that it can compute.
+    Only files that the program reads are fetched. `weights` are fetched after config.json has been
+    found to describe a model that this file implements.
     """
     name = str(path_or_hub_name)
     if Path(name).is_dir():
@@ -518,25 +529,25 @@ def find_model(path_or_hub_name: str | Path, weights: bool = True) -> Path:
 
 
 def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
-    """Name -> safetensors slice, read when indexed, of every tensor that the architecture asks for.
-    Reads the files' headers alone.
+    """Name -> safetensors slice, read when indexed, of every tensor of the architecture. Only
+    headers are read, but for a tied head that is stored twice.
 
     ValueError names a damaged file, and lists every missing, unexpected and mis-shaped tensor.
     """
     stored = storage.slices(Path(folder))
-    if config.num_hidden_layers > len(stored):  # before as many blocks are made
+    if config.num_hidden_layers > len(stored):  # else a wrong number could build a huge model
         raise ValueError(
             f"{folder} must hold the {config.num_hidden_layers} layers that config.json describes, "
             f"got {len(stored)} tensors"
         )
     if config.tie_word_embeddings and "lm_head.weight" in stored:
-        # The one tensor under its other name, or under both.
+        # A tied head is stored under either name, or under both.
         head = stored.pop("lm_head.weight")
         embedding = stored.setdefault("model.embed_tokens.weight", head)
         if embedding is not head and not torch.equal(head[:], embedding[:]):
             raise ValueError(
-                f"{folder}: lm_head.weight must equal model.embed_tokens.weight, which config.json "
-                "ties, got another tensor"
+                f"{folder}: lm_head.weight must equal model.embed_tokens.weight, as config.json "
+                "ties them, got different values"
             )
     shapes = config.shapes()
     wrong = [f"missing {name}" for name in shapes if name not in stored]
@@ -550,7 +561,7 @@ def stored_weights(config: Config, folder: str | Path) -> dict[str, Any]:
             wrong.append(f"{name} of type {tensor.get_dtype()}")
     if wrong:
         raise ValueError(
-            f"{folder} must hold the tensors that config.json describes, got {', '.join(wrong)}"
+            f"{folder} must hold the tensors that config.json describes: {', '.join(wrong)}"
         )
     return stored
 
@@ -568,8 +579,8 @@ def load_weights(model: Mistral, folder: str | Path) -> None:
 def write_weights(
     folder: Path, parameters: dict[str, nn.Parameter], dtype: torch.dtype, writes: bool
 ) -> None:
-    """Writes safetensors of at most SHARD_BYTES, and their index if there are several. Every rank
-    calls it with parameters sharded by FSDP2, and the one that `writes` writes.
+    """Writes safetensors of at most SHARD_BYTES, and their index if there are several. Under FSDP2
+    every rank calls it, and the rank with `writes` true writes.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -588,13 +599,13 @@ def write_weights(
 def write_settings(
     folder: Path, config: Config, dtype: torch.dtype, like: Path, ends: dict[str, Any]
 ) -> None:
-    """Writes config.json and generation_config.json with `ends` among their entries, and copies the
+    """Writes config.json and generation_config.json, whose entries `ends` replaces, and copies the
     tokenizer's files of the folder `like`.
     """
     entries = dataclasses.asdict(config) | ends
     entries["architectures"] = [config.family.architecture]
     entries["hidden_act"] = "silu"
-    # Like rope_theta, the spelling that both old and new servers read.
+    # torch_dtype and not dtype, because old and new servers both read it.
     entries["torch_dtype"] = str(dtype).removeprefix("torch.")
     storage.write_json(folder / "config.json", entries)
     for name in COMPANIONS:
@@ -621,8 +632,9 @@ def write_template(folder: Path, template: str) -> None:
 
 
 def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token per row of logits [B, V]: in order of falling probability, the first at which the
-    kept mass exceeds draw * its total.
+    """One token per row of logits [B, V]. At temperature 0 it is the most probable one. Else tokens
+    are taken in order of falling probability, and it is the first at which the sum of the kept
+    probabilities exceeds draw times their total.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -634,9 +646,9 @@ def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Te
 
 
 def cached_attend(cached: Tensor, positions: Tensor, turns: Turns, mask: Tensor) -> Attend:
-    """Attention of new tokens at `positions` [B, n] to their rows' keys and values in `cached` [2,
-    B, places, G, K], where theirs are put first. mask [B, 1, n P, keys]: a group's P query heads
-    are rows of one product with its keys.
+    """Attention of new tokens at `positions` [B, n] to the keys and values of their sequences in
+    `cached` [2, B, places, G, K]. Their own keys and values are written there before that. mask is
+    [B, 1, n P, keys], since the P query heads of a key head are folded into the query axis.
     """
     row = torch.arange(len(positions), device=positions.device).unsqueeze(-1)
 
@@ -652,7 +664,7 @@ def cached_attend(cached: Tensor, positions: Tensor, turns: Turns, mask: Tensor)
 
 
 class Cache:
-    """Keys and values of a batch of sequences of different lengths: every row goes on at its own
+    """Keys and values of a batch of sequences of different lengths. Each row continues at its own
     position.
     """
 
@@ -660,7 +672,7 @@ class Cache:
         config, like = model.config, model.head
         self.model = model
         self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.capacity = -(-capacity // 8) * 8  # as compiled attention wants its mask aligned
+        self.capacity = -(-capacity // 8) * 8  # compiled attention needs an aligned mask
         shape = (2, rows, self.capacity, config.num_key_value_heads, config.head_dim)
         # Zeros, since a masked key that is not finite would still reach the output, as 0 x NaN.
         self.layers = [
@@ -668,16 +680,16 @@ class Cache:
         ]
 
     def keep(self, rows: list[int]) -> None:
-        """Lets the other rows leave the batch."""
+        """Keeps only these rows of the batch."""
         self.lengths = self.lengths[rows]
-        for n in range(len(self.layers)):  # one by one: never two whole caches
+        for n in range(len(self.layers)):  # one by one, so that two whole caches never exist
             self.layers[n] = self.layers[n][:, rows]
 
     def extend(
         self, parts: Sequence[Sequence[int] | np.ndarray], rows: slice = slice(None)
     ) -> Tensor:
-        """Logits [B, V] after one more part of each of these rows. Parts are padded on the right:
-        causality hides the padding, and the next part is written over it.
+        """Appends a part to each of these rows, and returns the logits [B, V] after it. Parts are
+        padded on the right. Causality hides the padding, and the next part overwrites it.
         """
         config, device = self.model.config, self.lengths.device
         ids = [torch.as_tensor(part, dtype=torch.long) for part in parts]
@@ -685,8 +697,9 @@ class Cache:
         counts = torch.tensor([len(part) for part in parts], device=device)
         B, n = tokens.shape
         positions = self.lengths[rows, None] + torch.arange(n, device=device)
-        # One token of each of several rows: a GPU would wait for Python between its small kernels.
-        # Over all places shapes stay alike.
+        # The step of one token for each of several rows is compiled, since a GPU would wait for
+        # Python between its small kernels. It attends over all places, so that shapes stay the
+        # same.
         step = kernels.compiled_on(device.type, Block.forward) if n == 1 < B else None
         places = self.capacity if step else int(positions.max()) + 1
         turns = rotary(positions, config)
@@ -710,8 +723,8 @@ class Cache:
 class Mistral(nn.Module):
     """The language model, of any of the FAMILIES.
 
-    Blocks are called as modules, for the hooks of FSDP2 and torch.compile. `generate` needs it
-    unsharded.
+    Training calls blocks as modules, so that the hooks of FSDP2 and torch.compile apply. `generate`
+    needs an unsharded model.
     """
 
     def __init__(self, config: Config) -> None:
@@ -726,8 +739,8 @@ class Mistral(nn.Module):
         self.model = cast(Any, nn.ModuleDict(body))
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.origin = "the model"  # what messages call it
-        # True: the backward finds the blocks' inputs alone and computes the rest again.
+        self.origin = "the model"  # its name in error messages
+        # True: only the blocks' inputs are kept for the backward, which computes the rest again.
         self.checkpoint_blocks = False
 
     @property
@@ -740,7 +753,7 @@ class Mistral(nn.Module):
         return block(*inputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] of sequences [B, T], every token seeing those up to itself."""
+        """Logits [B, T, V] of sequences [B, T], causal, within the sliding window if any."""
         T, window = tokens.shape[1], self.config.sliding_window
         positions = torch.arange(T, device=tokens.device)
         turns = rotary(positions, self.config)
@@ -755,8 +768,10 @@ class Mistral(nn.Module):
 
     def logprobs(self, pack: Pack) -> Tensor:
         """log pi(y | x) = sum over t of log pi(y_t | x, y_<t) for every response of the pack, fp32
-        [R], chosen ones first. An empty pack gives shape [0] after the same collectives, forward
-        and backward, as any other.
+        [R], chosen ones first.
+
+        An empty pack gives shape [0]. It computes one token, so that each rank takes part in the
+        same collectives, forward and backward.
         """
         device = pack.tokens.device
         R = sum(len(sizes) - 1 for sizes in pack.lengths)
@@ -775,11 +790,11 @@ class Mistral(nn.Module):
         x = self._block(self.model.layers[-1], x, attend_scored, pack.rows)[:S]
         logp_S = kernels.row_logprobs(self.model.norm(x), self.head, pack.targets)
 
-        # Row sums of a table, responses by positions: the same bits on every run, which index_add
-        # does not promise on a GPU.
+        # A table of responses by positions is summed along its rows. That gives the same bits on
+        # every run, which index_add does not promise on a GPU.
         longest = max(prompt + max(responses) for prompt, *responses in pack.lengths)
         table = logp_S.new_zeros(max(R, 1), longest).index_put((pack.response, positions_S), logp_S)
-        return table.sum(1)[:R].clone()  # FSDP2 hooks what comes out, and must not be given a view
+        return table.sum(1)[:R].clone()  # FSDP2 hooks the output, which must not be a view
 
     def init_weights(self, seed: int) -> None:
         """Weights to train from scratch: normal(0, 0.02), norms 1, biases 0; the same numbers on
@@ -822,19 +837,20 @@ class Mistral(nn.Module):
         chat_template: str | None = None,
         end_ids: Sequence[int] = (),
     ) -> None:
-        """Writes a folder that transformers and servers load, aside, and then renames it.
+        """Writes a folder that transformers and servers load. It is written under a temporary name,
+        and then renamed.
 
-        It holds config.json, safetensors in `dtype` (default: the widest of the parameters'), and
-        the tokenizer's files and generation_config.json of the folder `like` (default: the older
-        model's in this place, which is replaced). `chat_template` replaces the one found there.
-        `end_ids`, the tokens that end an answer, become eos_token_id. ValueError: no folder `like`,
-        or other files in the way. Under FSDP2 every rank calls it: tensors are gathered one at a
-        time, and rank 0 writes.
+        It holds config.json and safetensors in `dtype` (default: the widest of the parameters').
+        The tokenizer's files and generation_config.json come from the folder `like` (default: the
+        model folder that is replaced). `chat_template` replaces theirs. `end_ids`, the tokens that
+        end an answer, become eos_token_id. ValueError: `like` is no folder, or `folder` holds other
+        files. Under FSDP2 every rank calls it. Tensors are gathered one at a time, and rank 0
+        writes.
         """
         folder = Path(folder).resolve()  # the target of a link is replaced, not the link
         storage.must_be_replaceable(folder, {"config.json", *COMPANIONS})
         if like is not None and not Path(like).is_dir():
-            raise ValueError(f"like must be a folder with a tokenizer's files, got {like}")
+            raise ValueError(f"like must be a folder that is there, got {like}")
         if reshard := getattr(self, "reshard", None):
             reshard()  # FSDP2's defaults leave the root gathered, in the compute dtype
         parameters = dict(self.named_parameters())
@@ -857,7 +873,7 @@ class Mistral(nn.Module):
             dist.barrier()
 
     @torch.no_grad()
-    # cuDNN, which is left out, plans anew for every length.
+    # cuDNN is left out, because it makes a new plan for every length.
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def generate(
         self,
@@ -870,11 +886,11 @@ class Mistral(nn.Module):
         ended: Callable[[list[int]], bool] | None = None,
         batch: int = 64,
     ) -> list[list[int]]:
-        """New token ids of every prompt: the most probable at temperature 0, else drawn from
-        softmax(logits / temperature) cut to `top_p`. Each prompt has a seed of its own (default:
-        its index), so that the batch changes an answer by rounding alone (bf16).
+        """New token ids of every prompt. At temperature 0 they are the most probable ones, else
+        drawn from softmax(logits / temperature) cut to `top_p`. Each prompt has a seed of its own
+        (default: its index), so that batching changes an answer by bf16 rounding alone.
 
-        An answer ends before a stop id, once `ended` says so of its ids, or at max_new_tokens.
+        An answer ends before a stop id, once `ended(ids)` is true, or at max_new_tokens.
         ValueError: impossible arguments, or weights whose logits are not finite.
         """
         seeds = range(len(prompts)) if seeds is None else seeds
@@ -883,11 +899,11 @@ class Mistral(nn.Module):
                 "prompts must hold at least 1 token each, got an empty one; start it with the bos "
                 "token"
             )
-        warm = temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf
-        if not warm or not 0 < top_p <= 1 or len(seeds) != len(prompts):
+        possible = temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf
+        if not possible or not 0 < top_p <= 1 or len(seeds) != len(prompts):
             raise ValueError(
-                f"temperature must be 0 or from {LEAST_TEMPERATURE:g} up, top_p in (0, 1], and "
-                f"seeds one a prompt, got {temperature}, {top_p} and {len(seeds)} seeds"
+                f"temperature must be 0 or at least {LEAST_TEMPERATURE:g}, top_p in (0, 1], with a "
+                f"seed for each prompt, got {temperature}, {top_p} and {len(seeds)} seeds"
             )
 
         def finished(answer: list[int]) -> bool:
@@ -900,7 +916,7 @@ class Mistral(nn.Module):
         if max_new_tokens < 1:
             return answers
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), batch):  # like lengths share a batch
+        for start in range(0, len(order), batch):  # similar lengths share a batch
             together = order[start : start + batch]
             draws = [
                 torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(int(seeds[i])))
@@ -923,8 +939,8 @@ class Mistral(nn.Module):
         draws: Tensor,
         finished: Callable[[list[int]], bool],
     ) -> None:
-        """Lengthens the answers of one batch, in order of their prompts' lengths, until each has
-        finished. draws [B, n]: one for every token that an answer may have.
+        """Extends each answer of a batch until it has finished. Prompts are sorted by length. draws
+        [B, n] has one number for each token that an answer may have.
         """
         cache = Cache(self, len(prompts), len(prompts[-1]) + draws.shape[1])
         logits_of_part = []

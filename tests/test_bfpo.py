@@ -259,7 +259,7 @@ def test_shapes_that_would_broadcast_are_refused():
         lambda: margin(row, row, column, row),
         lambda: bfpo_loss(row, column, 1.0),
     ):
-        with pytest.raises(ValueError, match=r"one shape is needed, got .*\[3, 1\]"):
+        with pytest.raises(ValueError, match=r"shapes must be equal, got .*\[3, 1\]"):
             call()
 
 

@@ -88,7 +88,7 @@ def test_quadrant_sums_refuse_what_is_no_pair():
     """
     with pytest.raises(ValueError, match="must hold only"):
         quadrant_sums(torch.zeros(2), torch.tensor([1.0, math.nan]), torch.zeros(2), 0.5, 3.0, 1.0)
-    with pytest.raises(ValueError, match="one shape is needed"):
+    with pytest.raises(ValueError, match="shapes must be equal"):
         quadrant_sums(torch.zeros(3), torch.zeros(3), torch.zeros(3, 1), 0.5, 3.0, 1.0)
     with pytest.raises(RuntimeError, match="equal size"):
         quadrant_sums(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3), 0.5, 3.0, 1.0)

@@ -208,7 +208,7 @@ def test_generate_refuses_bad_requests() -> None:
     for arguments, word in (
         ({"prompts": [[]]}, "prompts"),
         ({"temperature": -1.0}, "temperature"),
-        ({"temperature": 1e-320}, "temperature must be 0 or from 1e-06 up"),
+        ({"temperature": 1e-320}, "temperature must be 0 or at least 1e-06"),
         ({"top_p": 0.0}, "top_p"),
         ({"seeds": [1]}, "seeds"),
     ):
