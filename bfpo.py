@@ -45,7 +45,7 @@ QUADRANTS = ("both_safe", "chosen_safe", "rejected_safe", "both_unsafe")
 def _check_tau(tau: float) -> None:
     if not (math.isfinite(tau) and tau > 0):
         raise ValueError(
-            f"tau must be finite and > 0, got {tau}; the paper has 0.01 for language models"
+            f"tau must be finite and > 0, got {tau}; pass 0.01, the paper's for language models"
         )
 
 
@@ -279,7 +279,7 @@ def _action_set(
     if not (least_preference >= 0 and mirror_error <= 1e-6):
         raise ValueError(
             "preference_AA must be >= 0 with p(y, y') + p(y', y) = 1, got a minimum of "
-            f"{least_preference:.3g} and an error of {mirror_error:.3g}; put 1/2 on the diagonal"
+            f"{least_preference:.3g} and an error of {mirror_error:.3g}; use 1/2 on the diagonal"
         )
     least_reference = reference_A.min().item()
     total = reference_A.sum().item()

@@ -191,7 +191,7 @@ class Config:
         check("head_dim", self.head_dim % 2 == 0, "even, as its dimensions are rotated in pairs")
         window = self.sliding_window
         fine = type(window) is int and window >= 1 and self.family.window
-        check("sliding_window", window is None or fine, "null, or an integer >= 1 (mistral only)")
+        check("sliding_window", window is None or fine, "null, or for a mistral an integer >= 1")
         check("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false")
 
     @property

@@ -453,7 +453,7 @@ def test_damaged_folders_are_refused_by_file_name(
         lambda f: change(f, tie_word_embeddings="false"),
     )
     refused(
-        "sliding_window must be null, or an integer >= 1 (mistral only), got 8.5",
+        "sliding_window must be null, or for a mistral an integer >= 1, got 8.5",
         lambda f: change(f, sliding_window=8.5),
     )
     refused(
